@@ -1,0 +1,25 @@
+"""Profile and verify head-backward strategies for multi-token prediction."""
+
+from mtp_mem.config import ModelConfig, Profile, Sweep, Workload, load_profile
+from mtp_mem.data import IGNORE, Batch, make_batch
+from mtp_mem.model import MTPModel
+from mtp_mem.step import TrainingStep, forward_backward, make_optimizer
+from mtp_mem.strategy import Strategy, load_strategy
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "MTPModel",
+    "ModelConfig",
+    "Profile",
+    "Strategy",
+    "Sweep",
+    "TrainingStep",
+    "Workload",
+    "forward_backward",
+    "load_profile",
+    "load_strategy",
+    "make_batch",
+    "make_optimizer",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,145 @@
+"""Text -> tokens -> batches: real text by default, n shifted rows of targets, the tail ignored."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+import tokenizers
+import torch
+from torch import Tensor
+
+from mtp_mem.config import ModelConfig, Workload
+from mtp_mem.errors import BadInput
+
+IGNORE = -100
+"""Target value of positions that have no target; torch's own default for `ignore_index`."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training step's input: tokens (B, S) int64, targets (n, B, S) int64 with IGNORE where there is no target."""
+
+    tokens: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token ids of a text.
+
+    Attributes:
+        ids: (length,) int64, or None where ids are drawn uniformly.
+        source: where the text came from, for people.
+        note: why ids are drawn uniformly although a text was asked for; empty otherwise.
+        digest: identifies the ids; two runs with equal digests saw the same tokens.
+    """
+
+    ids: Tensor | None
+    source: str
+    note: str = ""
+    digest: str = "uniform"
+
+
+def make_batch(tokens: Tensor, n_future: int) -> Batch:
+    """Targets of n heads: targets[i, :, t] = tokens[:, t + i + 1], IGNORE where that runs past the sequence.
+
+    Args:
+        tokens: (B, S) int64.
+        n_future: n, the number of heads.
+    """
+    targets = tokens.new_full((n_future, *tokens.shape), IGNORE)  # (n, B, S)
+    for i in range(min(n_future, tokens.shape[1] - 1)):
+        targets[i, :, : -(i + 1)] = tokens[:, i + 1 :]
+    return Batch(tokens, targets)
+
+
+def load_corpus(workload: Workload, vocab_size: int, text: Path | None = None) -> Corpus:
+    """Tokenise the text as the workload says.
+
+    Args:
+        workload: chooses the tokenizer: bytes, a BPE vocabulary trained on the text (cached), or uniform random ids.
+        vocab_size: V; the BPE vocabulary is trained to exactly this size.
+        text: a UTF-8 file; by default the help topics that every CPython installation carries.
+
+    Raises:
+        BadInput: unreadable, not UTF-8 or too short a text; a vocabulary smaller than the tokens need.
+    """
+    if workload.tokenizer == "uniform":
+        if text is not None:
+            raise BadInput(f"--text {text}: this profile draws ids uniformly (workload.tokenizer = 'uniform')")
+        return Corpus(None, "uniform random ids")
+    if vocab_size < 256:
+        raise BadInput(
+            f"model.vocab_size = {vocab_size} is smaller than the 256 byte tokens that tokenizer"
+            f" {workload.tokenizer!r} needs; valid: 256 or more, or tokenizer = 'uniform'"
+        )
+    content, source = _read(text)
+    if workload.tokenizer == "bytes":
+        ids = torch.frombuffer(bytearray(content.encode()), dtype=torch.uint8).long()
+    else:
+        tokenizer = _trained_bpe(content, vocab_size)
+        if tokenizer.get_vocab_size() < vocab_size:
+            note = (
+                f"{source} fills a BPE vocabulary of {tokenizer.get_vocab_size()} tokens, not {vocab_size}:"
+                " ids are drawn uniformly instead"
+            )
+            return Corpus(None, "uniform random ids", note)
+        ids = torch.tensor(tokenizer.encode(content).ids)
+    if len(ids) < workload.tokens:
+        raise BadInput(
+            f"{source}: too short: {len(ids)} tokens, but a batch of {workload.batch} x {workload.sequence} needs"
+            f" {workload.tokens}"
+        )
+    return Corpus(ids, source, digest=hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16])
+
+
+def corpus_batch(corpus: Corpus, model: ModelConfig, workload: Workload) -> Batch:
+    """The first B*S tokens of the corpus as a batch; uniform ids come from a generator with the workload's seed."""
+    if corpus.ids is None:
+        generator = torch.Generator().manual_seed(workload.seed)
+        tokens = torch.randint(model.vocab_size, (workload.batch, workload.sequence), generator=generator)
+    else:
+        tokens = corpus.ids[: workload.tokens].view(workload.batch, workload.sequence)
+    return make_batch(tokens, model.n_future)
+
+
+def _read(path: Path | None) -> tuple[str, str]:
+    if path is None:
+        from pydoc_data.topics import topics  # 450 kB and more, so only on demand
+
+        return "\n\n".join(topics[key] for key in sorted(topics)), "CPython's pydoc_data.topics"
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except OSError as e:
+        raise BadInput(f"--text {path}: cannot be read: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise BadInput(f"--text {path}: not UTF-8: {e.reason} at byte {e.start}") from None
+
+
+def _trained_bpe(text: str, vocab_size: int) -> tokenizers.Tokenizer:
+    """A byte-level BPE tokenizer trained on `text`, from the cache if the same text was trained to the same size before."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    digest = hashlib.sha256(f"{tokenizers.__version__}\0{vocab_size}\0{text}".encode()).hexdigest()[:24]
+    cached = Path(platformdirs.user_cache_dir("mtp_mem")) / f"bpe-{vocab_size}-{digest}.json"
+    if cached.exists():
+        try:
+            return Tokenizer.from_file(str(cached))
+        except Exception:  # the library raises bare Exception on a damaged file; training again mends it
+            pass
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [text], trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, initial_alphabet=alphabet)
+    )
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        partial = cached.with_suffix(f".{os.getpid()}.tmp")
+        tokenizer.save(str(partial))
+        partial.replace(cached)
+    except Exception:  # a read-only home costs a second per run, not the run; the library raises bare Exception
+        pass
+    return tokenizer

@@ -1,0 +1,32 @@
+"""What can go wrong, with the exit code that the command line gives for it.
+
+Exit codes: 0 ok; 1 a check failed; 2 usage or bad input; 3 something needed is missing.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MtpMemError(Exception):
+    """Base of every error that a user can cause; its text is one clear line and needs no traceback."""
+
+    exit_code = 2
+
+
+class BadInput(MtpMemError):
+    """An argument, profile or file is wrong: says what, where, and what would be valid."""
+
+
+class Missing(MtpMemError):
+    """Something needed is not here: a CUDA device, a kernel package, a broken installation."""
+
+    exit_code = 3
+
+
+def unknown(kind: str, name: str, valid: Iterable[str], where: str = "") -> BadInput:
+    """The error for a name that is none of `valid`: lists the valid ones and suggests the nearest."""
+    names = list(valid)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    place = f"{where}: " if where else ""
+    return BadInput(f"{place}unknown {kind} {name!r}{hint} Valid: {', '.join(names) or 'none'}")

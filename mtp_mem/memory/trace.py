@@ -1,0 +1,117 @@
+"""What an instrument saw: the allocations and frees of one step, in order, and what follows from them.
+
+A trace is data. Peaks, phases and categories are read from it afterwards, so every view of a step agrees with the others.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+Category = Literal[
+    "parameters",
+    "gradients",
+    "optimizer",
+    "trunk activations",
+    "head activations",
+    "hidden-state gradients",
+    "logits",
+    "workspace",
+    "other",
+]
+CATEGORIES: tuple[Category, ...] = Category.__args__  # type: ignore[attr-defined]
+
+
+@dataclass(slots=True)
+class Storage:
+    """One block of memory: its size, what it is for, and where it was made."""
+
+    nbytes: int
+    category: Category
+    phase: str
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Event(NamedTuple):
+    """`alloc` and `free` of the storage `key`; `move`: storage `key` takes over the block of storage `old`."""
+
+    kind: Literal["alloc", "free", "move"]
+    key: int
+    old: int = -1
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment when most bytes were live."""
+
+    nbytes: int
+    event: int  # index into the trace's events; -1: before the first
+    phase: str
+    op: str
+    by_category: dict[Category, int]  # sums to nbytes
+    live: tuple[Storage, ...]  # what was live then, largest first
+
+
+@dataclass
+class Trace:
+    """One step: the storages that were live before it, the events since, and every storage by its key."""
+
+    storages: dict[int, Storage] = field(default_factory=dict)
+    resident: list[int] = field(default_factory=list)  # keys live before the step
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def baseline(self) -> int:
+        """Bytes live before the step: parameters, optimizer state, the batch."""
+        return sum(self.storages[key].nbytes for key in self.resident)
+
+    def totals(self) -> list[int]:
+        """Live bytes after each event."""
+        live = self.baseline
+        totals = []
+        for event in self.events:
+            if event.kind == "alloc":
+                live += self.storages[event.key].nbytes
+            elif event.kind == "free":
+                live -= self.storages[event.key].nbytes
+            totals.append(live)
+        return totals
+
+    def peak(self) -> Peak:
+        """The first moment at which the most bytes were live."""
+        totals = self.totals()
+        at = max(range(len(totals)), key=totals.__getitem__, default=-1)
+        if at < 0 or totals[at] <= self.baseline:
+            at = -1
+        live = sorted(self.live_after(at), key=lambda s: -s.nbytes)
+        by_category = {c: n for c in CATEGORIES if (n := sum(s.nbytes for s in live if s.category == c))}
+        made = self.storages[self.events[at].key] if at >= 0 else None
+        return Peak(
+            nbytes=sum(s.nbytes for s in live),
+            event=at,
+            phase=made.phase if made else "before the step",
+            op=made.op if made else "",
+            by_category=by_category,
+            live=tuple(live),
+        )
+
+    def live_after(self, at: int) -> list[Storage]:
+        """The storages that are live after event number `at`, in the order in which they were made."""
+        live = dict.fromkeys(self.resident)
+        for event in self.events[: at + 1]:
+            if event.kind == "free":
+                del live[event.key]
+            else:
+                if event.kind == "move":
+                    del live[event.old]
+                live[event.key] = None
+        return [self.storages[key] for key in live]
+
+    def phase_peaks(self) -> dict[str, int]:
+        """The most bytes live in each phase, phases in the order of their first allocation."""
+        peaks: dict[str, int] = {}
+        for event, total in zip(self.events, self.totals(), strict=True):
+            if event.kind != "free":
+                phase = self.storages[event.key].phase
+                peaks[phase] = max(peaks.get(phase, 0), total)
+        return peaks

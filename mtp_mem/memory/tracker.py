@@ -1,0 +1,196 @@
+"""Live tensor bytes of a real or fake step, to the byte: one dispatch mode and a finalizer per storage.
+
+It counts storages, not tensors (a view is free), holds no strong reference to any, and undoes the one thing a dispatch
+mode changes: with any mode active, autograd sums gradients out of place where it would otherwise add into a buffer that
+only the engine holds (torch/csrc/autograd/input_buffer.cpp). Such a sum is recognised, and the new storage takes over
+the block of the old one.
+
+The recognition compares reference counts with those of a known engine-only buffer. They are internals of torch, so they
+are calibrated with a toy backward before use, and a torch on which that fails is refused.
+"""
+
+import sys
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mtp_mem.errors import Missing
+from mtp_mem.memory.trace import Category, Event, Storage, Trace
+
+_ADD = torch.ops.aten.add.Tensor
+# Frames that stand between an operator and whoever issued it, on the way through a dispatch mode.
+_PLUMBING = {"__torch_dispatch__", "_fn", "inner", "wrapper", "handle_torch_function"}
+
+Holders = tuple[int, int, int]
+
+
+class Tracker(TorchDispatchMode):
+    """Records every storage that operators make while it is active.
+
+    Args:
+        vocab_size: V, to tell logits from hidden states.
+        dim: D, likewise.
+        parameters: whose `.grad` is to be recognised as gradients.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, parameters: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self._engine_only = calibrate()
+        self._vocab_size, self._dim = vocab_size, dim
+        self._parameters = [weakref.ref(p) for p in parameters]
+        self._parameter_shapes = {tuple(p.shape) for p in parameters}
+        self._phase = "before the step"
+        self._keys: dict[int, int] = {}  # address of the storage -> key; addresses are used again, keys are not
+        self._live: set[int] = set()
+
+    def resident(self, category: Category, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that live before the step."""
+        for tensor in tensors:
+            key = self._new(tensor, category, "")
+            if key is not None:
+                self.trace.resident.append(key)
+
+    def phase(self, name: str) -> None:
+        """A phase of the step begins."""
+        self._name_gradients()
+        self._phase = name
+
+    def __exit__(self, *exc: Any) -> None:
+        """Stop recording."""
+        super().__exit__(*exc)
+        self._name_gradients()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        old = self._moved_from(args[0], out) if func is _ADD and _issued_by_engine() else None
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                key = self._new(tensor, None, str(func))
+                if key is not None:
+                    if old is None:
+                        self.trace.events.append(Event("alloc", key))
+                    else:
+                        self._live.discard(old)
+                        self.trace.events.append(Event("move", key, old))
+        return out
+
+    def _new(self, tensor: Tensor, category: Category | None, op: str) -> int | None:
+        """Start counting the tensor's storage; its key, or None if it is counted already or empty."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._keys or storage.nbytes() == 0:
+            return None
+        key = len(self.trace.storages)
+        self._keys[address] = key
+        self._live.add(key)
+        self.trace.storages[key] = Storage(
+            nbytes=storage.nbytes(),
+            category=category or self._category(tensor),
+            phase=self._phase,
+            op=op.removeprefix("aten."),
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+        )
+        weakref.finalize(storage, self._freed, key, address).atexit = False
+        return key
+
+    def _freed(self, key: int, address: int) -> None:
+        if self._keys.get(address) == key:
+            del self._keys[address]
+        if key in self._live:
+            self._live.remove(key)
+            self.trace.events.append(Event("free", key))
+
+    def _moved_from(self, old: Tensor, new: Tensor) -> int | None:
+        """The key of the buffer that plain autograd would have added into, or None where it would make a new one."""
+        if (
+            old._is_view()
+            or old.untyped_storage().nbytes() != new.untyped_storage().nbytes()
+            or any(have > limit for have, limit in zip(_holders(old), self._engine_only, strict=True))
+        ):
+            return None
+        key = self._keys.get(old.untyped_storage()._cdata)
+        return key if key in self._live else None
+
+    def _category(self, tensor: Tensor) -> Category:
+        shape, phase = tuple(tensor.shape), self._phase
+        in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+        if in_backward and shape in self._parameter_shapes:
+            return "gradients"
+        if phase.endswith("loss") or phase == "heads backward":
+            # A slab of the vocabulary has neither width, the full logits have V, hidden states and their norms D.
+            rows_of_logits = len(shape) >= 2 and shape[-1] not in (1, self._dim)
+            if shape[-1:] == (self._vocab_size,) or (rows_of_logits and phase != "heads backward"):
+                return "logits"
+        if phase in ("clip", "optimizer"):
+            return "other"
+        if in_backward:
+            return "hidden-state gradients"
+        return "trunk activations" if phase == "trunk forward" else "head activations"
+
+    def _name_gradients(self) -> None:
+        for reference in self._parameters:
+            parameter = reference()
+            if parameter is not None and parameter.grad is not None:
+                key = self._keys.get(parameter.grad.untyped_storage()._cdata)
+                if key is not None:
+                    self.trace.storages[key].category = "gradients"
+
+
+def _issued_by_engine() -> bool:
+    """Whether C++ autograd itself issued the operator: the nearest Python frame is the engine's entry."""
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name in _PLUMBING:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None and frame.f_code.co_name == "_engine_run_backward"
+
+
+def _holders(tensor: Tensor) -> Holders:
+    """How many hold the tensor in C++, its storage in C++, and its Python object."""
+    storage = tensor.untyped_storage()
+    return (
+        tensor._use_count(),  # type: ignore[attr-defined]
+        torch._C._storage_Use_Count(storage._cdata),  # type: ignore[attr-defined]
+        sys.getrefcount(tensor),
+    )
+
+
+def calibrate() -> Holders:
+    """What `_holders` says of a gradient buffer that only the engine holds, on this torch.
+
+    Raises:
+        Missing: this torch does not sum gradients the way the tracker can recognise.
+    """
+    seen: list[Holders] = []
+
+    class Probe(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            if func is _ADD and _issued_by_engine():
+                self.look(args[0])
+            return func(*args, **(kwargs or {}))
+
+        def look(self, old: Tensor, new: None = None) -> None:  # as deep as Tracker._moved_from
+            if not old._is_view():
+                seen.append(_holders(old))
+
+    weight = torch.ones(2, 2, requires_grad=True)
+    with Probe():
+        ((weight * 2).sum() + (weight * 3).sum()).backward()
+    if len(seen) != 1:
+        raise Missing(
+            f"the memory tracker does not know how torch {torch.__version__} sums gradients ({seen}); it was written for"
+            " torch 2.11 to 2.13"
+        )
+    return seen[0]

@@ -1,0 +1,97 @@
+"""One training step for every strategy: the graph is cut once, at the trunk's output.
+
+    z = trunk(tokens);  cut = z.detach().requires_grad_()
+    losses = strategy.backward(cut, heads, targets, weights)      # the only part that differs
+    z.backward(cut.grad);  clip;  optimizer.step()
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtp_mem.data import Batch
+from mtp_mem.errors import BadInput
+from mtp_mem.heads import Phase, no_phase
+from mtp_mem.losses import loss_dtype
+from mtp_mem.model import MTPModel
+from mtp_mem.strategy import Strategy
+
+
+def forward_backward(
+    model: MTPModel,
+    batch: Batch,
+    strategy: Strategy,
+    weights: Sequence[float] | Tensor | None = None,
+    scale: float = 1.0,
+    phase: Phase = no_phase,
+) -> Tensor:
+    """Add the gradient of scale * sum_i weights[i] * L_i to every trainable parameter's `.grad`.
+
+    Args:
+        model: the model.
+        batch: tokens (B, S) and targets (n, B, S).
+        strategy: how the heads' forward and backward passes are ordered.
+        weights: n loss weights; ones by default, the plain sum of Gloeckle et al. 2024, section 2.
+        scale: multiplies the whole loss (gradient accumulation, fp16 loss scaling).
+        phase: told the name of each phase as it begins.
+
+    Returns:
+        The unweighted losses L_i, (n,), detached: fp32, or fp64 for fp64 models.
+    """
+    upstream = _upstream(model, batch, weights, scale)
+    phase("trunk forward")
+    z = model.trunk(batch.tokens)  # (B, S, D)
+    cut = z.detach().requires_grad_(z.requires_grad)
+    losses = strategy.backward(cut, model.heads(batch.tokens, phase), batch.targets, upstream)
+    if z.requires_grad:
+        phase("trunk backward")
+        torch.autograd.backward(z, cut.grad)
+    return losses
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingStep:
+    """Forward, backward, clipping and optimizer step on one batch; call it with a `Phase` to be told where it is."""
+
+    model: MTPModel
+    optimizer: torch.optim.Optimizer
+    batch: Batch
+    strategy: Strategy
+    clip_norm: float = 1.0
+
+    def __call__(self, phase: Phase = no_phase) -> Tensor:
+        """Returns the n losses, detached."""
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = forward_backward(self.model, self.batch, self.strategy, phase=phase)
+        phase("clip")
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm, foreach=True)
+        phase("optimizer")
+        self.optimizer.step()
+        return losses
+
+
+def make_optimizer(model: MTPModel, lr: float = 3e-4) -> torch.optim.AdamW:
+    """AdamW as in the paper (appendix M: betas 0.9 and 0.95, weight decay 0.1), fused: it makes no temporaries.
+
+    `foreach`, the default on CUDA, would allocate a temporary as large as all parameters and could set the peak.
+    """
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+def _upstream(model: MTPModel, batch: Batch, weights: Sequence[float] | Tensor | None, scale: float) -> Tensor:
+    parameter = next(model.parameters())
+    n, dtype = model.config.n_future, loss_dtype(parameter.dtype)
+    if batch.targets.shape != (n, *batch.tokens.shape):
+        raise BadInput(
+            f"targets have shape {tuple(batch.targets.shape)}, expected (n, B, S) = {(n, *batch.tokens.shape)}"
+        )
+    if weights is None:
+        return torch.full((n,), scale, dtype=dtype, device=parameter.device)
+    upstream = torch.as_tensor(weights, dtype=dtype, device=parameter.device)
+    if upstream.shape != (n,):
+        raise BadInput(f"weights have shape {tuple(upstream.shape)}, expected ({n},), one for each head")
+    return upstream * scale
+
+

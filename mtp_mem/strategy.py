@@ -1,0 +1,155 @@
+"""Strategies: the protocol, the table of built-in ones, and how a spec string becomes a strategy.
+
+A spec is `name`, `name:option=value:option=value` or, for a class that is not registered,
+`package.module:Class[:option=value...]`. Options are the fields of the strategy's dataclass.
+"""
+
+import dataclasses
+import importlib
+import typing
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from mtp_mem.errors import BadInput, Missing, unknown
+from mtp_mem.heads import Heads
+
+BUILTIN = {
+    "naive": "mtp_mem.strategies.naive:Naive",
+    "sequential": "mtp_mem.strategies.sequential:Sequential",
+    "chunked_vocab": "mtp_mem.strategies.chunked_vocab:ChunkedVocab",
+    "checkpointed": "mtp_mem.strategies.checkpointed:Checkpointed",
+}
+"""The strategies that ship with the package; their order is the order of every table and chart."""
+
+GROUP = "mtp_mem.strategies"
+"""Entry-point group under which other packages register theirs."""
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """Runs the heads forward and backward above the cut; see `backward`."""
+
+    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
+        """Fill `cut.grad` and the `.grad` of every trainable parameter above the cut.
+
+        The gradient is that of sum_i weights[i] * L_i, L_i the mean cross entropy over head i's valid targets; it is
+        added to whatever `.grad` holds. Parameters that require no gradient keep their `.grad` as it was; so does a
+        cut that requires none. Must not synchronise with the device and must keep no state between steps.
+
+        Args:
+            cut: the trunk's output (B, S, D), a leaf, in the model's dtype.
+            heads: the heads, their norm and unembedding.
+            targets: (n, B, S) int64, IGNORE where there is no target.
+            weights: (n,) in the loss dtype, the upstream scale already in them.
+
+        Returns:
+            The n losses L_i, detached, (n,) in the loss dtype.
+        """
+        ...
+
+
+def available() -> dict[str, str]:
+    """Names of the built-in and registered strategies, each with the `module:Class` it stands for, in table order."""
+    registered = {e.name: e.value for e in _registered().values()}
+    return {**BUILTIN, **registered}
+
+
+def load_strategy(spec: str) -> Strategy:
+    """The strategy a spec string describes.
+
+    Raises:
+        BadInput: unknown strategy or option, or a value of the wrong type; names the valid ones.
+        Missing: the strategy is known but what it needs is not installed.
+    """
+    name, rest = _split(spec)
+    if ":" in name:
+        cls = _load_class(name, name)
+    elif name in BUILTIN:
+        cls = _load_class(BUILTIN[name], name)
+    elif name in (registered := _registered()):
+        cls = _load_class(registered[name].value, name)
+    else:
+        raise unknown("strategy", name, [*available(), "package.module:Class"])
+    options = _options(cls, name, rest)
+    try:
+        strategy = cls(**options)
+    except TypeError as e:
+        raise BadInput(f"strategy {spec!r}: {e}") from None
+    if not isinstance(strategy, Strategy):
+        raise BadInput(f"strategy {name!r}: {cls.__name__} has no method backward(cut, heads, targets, weights)")
+    return strategy
+
+
+def summary(name: str) -> str:
+    """The first line of a strategy's documentation."""
+    doc = type(load_strategy(name)).__doc__ or ""
+    return doc.strip().split("\n")[0]
+
+
+def _split(spec: str) -> tuple[str, list[str]]:
+    parts = spec.strip().split(":")
+    if len(parts) > 1 and "=" not in parts[1]:
+        return ":".join(parts[:2]), parts[2:]
+    return parts[0], parts[1:]
+
+
+def _registered() -> dict[str, EntryPoint]:
+    return {e.name: e for e in entry_points(group=GROUP) if e.name not in BUILTIN}
+
+
+def _load_class(path: str, name: str) -> type[Any]:
+    module, _, attribute = path.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except ModuleNotFoundError as e:
+        if name in BUILTIN and (e.name or "").startswith("mtp_mem.strategies"):
+            raise Missing(
+                "mtp_mem.strategies is not importable: mtp_mem runs from a clone without being installed;"
+                " `pip install -e .` in the clone installs it"
+            ) from None
+        if e.name and not module.startswith(e.name):
+            raise Missing(f"strategy {name!r} needs the package {e.name!r}, which is not installed") from None
+        raise BadInput(f"strategy {name!r}: no module {module!r} (looked in the installed packages and here)") from None
+    except AttributeError:
+        raise BadInput(f"strategy {name!r}: module {module!r} has no {attribute!r}") from None
+    except ImportError as e:
+        raise Missing(f"strategy {name!r}: {e}") from None
+    if not isinstance(found, type):
+        raise BadInput(f"strategy {name!r}: {attribute!r} is no class")
+    return found
+
+
+def _options(cls: type[Any], name: str, items: list[str]) -> dict[str, Any]:
+    valid = {f.name: f for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    hints = typing.get_type_hints(cls)
+    options: dict[str, Any] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if key not in valid:
+            raise unknown("option", key, valid, f"strategy {name!r}")
+        if not equals:
+            raise BadInput(f"strategy {name!r}: option {key!r} needs a value: {name}:{key}=...")
+        options[key] = _parse(hints[key], text, f"strategy {name!r}: {key} = {text!r}")
+    return options
+
+
+def _parse(hint: Any, text: str, where: str) -> Any:
+    if typing.get_origin(hint) is typing.Literal:
+        choices = typing.get_args(hint)
+        if text not in choices:
+            raise unknown("value", text, choices, where)
+        return text
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise BadInput(f"{where}: expected true or false")
+        return text.lower() == "true"
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            raise BadInput(f"{where}: expected {'a whole number' if hint is int else 'a number'}") from None
+    return text

@@ -1,0 +1,32 @@
+"""Sequential heads, and inside each head the vocabulary in slabs: no tensor (N, V) ever exists.
+
+    for head in heads, the last first:
+        for slab of the vocabulary:  update the running maximum and sum of exponentials     # online logsumexp
+        for slab of the vocabulary:  recompute its logits, add its share of d_hidden, write its d_unembedding
+
+Memory above the cut: 2 slabs (N, chunk), two copies of the unembedding's gradient, one head layer's activations.
+FLOPs: 4/3, because the logits are computed twice. It loses to token chunks where the loss weights are known in advance,
+and pays off where the unembedding arrives or leaves slab by slab. The two passes are in mtp_mem/losses.py.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mtp_mem.heads import Heads
+from mtp_mem.losses import VOCAB_CHUNK, named
+from mtp_mem.strategies.sequential import Sequential
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkedVocab:
+    """Sequential, and each head's logits in slabs of the vocabulary, recomputed: one slab alive (4/3 of the FLOPs)"""
+
+    chunk: int = VOCAB_CHUNK
+
+    def __post_init__(self) -> None:
+        named("chunked_vocab", self.chunk)
+
+    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
+        """See `mtp_mem.strategy.Strategy.backward`."""
+        return Sequential(loss="chunked_vocab", chunk=self.chunk).backward(cut, heads, targets, weights)
