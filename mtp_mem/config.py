@@ -4,14 +4,13 @@ Symbols used throughout: B sequences of S tokens (N = B*S), D model width, V voc
 """
 
 import dataclasses
+import tomllib
 import types
 import typing
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-
-import tomllib
 
 from mtp_mem.errors import BadInput, unknown
 
@@ -177,7 +176,7 @@ def load_profile(name: str) -> Profile:
 
 
 def from_table(cls: type[T], table: dict[str, Any], where: str = "") -> T:
-    """Build the dataclass `cls` from a TOML table: unknown and missing keys and wrong types are named with their place."""
+    """Build the dataclass `cls` from a TOML table; unknown or missing keys and wrong types are named ."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {}

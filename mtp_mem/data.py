@@ -119,7 +119,7 @@ def _read(path: Path | None) -> tuple[str, str]:
 
 
 def _trained_bpe(text: str, vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer trained on `text`, from the cache if the same text was trained to the same size before."""
+    """A byte-level BPE tokenizer trained on `text`, cached per text and size."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     digest = hashlib.sha256(f"{tokenizers.__version__}\0{vocab_size}\0{text}".encode()).hexdigest()[:24]

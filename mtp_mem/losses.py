@@ -1,8 +1,8 @@
 """Head losses from hidden states: linear projection and cross entropy, in full and in vocabulary chunks.
 
-Every loss here has one signature: (hidden (B, S, D), unembedding (V, D), targets (B, S)) -> mean cross entropy over the
-valid targets, a 0-dim tensor in fp32 (fp64 for fp64 models). Projections run in the model's dtype (or autocast's), softmax
-and loss in fp32. No valid target: loss 0 and zero gradients. None of them synchronises with the device.
+Every loss here has one signature: (hidden (B, S, D), unembedding (V, D), targets (B, S)) -> mean cross entropy over
+the valid targets, a 0-dim tensor in fp32 (fp64 for fp64 models). Projections run in the model's dtype (or autocast's),
+softmax and loss in fp32. No valid target: loss 0 and zero gradients. None of them synchronises with the device.
 """
 
 from collections.abc import Callable
@@ -62,8 +62,8 @@ def chunked_vocab(hidden: Tensor, unembedding: Tensor, targets: Tensor, *, chunk
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-    loss: Tensor = _ChunkedVocab.apply(hidden.flatten(0, -2).to(dtype), unembedding, targets.flatten(), chunk)
-    return loss
+    rows = hidden.flatten(0, -2).to(dtype)  # (N, D)
+    return _ChunkedVocab.apply(rows, unembedding, targets.flatten(), chunk)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _ChunkedVocab(torch.autograd.Function):
@@ -91,7 +91,7 @@ class _ChunkedVocab(torch.autograd.Function):
         return torch.where(valid, normaliser - target_logit, 0).sum() / count
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc,untyped-decorator]
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, unembedding, targets, normaliser, row_share = ctx.saved_tensors  # type: ignore[attr-defined]
         want_hidden, want_unembedding = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]

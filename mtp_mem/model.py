@@ -84,7 +84,9 @@ class MTPModel(nn.Module):
         """Rotary tables for the positions of `tokens` (B, S), in the dtype of queries and keys."""
         config = self.config
         dtype = torch.bfloat16 if self.dtype == "bf16-mixed" else PARAMETER_DTYPES[self.dtype]
-        return rotation(tokens.shape[1], config.dim // config.n_attention_heads, config.rope_theta, dtype, tokens.device)
+        return rotation(
+            tokens.shape[1], config.dim // config.n_attention_heads, config.rope_theta, dtype, tokens.device
+        )
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which forward passes run: bf16 autocast for "bf16-mixed", else nothing."""
@@ -128,7 +130,8 @@ class Layer(nn.Module):
         """Attention and feed-forward, each on a residual branch."""
         x = x + self.attention(self.attention_norm(x), turn)
         h = self.ffn_norm(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+        x = x + self.down(F.silu(self.gate(h)) * self.up(h))
+        return x
 
     def attention(self, x: Tensor, turn: Rotation) -> Tensor:
         """Causal self-attention with grouped queries and rotary position embeddings."""
@@ -152,7 +155,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
+        return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -170,7 +173,7 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * scale * weight).to(x.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc,untyped-decorator]
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors  # type: ignore[attr-defined]
         normed = x.to(scale.dtype) * scale  # (..., D)

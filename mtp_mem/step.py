@@ -1,8 +1,8 @@
 """One training step for every strategy: the graph is cut once, at the trunk's output.
 
-    z = trunk(tokens);  cut = z.detach().requires_grad_()
-    losses = strategy.backward(cut, heads, targets, weights)      # the only part that differs
-    z.backward(cut.grad);  clip;  optimizer.step()
+z = trunk(tokens);  cut = z.detach().requires_grad_()
+losses = strategy.backward(cut, heads, targets, weights)      # the only part that differs
+z.backward(cut.grad);  clip;  optimizer.step()
 """
 
 from collections.abc import Sequence
@@ -93,5 +93,3 @@ def _upstream(model: MTPModel, batch: Batch, weights: Sequence[float] | Tensor |
     if upstream.shape != (n,):
         raise BadInput(f"weights have shape {tuple(upstream.shape)}, expected ({n},), one for each head")
     return upstream * scale
-
-

@@ -3,7 +3,7 @@
     for head in heads:  losses[head] = loss(head(cut))      # every head's logits stay alive
     backward(sum(weights * losses))
 
-Memory above the cut: (n + 2) tensors (N, V) of the loss dtype with the full loss, plus the activations of n head layers.
+Memory above the cut: (n + 2) tensors (N, V) of the loss dtype with the full loss, and n head layers' activations.
 FLOPs: 1 (three products per head). It loses as soon as V is much larger than D and n is more than one.
 """
 

@@ -1,6 +1,6 @@
 """What an instrument saw: the allocations and frees of one step, in order, and what follows from them.
 
-A trace is data. Peaks, phases and categories are read from it afterwards, so every view of a step agrees with the others.
+A trace is data. Peaks, phases and categories are read from it afterwards, so that all views of a step agree.
 """
 
 from dataclasses import dataclass, field

@@ -39,7 +39,7 @@ class Tracker(TorchDispatchMode):
     """
 
     def __init__(self, vocab_size: int, dim: int, parameters: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self._engine_only = calibrate()
         self._vocab_size, self._dim = vocab_size, dim
@@ -63,7 +63,7 @@ class Tracker(TorchDispatchMode):
 
     def __exit__(self, *exc: Any) -> None:
         """Stop recording."""
-        super().__exit__(*exc)
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
         self._name_gradients()
 
     def __torch_dispatch__(
@@ -160,7 +160,7 @@ def _holders(tensor: Tensor) -> Holders:
     storage = tensor.untyped_storage()
     return (
         tensor._use_count(),  # type: ignore[attr-defined]
-        torch._C._storage_Use_Count(storage._cdata),  # type: ignore[attr-defined]
+        torch._C._storage_Use_Count(storage._cdata),
         sys.getrefcount(tensor),
     )
 
@@ -181,7 +181,7 @@ def calibrate() -> Holders:
                 self.look(args[0])
             return func(*args, **(kwargs or {}))
 
-        def look(self, old: Tensor, new: None = None) -> None:  # as deep as Tracker._moved_from
+        def look(self, old: Tensor) -> None:  # as deep as Tracker._moved_from
             if not old._is_view():
                 seen.append(_holders(old))
 
@@ -190,7 +190,7 @@ def calibrate() -> Holders:
         ((weight * 2).sum() + (weight * 3).sum()).backward()
     if len(seen) != 1:
         raise Missing(
-            f"the memory tracker does not know how torch {torch.__version__} sums gradients ({seen}); it was written for"
-            " torch 2.11 to 2.13"
+            f"the memory tracker does not know how torch {torch.__version__} sums gradients ({seen});"
+            " it was written for torch 2.11 to 2.13"
         )
     return seen[0]

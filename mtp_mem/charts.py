@@ -1,0 +1,155 @@
+"""Charts from records. Every chart is written as PNG and SVG together with the CSV it was drawn from."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from mtp_mem.environment import footer
+from mtp_mem.memory.record import Record
+from mtp_mem.strategy import BUILTIN
+from mtp_mem.units import GiB, KiB, MiB, show_bytes
+
+# Okabe and Ito's colours, dark enough for lines on white; marker and dash repeat the distinction without colour.
+STYLES: tuple[tuple[str, str, Any], ...] = (
+    ("#000000", "o", "-"),
+    ("#0072B2", "s", (0, (5, 1.5))),
+    ("#D55E00", "^", (0, (1.2, 1.2))),
+    ("#009E73", "D", (0, (6, 1.5, 1.2, 1.5))),
+    ("#CC79A7", "v", (0, (3, 1, 1, 1, 1, 1))),
+    ("#8C6D00", "P", (0, (8, 2))),
+)
+RC: Any = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 10,
+    "svg.hashsalt": "mtp_mem",
+    "svg.fonttype": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def memory_vs_n(records: Sequence[Record], out: Path) -> list[Path]:
+    """Peak bytes over the baseline against the number of heads, a line for each strategy.
+
+    Returns:
+        The files written under `out`: memory-vs-n.png, .svg and .csv. None without a finished case.
+    """
+    done = [r for r in records if r.status == "ok" and r.peak_over_baseline_bytes is not None]
+    if not done:
+        return []
+    ns = sorted({r.n for r in records})
+    unit, unit_name = _unit(max(_over(r) for r in done))
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(8, 5), dpi=150, layout="constrained", facecolor="white")
+        axes = figure.add_subplot()
+        ends: list[tuple[float, float, str, str]] = []
+        for strategy, (colour, marker, dash) in styles([r.strategy for r in records]).items():
+            line = sorted((r for r in done if r.strategy == strategy), key=lambda r: r.n)
+            if line:
+                x, y = [r.n for r in line], [_over(r) / unit for r in line]
+                axes.plot(x, y, color=colour, marker=marker, linestyle=dash, linewidth=2, markersize=6, clip_on=False)
+                ends.append((x[-1], y[-1], f"{strategy}  {show_bytes(_over(line[-1]))}", colour))
+            for oom in (r for r in records if r.strategy == strategy and r.status == "oom"):
+                axes.plot(oom.n, 1.0, "x", color=colour, markersize=10, mew=3, transform=axes.get_xaxis_transform())
+                axes.annotate("out of memory", (oom.n, 1.0), xycoords=("data", "axes fraction"), ha="right")
+        axes.set_ylim(0, 1.08 * max(_over(r) for r in done) / unit)
+        axes.set_xlim(min(ns) - 0.03 * (max(ns) - min(ns) + 1), max(ns))
+        axes.set_xticks(ns)
+        axes.set_xlabel("n, number of heads (future tokens predicted)")
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} {unit_name}"))
+        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+        axes.set_axisbelow(True)
+        _label_ends(axes, ends)
+        figure.suptitle(
+            "Memory a training step needs on top of weights, optimizer and batch", x=0.02, ha="left", size=13
+        )
+        axes.set_title(_subtitle(done[0]), loc="left", size=9, color="#444444")
+        exactness = "measured" if done[0].exactness == "measured" else f"live tensor bytes, {done[0].exactness}"
+        figure.supxlabel(f"{exactness} · {footer(done[0].environment)}", x=0.02, ha="left", size=7.5, color="#666666")
+        return _write(figure, out, "memory-vs-n", records)
+
+
+def styles(strategies: Sequence[str]) -> dict[str, tuple[str, str, Any]]:
+    """Colour, marker and dash of each strategy: the built-in ones keep theirs whatever else is drawn."""
+    order = [s for s in BUILTIN if s in strategies] + [s for s in dict.fromkeys(strategies) if s not in BUILTIN]
+    fixed = list(BUILTIN)
+    taken = len(fixed)
+    found = {}
+    for strategy in order:
+        if strategy in BUILTIN:
+            found[strategy] = STYLES[fixed.index(strategy) % len(STYLES)]
+        else:
+            found[strategy] = STYLES[taken % len(STYLES)]
+            taken += 1
+    return found
+
+
+def _over(record: Record) -> int:
+    return record.peak_over_baseline_bytes or 0
+
+
+def _unit(nbytes: int) -> tuple[int, str]:
+    return next(((u, name) for u, name in ((GiB, "GiB"), (MiB, "MiB")) if nbytes >= 2 * u), (KiB, "KiB"))
+
+
+def _subtitle(record: Record) -> str:
+    model, workload = record.model, record.workload
+    layers = (
+        f"{model['n_layers']} layers (trunk + heads)"
+        if model["match_layers"]
+        else f"{model['n_layers']} layers + heads"
+    )
+    return (
+        f"V = {model['vocab_size']:,}, D = {model['dim']:,}, {layers}, batch {workload['batch']} x"
+        f" {workload['sequence']:,} tokens, {workload['dtype']}, {workload['source']}"
+    )
+
+
+def _label_ends(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
+    """Name each line at its right end, moved apart where two lines end close together."""
+    gap = axes.get_ylim()[1] * 0.052
+    placed: list[float] = []
+    for x, y, text, colour in sorted(ends, key=lambda end: end[1]):
+        at = max(y, placed[-1] + gap) if placed else max(y, gap / 2)
+        placed.append(at)
+        axes.annotate(
+            text,
+            (x, y),
+            xytext=(1.02, at),
+            textcoords=("axes fraction", "data"),
+            color=colour,
+            va="center",
+            size=9.5,
+            annotation_clip=False,
+        )
+
+
+def _write(figure: Figure, out: Path, name: str, records: Sequence[Record]) -> list[Path]:
+    """Each file is complete or absent: written under another name first."""
+    table = io.StringIO(newline="")
+    columns = (
+        *("n", "strategy", "status", "baseline_bytes", "peak_requested_bytes", "peak_over_baseline_bytes"),
+        *("peak_allocated_bytes", "peak_reserved_bytes", "peak_phase", "step_ms", "tokens_per_s", "gradient"),
+    )
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(columns)
+    rows.writerows([getattr(record, column) for column in columns] for record in records)
+    written = []
+    for suffix in ("png", "svg", "csv"):
+        path = out / f"{name}.{suffix}"
+        partial = path.with_name(f".{path.name}.tmp")
+        if suffix == "csv":
+            partial.write_text(table.getvalue(), encoding="utf-8")
+        else:
+            metadata = {"Date": None} if suffix == "svg" else {"Software": None}
+            figure.savefig(partial, format=suffix, metadata=metadata)
+        partial.replace(path)
+        written.append(path)
+    return written

@@ -1,0 +1,234 @@
+"""The command line: compare, list, env.
+
+Results go to stdout, progress and notes to stderr. Exit codes: 0 ok; 1 a check failed; 2 usage or bad input;
+3 something needed is missing; 130 interrupted.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mtp_mem import __version__
+from mtp_mem.errors import MtpMemError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # so that `--strategy my_module:Class` finds what lies here, as `python -m` does
+    args = _parser().parse_args(argv)
+    # Deprecation notes of the libraries we call are for us, not for the user in front of a table.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
+    try:
+        code: int = args.run(args)
+        return code
+    except MtpMemError as e:
+        _note(f"mtp-mem: {e}")
+        return e.exit_code
+    except BrokenPipeError:  # the reader of stdout has gone, `| head` say; nothing is wrong here
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    """`mtp-mem compare`: run the profile's cases that are still missing, then show them all."""
+    from mtp_mem import advice, charts, sweep, tables  # torch takes seconds to import: only for commands that need it
+    from mtp_mem.config import load_profile
+    from mtp_mem.data import load_corpus
+    from mtp_mem.memory.record import ResultsFile
+    from mtp_mem.strategy import load_strategy
+
+    profile = load_profile(args.profile)
+    changes = {key: value for key in ("n", "rounds") if (value := getattr(args, key)) is not None}
+    specs = tuple(args.strategies or profile.sweep.strategies) + tuple(args.strategy or ())
+    changes["strategies"] = tuple(dict.fromkeys(specs))
+    workload = dataclasses.replace(profile.workload, dtype=args.dtype) if args.dtype else profile.workload
+    profile = dataclasses.replace(profile, sweep=dataclasses.replace(profile.sweep, **changes), workload=workload)
+    for spec in profile.sweep.strategies:
+        load_strategy(spec)
+    device = sweep.resolve_device(args.device)
+    corpus = load_corpus(workload, profile.model.vocab_size, args.text)
+    if corpus.note:
+        _note(f"note: {corpus.note}")
+    out = args.out or Path("results") / profile.name
+    results = ResultsFile(out, fresh=args.fresh)
+
+    wanted = sweep.cases(profile, corpus, device)
+    found = {record.case: record for record in results.read()}
+    for line in results.notes:
+        _note(f"note: {line}")
+    todo = [case for case in wanted if case.fingerprint not in found or found[case.fingerprint].status == "error"]
+    if len(todo) < len(wanted):
+        _note(
+            f"{len(wanted) - len(todo)} of {len(wanted)} cases are in {results.path} already (--fresh runs them again)"
+        )
+    try:
+        with _progress(sweep.units(todo, profile.sweep.rounds)) as progress:
+            for record in sweep.run(profile, corpus, device, todo, progress):
+                results.append(record)
+                found[record.case] = record
+    except KeyboardInterrupt:
+        finished = sum(case.fingerprint in found for case in wanted)
+        _note(f"stopped: {finished} of {len(wanted)} cases are in {results.path}; the same command runs the others")
+        return 130
+    records = [found[case.fingerprint] for case in wanted]
+    files = charts.memory_vs_n(records, out)
+    sentence = advice.advise(records)
+    if args.json:
+        document = {
+            "schema": records[0].schema,
+            "records": [record.to_json() for record in records],
+            "advice": sentence,
+            "files": [str(path) for path in (results.path, *files)],
+        }
+        print(json.dumps(document, indent=1))
+    else:
+        console = _console()
+        console.print(tables.comparison(records, console))
+        for record in records:
+            if record.error:
+                console.print(f"n={record.n} {record.strategy}: {record.status}: {record.error}", markup=False)
+        console.print(f"\nrecords {results.path}, chart {out / 'memory-vs-n.png'} (.svg, .csv)", markup=False)
+        console.print(sentence, markup=False)
+    failed = any(record.status == "error" or record.gradient == "differs" for record in records)
+    return 1 if failed else 0
+
+
+def list_(args: argparse.Namespace) -> int:
+    """`mtp-mem list`: strategies and profiles, a line each."""
+    from mtp_mem.config import builtin_profiles, load_profile
+    from mtp_mem.strategy import available, summary
+
+    strategies: dict[str, str] = {}
+    for name in available():
+        try:
+            strategies[name] = summary(name)
+        except MtpMemError as e:
+            strategies[name] = f"not available: {e}"
+    profiles = {name: load_profile(name).description for name in builtin_profiles()}
+    if args.json:
+        print(json.dumps({"strategies": strategies, "profiles": profiles}, indent=1))
+        return 0
+    for title, entries in (("Strategies", strategies), ("Profiles", profiles)):
+        print(title)
+        width = max(map(len, entries), default=0)
+        for name, line in entries.items():
+            print(f"  {name:{width}}  {line}")
+    return 0
+
+
+def env(args: argparse.Namespace) -> int:
+    """`mtp-mem env`: the machine, as every record describes it."""
+    import torch
+
+    from mtp_mem.environment import environment
+
+    found = environment("cuda" if torch.cuda.is_available() else "cpu")
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        for key, value in found.items():
+            print(f"{key:18} {value}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mtp-mem", description="Profile and verify head-backward strategies for multi-token prediction."
+    )
+    parser.add_argument("--version", action="version", version=f"mtp-mem {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], help_: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_, description=help_)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        return sub
+
+    sub = command("compare", compare, "bytes, time and gradients of strategies against the number of heads")
+    sub.add_argument(
+        "--profile", default="quick", help="a shipped profile (mtp-mem list) or a TOML file; default quick"
+    )
+    sub.add_argument(
+        "--strategies", type=_names, metavar="A,B", help="instead of the profile's: name[:option=value...]"
+    )
+    sub.add_argument("--strategy", action="append", metavar="SPEC", help="one more: a name or package.module:Class")
+    sub.add_argument("--n", type=_numbers, metavar="1,2,4", help="numbers of heads, instead of the profile's")
+    sub.add_argument("--rounds", type=int, help="timed steps per case, instead of the profile's")
+    sub.add_argument("--dtype", help="fp64, fp32, bf16 or bf16-mixed, instead of the profile's")
+    sub.add_argument(
+        "--text", type=Path, metavar="FILE", help="a UTF-8 text to train on; default: CPython's help topics"
+    )
+    sub.add_argument(
+        "--device", default="auto", type=_device, help="cpu, cuda or cuda:N; default: CUDA where there is any"
+    )
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where results go; default results/PROFILE")
+    sub.add_argument("--fresh", action="store_true", help="forget the results in --out and start over")
+    command("list", list_, "strategies and profiles, a line each")
+    command("env", env, "the machine, as every record describes it")
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers like 1,2,4,8") from None
+
+
+def _device(text: str) -> str:
+    kind, _, index = text.partition(":")
+    if (kind, index) not in (("auto", ""), ("cpu", ""), ("cuda", "")) and not (kind == "cuda" and index.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected auto, cpu, cuda or cuda:N")
+    return text
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _console() -> Console:
+    """Stdout as wide as the terminal; a pipe gets what fits 120 columns, or COLUMNS."""
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        return Console(highlight=False, soft_wrap=False)
+    return Console(highlight=False, width=120)
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr for a person, nothing in a pipe. A termination signal ends the block as Ctrl-C does."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+            task = bar.add_task("", total=total)
+            begun = 0
+
+            def begin(what: str) -> None:
+                nonlocal begun
+                bar.update(task, description=what, completed=begun)
+                begun += 1
+
+            yield begin
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,85 @@
+"""Records as a table for a terminal; columns that do not fit are left out, the least important first."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from mtp_mem.advice import peak_bytes
+from mtp_mem.memory.record import Record
+from mtp_mem.units import show_bytes
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its title, how a record and naive's record at the same n fill it, and how soon it is dropped."""
+
+    title: str
+    cell: Callable[[Record, Record | None], str]
+    rank: int  # the higher, the sooner it is dropped
+    left: bool = False
+
+
+def _bytes(nbytes: int | None) -> str:
+    return "-" if nbytes is None else show_bytes(nbytes)
+
+
+def _ratio(mine: float | None, naive: float | None) -> str:
+    return "-" if mine is None or not naive else f"{mine / naive:.2f}x"
+
+
+def _gradients(record: Record) -> str:
+    if record.status != "ok":
+        return record.status
+    if record.gradient == "bit-identical" or record.gradient_error is None:
+        return record.gradient
+    return f"{record.gradient} {record.gradient_error:.0e}"
+
+
+COLUMNS = (
+    Column("n", lambda r, _: str(r.n), 0),
+    Column("strategy", lambda r, _: r.strategy, 0, left=True),
+    Column("baseline", lambda r, _: _bytes(r.baseline_bytes), 6),
+    Column("peak", lambda r, _: _bytes(peak_bytes(r)), 2),
+    Column("reserved", lambda r, _: _bytes(r.peak_reserved_bytes), 7),
+    Column("driver", lambda r, _: _bytes(r.nvml_process_bytes), 8),
+    Column("over base", lambda r, _: _bytes(r.peak_over_baseline_bytes), 0),
+    Column("/naive", lambda r, b: _ratio(r.peak_over_baseline_bytes, b.peak_over_baseline_bytes if b else None), 1),
+    Column("peak in", lambda r, _: r.peak_phase or "-", 3, left=True),
+    Column("RSS", lambda r, _: _bytes(r.host_rss_bytes), 9),
+    Column("tokens/s", lambda r, _: "-" if r.tokens_per_s is None else f"{r.tokens_per_s:,.0f}", 4),
+    Column("step ms", lambda r, _: "-" if r.step_ms is None else f"{r.step_ms:.0f}", 2),
+    Column(
+        "20-80 %",
+        lambda r, _: "-" if r.step_ms_p20 is None else f"{r.step_ms_p20:.0f}-{r.step_ms_p80:.0f}",
+        5,
+    ),
+    Column("/naive ", lambda r, b: _ratio(r.step_ms, b.step_ms if b else None), 1),
+    Column("gradients", lambda r, _: _gradients(r), 0, left=True),
+)
+
+
+def comparison(records: Sequence[Record], console: Console) -> Table:
+    """One row a record, n by n, in as many columns as the console is wide enough for."""
+    shown = [c for c in COLUMNS if any(c.cell(r, None) != "-" for r in records) or "/naive" in c.title]
+    while True:
+        table = _table(shown, records)
+        unbounded = console.options.update(max_width=10_000)
+        if Measurement.get(console, unbounded, table).maximum <= console.width or len(shown) <= 3:
+            return table
+        shown.remove(max(shown, key=lambda c: c.rank))
+
+
+def _table(columns: Sequence[Column], records: Sequence[Record]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column.title, justify="left" if column.left else "right", no_wrap=True)
+    naive = {r.n: r for r in records if r.strategy == "naive"}
+    for i, record in enumerate(records):
+        last_of_n = i + 1 < len(records) and records[i + 1].n != record.n
+        table.add_row(*(c.cell(record, naive.get(record.n)) for c in columns), end_section=last_of_n)
+        if last_of_n:
+            table.add_row()
+    return table

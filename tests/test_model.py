@@ -1,0 +1,69 @@
+"""The model is what the paper describes: parameter-matched heads, causal, one shared unembedding."""
+
+import pytest
+import torch
+from small import build, tiny
+
+from mtp_mem.errors import BadInput
+from mtp_mem.model import RMSNorm, rotate, rotation
+
+
+def test_n_moves_layers_and_keeps_the_parameters() -> None:
+    counts = {n: sum(p.numel() for p in build(tiny(n_future=n))[0].parameters()) for n in (1, 2, 4, 8)}
+    assert len(set(counts.values())) == 1
+    added = sum(p.numel() for p in build(tiny(n_future=4, match_layers=False))[0].parameters())
+    assert added > counts[4]
+
+
+def test_tied_unembedding_is_the_embedding() -> None:
+    model, _ = build(tiny(unembedding="tied"))
+    assert model.unembedding.weight is model.embedding.weight
+    assert "unembedding" not in model.groups()
+
+
+def test_groups_partition_the_parameters() -> None:
+    model, _ = build(tiny(n_future=2))
+    groups = model.groups()
+    assert list(groups) == ["embedding", "trunk", "head 1", "head 2", "norm", "unembedding"]
+    assert [p for g in groups.values() for p in g] == list(dict.fromkeys(p for g in groups.values() for p in g))
+    assert {id(p) for g in groups.values() for p in g} == {id(p) for p in model.parameters()}
+
+
+def test_causal() -> None:
+    model, batch = build(tiny(n_future=2), "fp64")
+    changed = batch.tokens.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 517
+    before, after = model(batch.tokens), model(changed)
+    assert torch.equal(before[:, :, :-1], after[:, :, :-1])
+    assert not torch.equal(before[:, :, -1], after[:, :, -1])
+
+
+def test_rotation_depends_on_the_distance_only() -> None:
+    cos, sin = rotation(16, 8, 10_000.0, torch.float64, torch.device("cpu"))
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+    score = rotate(q.expand(1, 1, 16, 8), cos, sin)[0, 0] @ rotate(k.expand(1, 1, 16, 8), cos, sin)[0, 0].T
+    torch.testing.assert_close(score[5, 2], score[12, 9])
+    assert not torch.isclose(score[5, 2], score[5, 3])
+
+
+def test_rms_norm_gradients() -> None:
+    norm = RMSNorm(tiny(), {"device": torch.device("cpu"), "dtype": torch.float64})
+    torch.nn.init.normal_(norm.weight)
+    assert torch.autograd.gradcheck(norm, (torch.randn(2, 3, 64, dtype=torch.float64, requires_grad=True),))
+    x = torch.randn(5, 64, dtype=torch.float64)
+    torch.testing.assert_close(norm(x), torch.nn.functional.rms_norm(x, (64,), norm.weight, norm.eps))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"n_future": 10}, "valid: n from 1 to 9"),
+        ({"dim": 66}, "n_attention_heads = 4"),
+        ({"n_kv_heads": 3}, "n_kv_heads = 3 must divide"),
+        ({"vocab_size": 0}, "model.vocab_size = 0: must be at least 1"),
+        ({"head": "parallell"}, "did you mean 'parallel'?"),
+    ],
+)
+def test_shapes_that_cannot_be_built(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(BadInput, match=words.replace("?", r"\?")):
+        tiny(**changes)

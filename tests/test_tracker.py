@@ -1,0 +1,150 @@
+"""The tracked bytes are the bytes: equal, without any tolerance, to the CPU allocator's own events."""
+
+import gc
+import os
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler quiet
+
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from small import build, gradients, plain_joint, tiny
+from torch.profiler import ProfilerActivity, profile
+
+from mtp_mem import TrainingStep, load_strategy, make_optimizer
+from mtp_mem.memory.cpu import track
+from mtp_mem.memory.trace import Trace
+from mtp_mem.memory.tracker import Tracker, calibrate
+from mtp_mem.step import forward_backward
+
+
+def allocator_peak(run: Callable[[], object]) -> int:
+    """Highest running sum of the CPU allocator's events while `run` runs, without any dispatch mode."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        run()
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def tracked(run: Callable[[Tracker], object], parameters: list[torch.Tensor]) -> Trace:
+    tracker = Tracker(517, 64, parameters)
+    tracker.resident("parameters", parameters)
+    with tracker:
+        run(tracker)
+    return tracker.trace
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("n", [1, 3, 4])
+@pytest.mark.parametrize("spec", ["naive", "sequential", "chunked_vocab:chunk=1000", "checkpointed"])
+def test_equals_the_allocator(spec: str, n: int, dtype: str) -> None:
+    model, batch = build(tiny(vocab_size=4099, n_layers=5, n_future=n), dtype, sequence=64)
+    step = TrainingStep(model, make_optimizer(model), batch, load_strategy(spec))
+    step()
+    step.optimizer.zero_grad()
+    over_baseline = allocator_peak(step)
+    trace = track(step)
+    peak = trace.peak()
+    assert peak.nbytes - trace.baseline == over_baseline
+    assert sum(peak.by_category.values()) == peak.nbytes
+    assert max(trace.phase_peaks().values()) == peak.nbytes
+    state = sum(v.nbytes for s in step.optimizer.state.values() for v in s.values())
+    assert trace.baseline == sum(t.nbytes for t in [*model.parameters(), batch.tokens, batch.targets]) + state
+
+
+@pytest.mark.parametrize("trunk_layers", [1, 8])
+def test_the_cut_costs_no_byte_of_the_peak(trunk_layers: int) -> None:
+    # Once with the logits on top and once with the trunk's activations (V small).
+    model, batch = build(tiny(vocab_size=4099 if trunk_layers == 1 else 67, n_layers=trunk_layers + 2, n_future=2))
+    parameters = list(model.parameters())
+    plain = tracked(lambda tracker: plain_joint(model, batch, tracker.phase), parameters)
+    model.zero_grad(set_to_none=True)
+    cut = tracked(
+        lambda tracker: forward_backward(model, batch, load_strategy("naive"), phase=tracker.phase), parameters
+    )
+    assert cut.peak().nbytes == plain.peak().nbytes
+
+
+def test_naive_grows_by_its_logits_and_sequential_does_not() -> None:
+    logits = 2 * 512 * 2053 * 4  # bytes of one head's, fp32; N = 16 D, so gradients are small beside them
+
+    def over(spec: str, n: int) -> tuple[int, int]:
+        model, batch = build(tiny(vocab_size=2053, n_future=n), sequence=512)
+        step = TrainingStep(model, make_optimizer(model), batch, load_strategy(spec))
+        step()
+        trace = track(step)
+        peak = trace.peak()
+        return peak.nbytes - trace.baseline, peak.by_category["logits"]
+
+    for low, high in ((1, 2), (2, 4), (4, 8)):
+        assert over("naive", high)[0] - over("naive", low)[0] >= (high - low) * logits
+        for spec in ("sequential", "chunked_vocab", "checkpointed"):
+            assert over(spec, high)[0] - over(spec, low)[0] < (high - low) * logits / 10
+            assert over(spec, high)[1] == over(spec, low)[1]
+
+
+def test_a_sum_that_autograd_makes_in_place_is_no_new_buffer() -> None:
+    # Three elementwise gradients meet at `weight`: plain autograd holds the running sum and one more, never three.
+    def run() -> None:
+        weight = torch.ones(1000, requires_grad=True)
+        sum((weight * c).sum() for c in (2.0, 3.0, 4.0)).backward()  # type: ignore[union-attr]
+
+    run()
+    expected = allocator_peak(run)
+    tracker = Tracker(517, 64, [])
+    with tracker:
+        run()
+    assert any(event.kind == "move" for event in tracker.trace.events)
+    assert abs(tracker.trace.peak().nbytes - expected) <= 16  # scalars: `sum` takes a few bytes inside the kernel
+
+
+def test_a_gradient_that_somebody_else_holds_is_not_moved() -> None:
+    held = []
+    weight = torch.ones(1000, requires_grad=True)
+    doubled = weight * 1.0
+    doubled.register_hook(held.append)
+    tracker = Tracker(517, 64, [])
+    with tracker:
+        first = doubled * 2
+        first.register_hook(held.append)
+        (first.sum() + (doubled * 3).sum()).backward()
+    assert len(held) == 2
+
+
+def test_holds_nothing_and_changes_no_gradient() -> None:
+    model, batch = build(tiny(n_future=2), "fp64")
+    strategy = load_strategy("sequential")
+    expected = gradients(model, lambda: forward_backward(model, batch, strategy))
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def run(tracker: Tracker) -> None:
+        losses = forward_backward(model, batch, strategy, phase=tracker.phase)
+        seen.append(weakref.ref(losses))
+
+    found = gradients(model, lambda: tracked(run, list(model.parameters())))
+    assert seen[0]() is None
+    assert all(torch.equal(found[name], expected[name]) for name in expected)  # type: ignore[arg-type]
+
+
+def test_calibration_finds_the_engine_only_buffer() -> None:
+    assert calibrate() == calibrate()
+    assert all(count > 0 for count in calibrate())
+
+
+def test_phases_come_in_the_order_of_the_step() -> None:
+    model, batch = build(tiny(n_future=2))
+    step = TrainingStep(model, make_optimizer(model), batch, load_strategy("sequential"))
+    step()
+    assert list(track(step).phase_peaks()) == [
+        "trunk forward",
+        *("head 2 forward", "head 2 loss", "head 2 backward"),
+        *("head 1 forward", "head 1 loss", "head 1 backward"),
+        *("trunk backward", "clip"),
+    ]
