@@ -40,8 +40,8 @@ def forward_backward(
     Returns:
         The unweighted losses L_i, (n,), detached: fp32, or fp64 for fp64 models.
     """
-    upstream = _upstream(model, batch, weights, scale)
     phase("trunk forward")
+    upstream = _upstream(model, batch, weights, scale)
     z = model.trunk(batch.tokens)  # (B, S, D)
     cut = z.detach().requires_grad_(z.requires_grad)
     losses = strategy.backward(cut, model.heads(batch.tokens, phase), batch.targets, upstream)

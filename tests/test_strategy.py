@@ -1,0 +1,64 @@
+"""Spec strings: built-in names, options, registered strategies, classes by path, and clear errors."""
+
+import re
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from mtp_mem import load_strategy, strategy
+from mtp_mem.errors import BadInput, Missing
+from mtp_mem.strategies.chunked_vocab import ChunkedVocab
+from mtp_mem.strategies.naive import Naive
+
+
+def test_specs() -> None:
+    assert load_strategy("naive") == Naive()
+    assert load_strategy("chunked_vocab:chunk=7") == ChunkedVocab(chunk=7)
+    assert load_strategy("naive:loss=chunked_vocab:chunk=9") == Naive(loss="chunked_vocab", chunk=9)
+    assert load_strategy("mtp_mem.strategies.chunked_vocab:ChunkedVocab:chunk=3") == ChunkedVocab(chunk=3)
+
+
+def test_every_builtin_has_one_line_of_documentation() -> None:
+    for name in strategy.BUILTIN:
+        assert 20 < len(strategy.summary(name)) < 130
+
+
+def test_registered_strategies_come_after_the_builtin_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = EntryPoint("theirs", "mtp_mem.strategies.naive:Naive", strategy.GROUP)
+    monkeypatch.setattr(strategy, "entry_points", lambda group: [entry])
+    assert list(strategy.available()) == [*strategy.BUILTIN, "theirs"]
+    assert load_strategy("theirs:chunk=5") == Naive(chunk=5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("sequental", "unknown strategy 'sequental'; did you mean 'sequential'? Valid: naive, sequential"),
+        ("chunked_vocab:chunks=3", "strategy 'chunked_vocab': unknown option 'chunks'; did you mean 'chunk'?"),
+        ("chunked_vocab:chunk=x", "chunk = 'x': expected a whole number"),
+        ("chunked_vocab:chunk=0", "chunk = 0: expected a whole number of at least 1"),
+        ("naive:loss=ful", "unknown value 'ful'; did you mean 'full'? Valid: full, chunked_vocab"),
+        ("no_such_module:Class", "no module 'no_such_module'"),
+        ("mtp_mem.step:Nothing", "module 'mtp_mem.step' has no 'Nothing'"),
+        ("mtp_mem.step:TrainingStep", "missing"),
+        ("mtp_mem.config:Sweep", "has no method backward"),
+        ("mtp_mem.step:forward_backward", "is no class"),
+        ("", "unknown strategy ''"),
+    ],
+)
+def test_mistakes_are_named(spec: str, words: str) -> None:
+    with pytest.raises(BadInput, match=re.escape(words)):
+        load_strategy(spec)
+
+
+def test_a_strategy_whose_package_is_missing(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needy.py").write_text("import not_installed_here\nclass Needy: pass\n")  # type: ignore[operator]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(Missing, match="needs the package 'not_installed_here'"):
+        load_strategy("needy:Needy")
+
+
+def test_the_package_has_one_name(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
+    monkeypatch.syspath_prepend(str(pytestconfig.rootpath))
+    with pytest.raises(ImportError, match=r"import this package as mtp_mem\.strategies"):
+        __import__("strategies")
