@@ -25,7 +25,7 @@ def test_every_builtin_has_one_line_of_documentation() -> None:
 
 def test_registered_strategies_come_after_the_builtin_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint("theirs", "mtp_mem.strategies.naive:Naive", strategy.GROUP)
-    monkeypatch.setattr(strategy, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(strategy, "entry_points", lambda **_: [entry])
     assert list(strategy.available()) == [*strategy.BUILTIN, "theirs"]
     assert load_strategy("theirs:chunk=5") == Naive(chunk=5)
 

@@ -186,7 +186,7 @@ def calibrate() -> Holders:
                 seen.append(_holders(old))
 
     weight = torch.ones(2, 2, requires_grad=True)
-    with Probe():
+    with Probe():  # type: ignore[no-untyped-call]
         ((weight * 2).sum() + (weight * 3).sum()).backward()
     if len(seen) != 1:
         raise Missing(
