@@ -144,7 +144,15 @@ def test_an_interrupted_run_continues(work: Path, how: signal.Signals) -> None:
         "--out",
         out.name,
     ]
-    process = subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=work,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # A test run in the background ignores SIGINT, and a child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
     deadline = time.monotonic() + 120
     while not (out / "results.jsonl").exists() or (out / "results.jsonl").read_text().count("\n") < 4:
         assert process.poll() is None
