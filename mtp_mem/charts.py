@@ -10,6 +10,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from mtp_mem.advice import peak_bytes
+from mtp_mem.config import GPU
 from mtp_mem.environment import footer
 from mtp_mem.memory.record import Record
 from mtp_mem.strategy import BUILTIN
@@ -34,8 +36,13 @@ RC: Any = {
 }
 
 
-def memory_vs_n(records: Sequence[Record], out: Path) -> list[Path]:
-    """Peak bytes over the baseline against the number of heads, a line for each strategy.
+def memory_vs_n(records: Sequence[Record], out: Path, gpu: GPU | None = None) -> list[Path]:
+    """Peak bytes against the number of heads, a line for each strategy.
+
+    Args:
+        records: of one profile.
+        out: folder for the files.
+        gpu: draw the whole peak below the line of what this GPU holds, instead of the peak over the baseline.
 
     Returns:
         The files written under `out`: memory-vs-n.png, .svg and .csv. None without a finished case.
@@ -44,7 +51,9 @@ def memory_vs_n(records: Sequence[Record], out: Path) -> list[Path]:
     if not done:
         return []
     ns = sorted({r.n for r in records})
-    unit, unit_name = _unit(max(_over(r) for r in done))
+    height = {r.case: (peak_bytes(r) or 0) if gpu else (r.peak_over_baseline_bytes or 0) for r in done}
+    top = max(*height.values(), gpu.total_bytes if gpu else 0)
+    unit, unit_name = _unit(top)
     with mpl.rc_context(RC):
         figure = Figure(figsize=(8, 5), dpi=150, layout="constrained", facecolor="white")
         axes = figure.add_subplot()
@@ -52,13 +61,19 @@ def memory_vs_n(records: Sequence[Record], out: Path) -> list[Path]:
         for strategy, (colour, marker, dash) in styles([r.strategy for r in records]).items():
             line = sorted((r for r in done if r.strategy == strategy), key=lambda r: r.n)
             if line:
-                x, y = [r.n for r in line], [_over(r) / unit for r in line]
+                x, y = [r.n for r in line], [height[r.case] / unit for r in line]
                 axes.plot(x, y, color=colour, marker=marker, linestyle=dash, linewidth=2, markersize=6, clip_on=False)
-                ends.append((x[-1], y[-1], f"{strategy}  {show_bytes(_over(line[-1]))}", colour))
+                ends.append((x[-1], y[-1], f"{strategy}  {show_bytes(height[line[-1].case])}", colour))
             for oom in (r for r in records if r.strategy == strategy and r.status == "oom"):
                 axes.plot(oom.n, 1.0, "x", color=colour, markersize=10, mew=3, transform=axes.get_xaxis_transform())
                 axes.annotate("out of memory", (oom.n, 1.0), xycoords=("data", "axes fraction"), ha="right")
-        axes.set_ylim(0, 1.08 * max(_over(r) for r in done) / unit)
+        axes.set_ylim(0, 1.08 * top / unit)
+        if gpu:
+            axes.axhline(gpu.total_bytes / unit, color="#666666", linewidth=1.2)
+            capacity = f"{gpu.name}: {show_bytes(gpu.total_bytes)}"
+            axes.annotate(
+                capacity, (min(ns), gpu.total_bytes / unit), xytext=(0, 4), textcoords="offset points", size=9
+            )
         axes.set_xlim(min(ns) - 0.03 * (max(ns) - min(ns) + 1), max(ns))
         axes.set_xticks(ns)
         axes.set_xlabel("n, number of heads (future tokens predicted)")
@@ -67,11 +82,12 @@ def memory_vs_n(records: Sequence[Record], out: Path) -> list[Path]:
         axes.grid(axis="y", color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)
         _label_ends(axes, ends)
-        figure.suptitle(
-            "Memory a training step needs on top of weights, optimizer and batch", x=0.02, ha="left", size=13
-        )
+        what = "all of it" if gpu else "on top of weights, optimizer and batch"
+        title = f"{'Predicted memory' if gpu else 'Memory'} of a training step, {what}"
+        figure.suptitle(title, x=0.02, ha="left", size=13)
         axes.set_title(_subtitle(done[0]), loc="left", size=9, color="#444444")
-        exactness = "measured" if done[0].exactness == "measured" else f"live tensor bytes, {done[0].exactness}"
+        how = {"measured": "measured", "tracked": "live tensor bytes, tracked", "predicted": "predicted, not measured"}
+        exactness = how[done[0].exactness]
         figure.supxlabel(f"{exactness} · {footer(done[0].environment)}", x=0.02, ha="left", size=7.5, color="#666666")
         return _write(figure, out, "memory-vs-n", records)
 
@@ -89,10 +105,6 @@ def styles(strategies: Sequence[str]) -> dict[str, tuple[str, str, Any]]:
             found[strategy] = STYLES[taken % len(STYLES)]
             taken += 1
     return found
-
-
-def _over(record: Record) -> int:
-    return record.peak_over_baseline_bytes or 0
 
 
 def _unit(nbytes: int) -> tuple[int, str]:

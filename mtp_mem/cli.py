@@ -1,4 +1,4 @@
-"""The command line: compare, list, env.
+"""The command line: compare, predict, list, env.
 
 Results go to stdout, progress and notes to stderr. Exit codes: 0 ok; 1 a check failed; 2 usage or bad input;
 3 something needed is missing; 130 interrupted.
@@ -14,13 +14,16 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mtp_mem import __version__
 from mtp_mem.errors import MtpMemError
+
+if TYPE_CHECKING:
+    from mtp_mem.config import Profile
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,21 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(args: argparse.Namespace) -> int:
     """`mtp-mem compare`: run the profile's cases that are still missing, then show them all."""
     from mtp_mem import advice, charts, sweep, tables  # torch takes seconds to import: only for commands that need it
-    from mtp_mem.config import load_profile
     from mtp_mem.data import load_corpus
     from mtp_mem.memory.record import ResultsFile
-    from mtp_mem.strategy import load_strategy
 
-    profile = load_profile(args.profile)
-    changes = {key: value for key in ("n", "rounds") if (value := getattr(args, key)) is not None}
-    specs = tuple(args.strategies or profile.sweep.strategies) + tuple(args.strategy or ())
-    changes["strategies"] = tuple(dict.fromkeys(specs))
-    workload = dataclasses.replace(profile.workload, dtype=args.dtype) if args.dtype else profile.workload
-    profile = dataclasses.replace(profile, sweep=dataclasses.replace(profile.sweep, **changes), workload=workload)
-    for spec in profile.sweep.strategies:
-        load_strategy(spec)
+    profile = _profile(args)
     device = sweep.resolve_device(args.device)
-    corpus = load_corpus(workload, profile.model.vocab_size, args.text)
+    corpus = load_corpus(profile.workload, profile.model.vocab_size, args.text)
     if corpus.note:
         _note(f"note: {corpus.note}")
     out = args.out or Path("results") / profile.name
@@ -105,9 +99,45 @@ def compare(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def predict(args: argparse.Namespace) -> int:
+    """`mtp-mem predict`: the profile's peaks on a GPU that need not be here."""
+    from mtp_mem import charts, sweep, tables
+    from mtp_mem.config import load_gpu
+    from mtp_mem.memory.record import ResultsFile
+    from mtp_mem.units import show_bytes
+
+    profile, gpu = _profile(args), load_gpu(args.gpu)
+    out = args.out or Path("results") / f"predict-{profile.name}-{args.gpu.lower()}"
+    sweep.check_predictable(profile)
+    results = ResultsFile(out, fresh=True)
+    records = []
+    with _progress(len(profile.sweep.n) * len(profile.sweep.strategies)) as progress:
+        for record in sweep.predict(profile, gpu, progress):
+            results.append(record)
+            records.append(record)
+    files = charts.memory_vs_n(records, out, gpu)
+    if args.json:
+        paths = [str(path) for path in (results.path, *files)]
+        document = {"schema": records[0].schema, "records": [r.to_json() for r in records], "files": paths}
+        print(json.dumps(document, indent=1))
+    else:
+        console = _console()
+        console.print(tables.prediction(records, console, gpu))
+        for record in records:
+            if record.error:
+                console.print(f"n={record.n} {record.strategy}: {record.error}", markup=False)
+        console.print(f"\nrecords {results.path}, chart {out / 'memory-vs-n.png'} (.svg, .csv)", markup=False)
+        console.print(
+            f"Predicted for {gpu.name} ({show_bytes(gpu.total_bytes)}), not measured on one; CUDA context and"
+            " libraries come on top.",
+            markup=False,
+        )
+    return 1 if any(record.status == "error" for record in records) else 0
+
+
 def list_(args: argparse.Namespace) -> int:
     """`mtp-mem list`: strategies and profiles, a line each."""
-    from mtp_mem.config import builtin_profiles, load_profile
+    from mtp_mem.config import builtin_profiles, load_gpus, load_profile
     from mtp_mem.strategy import available, summary
 
     strategies: dict[str, str] = {}
@@ -117,10 +147,11 @@ def list_(args: argparse.Namespace) -> int:
         except MtpMemError as e:
             strategies[name] = f"not available: {e}"
     profiles = {name: load_profile(name).description for name in builtin_profiles()}
+    gpus = {name: gpu.name for name, gpu in load_gpus().items()}
     if args.json:
-        print(json.dumps({"strategies": strategies, "profiles": profiles}, indent=1))
+        print(json.dumps({"strategies": strategies, "profiles": profiles, "gpus": gpus}, indent=1))
         return 0
-    for title, entries in (("Strategies", strategies), ("Profiles", profiles)):
+    for title, entries in (("Strategies", strategies), ("Profiles", profiles), ("GPUs", gpus)):
         print(title)
         width = max(map(len, entries), default=0)
         for name, line in entries.items():
@@ -143,6 +174,21 @@ def env(args: argparse.Namespace) -> int:
     return 0
 
 
+def _profile(args: argparse.Namespace) -> "Profile":
+    """The profile with the command line's changes; every strategy in it can be loaded."""
+    from mtp_mem.config import load_profile
+    from mtp_mem.strategy import load_strategy
+
+    profile = load_profile(args.profile)
+    changes = {key: value for key in ("n", "rounds") if (value := getattr(args, key, None)) is not None}
+    specs = tuple(args.strategies or profile.sweep.strategies) + tuple(args.strategy or ())
+    for spec in specs:
+        load_strategy(spec)
+    changes["strategies"] = tuple(dict.fromkeys(specs))
+    workload = dataclasses.replace(profile.workload, dtype=args.dtype) if args.dtype else profile.workload
+    return dataclasses.replace(profile, sweep=dataclasses.replace(profile.sweep, **changes), workload=workload)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mtp-mem", description="Profile and verify head-backward strategies for multi-token prediction."
@@ -156,25 +202,27 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="one JSON document on stdout")
         return sub
 
+    def cases(sub: argparse.ArgumentParser, profile: str, dtypes: str) -> None:
+        sub.add_argument(
+            "--profile", default=profile, help=f"a shipped profile (see list) or a TOML file; default {profile}"
+        )
+        sub.add_argument(
+            "--strategies", type=_names, metavar="A,B", help="instead of the profile's; name[:option=value]..."
+        )
+        sub.add_argument("--strategy", action="append", metavar="SPEC", help="one more: a name or package.module:Class")
+        sub.add_argument("--n", type=_numbers, metavar="1,2,4", help="numbers of heads, instead of the profile's")
+        sub.add_argument("--dtype", help=f"{dtypes}, instead of the profile's")
+        sub.add_argument("--out", type=Path, metavar="DIR", help="where results go; default under results/")
+
     sub = command("compare", compare, "bytes, time and gradients of strategies against the number of heads")
-    sub.add_argument(
-        "--profile", default="quick", help="a shipped profile (mtp-mem list) or a TOML file; default quick"
-    )
-    sub.add_argument(
-        "--strategies", type=_names, metavar="A,B", help="instead of the profile's: name[:option=value...]"
-    )
-    sub.add_argument("--strategy", action="append", metavar="SPEC", help="one more: a name or package.module:Class")
-    sub.add_argument("--n", type=_numbers, metavar="1,2,4", help="numbers of heads, instead of the profile's")
+    cases(sub, "quick", "fp64, fp32, bf16 or bf16-mixed")
     sub.add_argument("--rounds", type=int, help="timed steps per case, instead of the profile's")
-    sub.add_argument("--dtype", help="fp64, fp32, bf16 or bf16-mixed, instead of the profile's")
-    sub.add_argument(
-        "--text", type=Path, metavar="FILE", help="a UTF-8 text to train on; default: CPython's help topics"
-    )
-    sub.add_argument(
-        "--device", default="auto", type=_device, help="cpu, cuda or cuda:N; default: CUDA where there is any"
-    )
-    sub.add_argument("--out", type=Path, metavar="DIR", help="where results go; default results/PROFILE")
+    sub.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text; default: CPython's help topics")
+    sub.add_argument("--device", default="auto", type=_device, help="cpu, cuda or cuda:N; default: CUDA if any")
     sub.add_argument("--fresh", action="store_true", help="forget the results in --out and start over")
+    sub = command("predict", predict, "peaks on a GPU that need not be here: the step on tensors without data")
+    cases(sub, "llama3-8b", "bf16")
+    sub.add_argument("--gpu", default="h200", help="a GPU of profiles/gpus.toml (see list); default h200")
     command("list", list_, "strategies and profiles, a line each")
     command("env", env, "the machine, as every record describes it")
     return parser

@@ -144,10 +144,46 @@ class Profile:
             self.model.with_n(n)  # raises where the layers do not allow it
 
 
+@dataclass(frozen=True, kw_only=True)
+class GPU:
+    """A target to predict for; where each figure comes from is its `source`."""
+
+    name: str
+    total_bytes: int  # what CUDA reports to a process
+    workspace_bytes: int  # of one cuBLAS handle
+    multiprocessors: int
+    flops: float  # dense bf16, per second
+    bandwidth: float  # bytes per second
+    source: str
+    expandable_segments: bool = False  # torch's default
+
+
+def builtin_folder() -> Path:
+    """Where the shipped profiles lie."""
+    return Path(str(resources.files("mtp_mem.profiles")))
+
+
 def builtin_profiles() -> dict[str, Path]:
     """The profiles that ship with the package, by name."""
-    folder = Path(str(resources.files("mtp_mem.profiles")))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {path.stem: path for path in sorted(builtin_folder().glob("*.toml")) if path.stem != "gpus"}
+
+
+def load_gpus() -> dict[str, GPU]:
+    """The target GPUs of profiles/gpus.toml, by name."""
+    table = tomllib.loads((builtin_folder() / "gpus.toml").read_text(encoding="utf-8"))
+    return {name: from_table(GPU, row, f"{name}.") for name, row in table.items()}
+
+
+def load_gpu(name: str) -> GPU:
+    """A target GPU by name.
+
+    Raises:
+        BadInput: no such GPU; names the valid ones.
+    """
+    gpus = load_gpus()
+    if name.lower() not in gpus:
+        raise unknown("GPU", name, gpus)
+    return gpus[name.lower()]
 
 
 def load_profile(name: str) -> Profile:

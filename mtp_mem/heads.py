@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mtp_mem.losses import Loss
 
+Losses = dict[int, Tensor]
 Phase = Callable[[str], None]
 """Told the name of each phase as it begins."""
 
@@ -101,15 +102,9 @@ class Heads:
         Returns:
             The n losses, in the order of the heads.
         """
-        losses: dict[int, Tensor] = {}
-
-        def walk(head: Head, parent: Tensor) -> None:
-            hidden, losses[head.index] = visit(head, parent)
-            for child in head.children:
-                walk(child, hidden)
-
+        losses: Losses = {}
         for root in self.roots:
-            walk(root, cut)
+            self._joint(root, cut, visit, losses)
         return [losses[i] for i in range(self.n)]
 
     def sequential(self, cut: Tensor, loss_backward: Callable[[Head, Tensor], Tensor]) -> Tensor:
@@ -123,17 +118,28 @@ class Heads:
         Returns:
             The n losses, detached.
         """
-        losses: dict[int, Tensor] = {}
-
-        def walk(head: Head, parent: Tensor) -> None:
-            hidden = self.hidden(head, parent)
-            leaf = hidden.detach().requires_grad_(hidden.requires_grad)
-            for child in reversed(head.children):
-                walk(child, leaf)
-            losses[head.index] = loss_backward(head, leaf)
-            self.phase(f"{head.name} backward")
-            self.backward([hidden], [leaf.grad])
-
+        losses: Losses = {}
         for root in reversed(self.roots):
-            walk(root, cut)
+            self._sequential(root, cut, loss_backward, losses)
         return torch.stack([losses[i] for i in range(self.n)])
+
+    # Methods, not functions inside the two above: a nested function that calls itself is a reference cycle, and would
+    # keep the trunk's output and its gradient alive until the garbage collector comes.
+
+    def _joint(
+        self, head: Head, parent: Tensor, visit: Callable[[Head, Tensor], tuple[Tensor, Tensor]], losses: Losses
+    ) -> None:
+        hidden, losses[head.index] = visit(head, parent)
+        for child in head.children:
+            self._joint(child, hidden, visit, losses)
+
+    def _sequential(
+        self, head: Head, parent: Tensor, loss_backward: Callable[[Head, Tensor], Tensor], losses: Losses
+    ) -> None:
+        hidden = self.hidden(head, parent)
+        leaf = hidden.detach().requires_grad_(hidden.requires_grad)
+        for child in reversed(head.children):
+            self._sequential(child, leaf, loss_backward, losses)
+        losses[head.index] = loss_backward(head, leaf)
+        self.phase(f"{head.name} backward")
+        self.backward([hidden], [leaf.grad])

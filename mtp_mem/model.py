@@ -7,7 +7,7 @@ section 2: P(x_{t+i} | x_{<=t}) = softmax(unembedding(norm(head_i(trunk(x))))), 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,10 @@ class Factory(TypedDict):
     dtype: torch.dtype
 
 
+Attention = Literal["sdpa", "flash"]
+"""How attention runs: torch's choice for the device, or the operator that CUDA runs in bf16 (for predictions)."""
+
+
 class MTPModel(nn.Module):
     """tokens (B, S) -> logits (n, B, S, V).
 
@@ -42,15 +46,23 @@ class MTPModel(nn.Module):
         config: the model's shape.
         dtype: of parameters and matmuls; "bf16-mixed" keeps fp32 parameters and runs forward passes under autocast.
         device: where the parameters are made.
+        attention: see `Attention`.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: Dtype = "fp32", device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: Dtype = "fp32",
+        device: torch.device | str = "cpu",
+        attention: Attention = "sdpa",
+    ) -> None:
         super().__init__()
         self.config, self.dtype = config, dtype
         make: Factory = {"device": torch.device(device), "dtype": PARAMETER_DTYPES[dtype]}
         self.embedding = nn.Embedding(config.vocab_size, config.dim, **make)
-        self.trunk_layers = nn.ModuleList(Layer(config, make) for _ in range(config.trunk_layers))
-        self.head_layers = nn.ModuleList(Layer(config, make) for _ in range(config.n_future))
+        self.trunk_layers = nn.ModuleList(Layer(config, make, attention) for _ in range(config.trunk_layers))
+        self.head_layers = nn.ModuleList(Layer(config, make, attention) for _ in range(config.n_future))
         self.norm = RMSNorm(config, make)
         self.unembedding = nn.Linear(config.dim, config.vocab_size, bias=False, **make)
         if config.unembedding == "tied":
@@ -113,8 +125,9 @@ class MTPModel(nn.Module):
 class Layer(nn.Module):
     """One pre-norm transformer layer, (B, S, D) -> (B, S, D)."""
 
-    def __init__(self, config: ModelConfig, make: Factory) -> None:
+    def __init__(self, config: ModelConfig, make: Factory, attention: Attention) -> None:
         super().__init__()
+        self.attention_kind = attention
         D, kv_dim = config.dim, config.dim // config.n_attention_heads * config.kv_heads
         self.config = config
         self.attention_norm, self.ffn_norm = RMSNorm(config, make), RMSNorm(config, make)
@@ -141,7 +154,10 @@ class Layer(nn.Module):
         k = self.k(x).view(B, S, kv_heads, -1).transpose(1, 2)
         v = self.v(x).view(B, S, kv_heads, -1).transpose(1, 2)
         q, k = rotate(q, *turn), rotate(k, *turn)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
+        if self.attention_kind == "flash":
+            y = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
         return self.o(y.transpose(1, 2).reshape(B, S, D))  # type: ignore[no-any-return]
 
 

@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 
-from mtp_mem.config import ModelConfig, Profile
+from mtp_mem.config import GPU, ModelConfig, Profile
 from mtp_mem.data import Corpus, corpus_batch
 from mtp_mem.environment import environment
-from mtp_mem.errors import Missing
+from mtp_mem.errors import BadInput, Missing, MtpMemError
 from mtp_mem.gradients import Gradients, compare, take
-from mtp_mem.memory import cuda
+from mtp_mem.memory import cuda, fake
+from mtp_mem.memory.allocator import replay
 from mtp_mem.memory.cpu import track
 from mtp_mem.memory.host import sampled_rss
 from mtp_mem.memory.record import Record, fingerprint
+from mtp_mem.memory.trace import Trace
 from mtp_mem.model import MTPModel
 from mtp_mem.step import TrainingStep, forward_backward, make_optimizer
 from mtp_mem.strategy import Strategy, load_strategy
@@ -209,6 +211,67 @@ class Bench:
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def check_predictable(profile: Profile) -> None:
+    """Refuse what the fake instrument does not model, before any work.
+
+    Raises:
+        BadInput: a dtype other than bf16.
+    """
+    if profile.workload.dtype != "bf16":
+        raise BadInput(
+            f"workload.dtype = {profile.workload.dtype!r} cannot be predicted: only bf16 runs flash attention on CUDA"
+            " and is modelled; valid: bf16"
+        )
+
+
+def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
+    """Predicted records of all the profile's cases on `gpu`, n by n."""
+    env = environment("cpu")
+    for n in profile.sweep.n:
+        config = profile.model.with_n(n)
+        for spec in profile.sweep.strategies:
+            progress(f"n={n} {spec}")
+            facts: dict[str, Any] = {"status": "ok"}
+            try:
+                trace = fake.trace_step(config, profile.workload, load_strategy(spec), gpu=gpu)
+                facts |= _predicted(trace, gpu)
+            except MtpMemError as e:
+                facts |= {"status": "error", "error": str(e)}
+            shape, workload = dataclasses.asdict(config), dataclasses.asdict(profile.workload)
+            yield Record(
+                case=fingerprint(spec, shape, workload, dataclasses.asdict(gpu), env["code"], env["torch"]),
+                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                backend="fake",
+                exactness="predicted",
+                strategy=spec,
+                n=n,
+                model=shape,
+                workload={**workload, "source": f"for {gpu.name}"},
+                environment={**env, "target": gpu.name, "target_bytes": gpu.total_bytes},
+                **facts,
+            )
+
+
+def _predicted(trace: Trace, gpu: GPU) -> dict[str, Any]:
+    """The allocator's figures, cuBLAS workspaces included, and the tracked ones that explain them."""
+    resident = (gpu.workspace_bytes,) * fake.CUBLAS_WORKSPACES
+    peak = trace.peak()
+    blocks = replay(trace, expandable=gpu.expandable_segments, workspaces=resident)
+    by_category: dict[str, int] = {str(category): nbytes for category, nbytes in peak.by_category.items()}
+    by_category["workspace"] = by_category.get("workspace", 0) + sum(resident)
+    return {
+        "baseline_bytes": trace.baseline + sum(resident),
+        "peak_requested_bytes": blocks.requested_peak,
+        "peak_over_baseline_bytes": peak.nbytes - trace.baseline,
+        "peak_allocated_bytes": blocks.allocated_peak,
+        "peak_reserved_bytes": blocks.reserved_peak,
+        "peak_phase": peak.phase,
+        "peak_op": peak.op,
+        "phase_peaks": {phase: nbytes + sum(resident) for phase, nbytes in trace.phase_peaks().items()},
+        "bytes_at_peak": by_category,
+    }
 
 
 def speed(seconds: list[float], tokens: int) -> dict[str, float]:

@@ -8,7 +8,9 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from mtp_mem.advice import peak_bytes
+from mtp_mem.config import GPU
 from mtp_mem.memory.record import Record
+from mtp_mem.memory.trace import Category
 from mtp_mem.units import show_bytes
 
 
@@ -61,9 +63,42 @@ COLUMNS = (
 )
 
 
+def prediction(records: Sequence[Record], console: Console, gpu: GPU) -> Table:
+    """One row a predicted record: the allocator's peaks, whether they fit the GPU, and what the peak consists of."""
+
+    def part(*categories: Category) -> Callable[[Record, Record | None], str]:
+        return lambda r, _: _bytes(sum((r.bytes_at_peak or {}).get(c, 0) for c in categories))
+
+    columns = (
+        *COLUMNS[:2],
+        Column("requested", lambda r, _: _bytes(r.peak_requested_bytes), 9),
+        Column("allocated", lambda r, _: _bytes(r.peak_allocated_bytes), 0),
+        Column("reserved", lambda r, _: _bytes(r.peak_reserved_bytes), 1),
+        Column("fits", lambda r, _: fits(r, gpu) if r.status == "ok" else r.status, 0, left=True),
+        Column("peak in", lambda r, _: r.peak_phase or "-", 3, left=True),
+        Column("logits", part("logits"), 2),
+        Column("activations", part("trunk activations", "head activations", "hidden-state gradients"), 4),
+        Column("weights", part("parameters"), 6),
+        Column("gradients", part("gradients"), 5),
+        Column("optimizer", part("optimizer"), 7),
+    )
+    return _fitting(columns, records, console)
+
+
+def fits(record: Record, gpu: GPU) -> str:
+    """`yes`; `tight` where only the cached, unused part of the segments is too much; `no`."""
+    if (record.peak_allocated_bytes or 0) > gpu.total_bytes:
+        return "no"
+    return "tight" if (record.peak_reserved_bytes or 0) > gpu.total_bytes else "yes"
+
+
 def comparison(records: Sequence[Record], console: Console) -> Table:
     """One row a record, n by n, in as many columns as the console is wide enough for."""
-    shown = [c for c in COLUMNS if any(c.cell(r, None) != "-" for r in records) or "/naive" in c.title]
+    return _fitting(COLUMNS, records, console)
+
+
+def _fitting(columns: Sequence[Column], records: Sequence[Record], console: Console) -> Table:
+    shown = [c for c in columns if any(c.cell(r, None) != "-" for r in records) or "/naive" in c.title]
     while True:
         table = _table(shown, records)
         unbounded = console.options.update(max_width=10_000)

@@ -158,3 +158,18 @@ def test_phases_come_in_the_order_of_the_step() -> None:
         *("head 1 forward", "head 1 loss", "head 1 backward"),
         *("trunk backward", "clip"),
     ]
+
+
+@pytest.mark.parametrize("spec", ["naive", "sequential", "chunked_vocab", "checkpointed"])
+def test_a_step_leaves_nothing_for_the_garbage_collector(spec: str) -> None:
+    model, batch = build(tiny(n_future=2))
+    step = TrainingStep(model, make_optimizer(model), batch, load_strategy(spec))
+    step()
+    gc.collect()
+    gc.disable()
+    try:
+        trace = track(step)
+        step.optimizer.zero_grad()
+    finally:
+        gc.enable()
+    assert len(trace.live_after(len(trace.events))) == len(trace.resident)

@@ -17,10 +17,12 @@ def track(step: TrainingStep) -> Trace:
     tracker.resident("optimizer", (value for state in optimizer.state.values() for value in state.values()))
     tracker.resident("other", (batch.tokens, batch.targets))
     gc.collect()
+    enabled = gc.isenabled()
     gc.disable()  # a collection in mid-step would free what a reference cycle still held
     try:
         with tracker:
             step(tracker.phase)
     finally:
-        gc.enable()
+        if enabled:
+            gc.enable()
     return tracker.trace

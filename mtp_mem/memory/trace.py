@@ -45,7 +45,7 @@ class Peak:
     """The moment when most bytes were live."""
 
     nbytes: int
-    event: int  # index into the trace's events; -1: before the first
+    event: int  # index into the trace's events; below the trace's start: before the step
     phase: str
     op: str
     by_category: dict[Category, int]  # sums to nbytes
@@ -59,15 +59,16 @@ class Trace:
     storages: dict[int, Storage] = field(default_factory=dict)
     resident: list[int] = field(default_factory=list)  # keys live before the step
     events: list[Event] = field(default_factory=list)
+    start: int = 0  # index of the step's first event; earlier ones built the model and warmed up
 
     @property
     def baseline(self) -> int:
         """Bytes live before the step: parameters, optimizer state, the batch."""
-        return sum(self.storages[key].nbytes for key in self.resident)
+        return sum(storage.nbytes for storage in self.live_after(self.start - 1))
 
     def totals(self) -> list[int]:
-        """Live bytes after each event."""
-        live = self.baseline
+        """Live bytes after each event, warm-up included."""
+        live = sum(self.storages[key].nbytes for key in self.resident)
         totals = []
         for event in self.events:
             if event.kind == "alloc":
@@ -80,12 +81,12 @@ class Trace:
     def peak(self) -> Peak:
         """The first moment at which the most bytes were live."""
         totals = self.totals()
-        at = max(range(len(totals)), key=totals.__getitem__, default=-1)
+        at = max(range(self.start, len(totals)), key=totals.__getitem__, default=-1)
         if at < 0 or totals[at] <= self.baseline:
-            at = -1
+            at = self.start - 1
         live = sorted(self.live_after(at), key=lambda s: -s.nbytes)
         by_category = {c: n for c in CATEGORIES if (n := sum(s.nbytes for s in live if s.category == c))}
-        made = self.storages[self.events[at].key] if at >= 0 else None
+        made = self.storages[self.events[at].key] if at >= self.start else None
         return Peak(
             nbytes=sum(s.nbytes for s in live),
             event=at,
@@ -110,7 +111,7 @@ class Trace:
     def phase_peaks(self) -> dict[str, int]:
         """The most bytes live in each phase, phases in the order of their first allocation."""
         peaks: dict[str, int] = {}
-        for event, total in zip(self.events, self.totals(), strict=True):
+        for event, total in list(zip(self.events, self.totals(), strict=True))[self.start :]:
             if event.kind != "free":
                 phase = self.storages[event.key].phase
                 peaks[phase] = max(peaks.get(phase, 0), total)

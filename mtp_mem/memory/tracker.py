@@ -11,7 +11,7 @@ are calibrated with a toy backward before use, and a torch on which that fails i
 
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mtp_mem.errors import Missing
+from mtp_mem.memory.kernels import Buffers
 from mtp_mem.memory.trace import Category, Event, Storage, Trace
 
 _ADD = torch.ops.aten.add.Tensor
@@ -36,15 +37,25 @@ class Tracker(TorchDispatchMode):
         vocab_size: V, to tell logits from hidden states.
         dim: D, likewise.
         parameters: whose `.grad` is to be recognised as gradients.
+        kernels: adds the buffers that CUDA kernels of a GPU with so many `multiprocessors` take inside an operator.
     """
 
-    def __init__(self, vocab_size: int, dim: int, parameters: Iterable[Tensor]) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        parameters: Iterable[Tensor],
+        kernels: Mapping[Any, Buffers] | None = None,
+        multiprocessors: int = 0,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self._engine_only = calibrate()
         self._vocab_size, self._dim = vocab_size, dim
-        self._parameters = [weakref.ref(p) for p in parameters]
-        self._parameter_shapes = {tuple(p.shape) for p in parameters}
+        self._kernels, self._multiprocessors = kernels or {}, multiprocessors
+        self._parameters: list[weakref.ref[Tensor]] = []
+        self._parameter_shapes: set[tuple[int, ...]] = set()
+        self.watch(parameters)
         self._phase = "before the step"
         self._keys: dict[int, int] = {}  # address of the storage -> key; addresses are used again, keys are not
         self._live: set[int] = set()
@@ -55,6 +66,21 @@ class Tracker(TorchDispatchMode):
             key = self._new(tensor, category, "")
             if key is not None:
                 self.trace.resident.append(key)
+
+    def watch(self, parameters: Iterable[Tensor]) -> None:
+        """Recognise the `.grad` of these parameters as gradients."""
+        for parameter in parameters:
+            self._parameters.append(weakref.ref(parameter))
+            self._parameter_shapes.add(tuple(parameter.shape))
+
+    def mark(self, category: Category, tensors: Iterable[Tensor]) -> None:
+        """Say what storages that were made under the tracker are for."""
+        for tensor in tensors:
+            self.trace.storages[self._keys[tensor.untyped_storage()._cdata]].category = category
+
+    def begin_step(self) -> None:
+        """The measured step begins; what came before built the model and warmed it up."""
+        self.trace.start = len(self.trace.events)
 
     def phase(self, name: str) -> None:
         """A phase of the step begins."""
@@ -80,7 +106,18 @@ class Tracker(TorchDispatchMode):
                     else:
                         self._live.discard(old)
                         self.trace.events.append(Event("move", key, old))
+        if func in self._kernels:
+            self._kernel_buffers(func, args)
         return out
+
+    def _kernel_buffers(self, func: Any, args: tuple[Any, ...]) -> None:
+        keys = []
+        for nbytes in self._kernels[func](args, self._multiprocessors):
+            keys.append(len(self.trace.storages))
+            name = str(func).removeprefix("aten.")
+            self.trace.storages[keys[-1]] = Storage(nbytes, "workspace", self._phase, name, (nbytes,), "uint8")
+            self.trace.events.append(Event("alloc", keys[-1]))
+        self.trace.events.extend(Event("free", key) for key in keys)
 
     def _new(self, tensor: Tensor, category: Category | None, op: str) -> int | None:
         """Start counting the tensor's storage; its key, or None if it is counted already or empty."""

@@ -1,0 +1,102 @@
+"""The model of the caching allocator: its rules one by one, and what must hold whatever is asked of it."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtp_mem.memory.allocator import ROUND, Block, CachingAllocator
+from mtp_mem.units import MiB
+
+
+def after(*sizes: int, expandable: bool = False) -> tuple[int, int]:
+    allocator = CachingAllocator(expandable=expandable)
+    for key, size in enumerate(sizes):
+        allocator.allocate(key, size)
+    check(allocator)
+    return allocator.allocated, allocator.reserved
+
+
+def check(allocator: CachingAllocator) -> None:
+    """Bytes are conserved, blocks do not overlap, free neighbours are merged, every free block is listed."""
+    blocks: list[Block] = [block for block, _ in allocator.taken.values()]
+    for small, free in allocator.free_blocks.items():
+        assert free == sorted(free, key=lambda entry: entry[:2])
+        assert all(b.free and b.small == small and (b.nbytes, b.address) == (n, a) for n, a, b in free)
+        blocks += [entry[2] for entry in free]
+    assert sum(b.nbytes for b in blocks) == allocator.reserved
+    assert sum(b.nbytes for b, _ in allocator.taken.values()) == allocator.allocated
+    assert sum(n for _, n in allocator.taken.values()) == allocator.requested
+    spans = sorted((b.address, b.address + b.nbytes) for b in blocks)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    for block in blocks:
+        if block.after is not None:
+            assert block.after.before is block
+            assert block.address + block.nbytes == block.after.address
+            assert not (block.free and block.after.free)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expandable", "allocated", "reserved"),
+    [
+        ((1,), False, 512, 2 * MiB),  # rounding; a small segment
+        ((513,), False, 1024, 2 * MiB),
+        ((0,), False, 0, 0),
+        ((MiB, MiB), False, 2 * MiB, 2 * MiB),  # two share a small segment
+        ((MiB + 1,), False, MiB + 512, 20 * MiB),  # large pool; the rest is split off
+        ((10 * MiB,), False, 10 * MiB, 10 * MiB),  # a segment of its own
+        ((21 * MiB + 1,), False, 22 * MiB, 22 * MiB),  # a rest of less than 1 MiB stays with the block
+        ((19 * MiB + 1,), False, 20 * MiB, 20 * MiB),
+        ((19 * MiB + 1,), True, 19 * MiB + 512, 20 * MiB),  # expandable segments split always
+        ((15 * MiB, 15 * MiB), True, 30 * MiB, 40 * MiB),  # and grow where the last block is too small
+    ],
+)
+def test_rules(sizes: tuple[int, ...], expandable: bool, allocated: int, reserved: int) -> None:
+    assert after(*sizes, expandable=expandable) == (allocated, reserved)
+
+
+def test_best_fit_reuse_and_move() -> None:
+    allocator = CachingAllocator()
+    for key, size in enumerate((40 * MiB, 30 * MiB)):
+        allocator.allocate(key, size)
+    allocator.release(0)
+    allocator.release(1)
+    allocator.allocate(2, 29 * MiB)  # the 30 MiB block fits best, and its rest of 1 MiB is not split off
+    assert (allocator.requested, allocator.allocated, allocator.reserved) == (29 * MiB, 30 * MiB, 70 * MiB)
+    allocator.move(3, 2)
+    allocator.release(2)  # has moved: nothing
+    assert allocator.allocated == 30 * MiB
+    allocator.release(3)
+    assert allocator.allocated == allocator.requested == 0
+    check(allocator)
+
+
+sizes = st.one_of(st.integers(0, 4096), st.integers(MiB - 2, MiB + 2), st.integers(MiB, 64 * MiB))
+
+
+@given(st.booleans(), st.lists(st.tuples(st.sampled_from("aaafm"), sizes, st.integers(0, 10**6)), max_size=120))
+def test_whatever_is_asked(expandable: bool, requests: list[tuple[str, int, int]]) -> None:
+    allocator, live = CachingAllocator(expandable=expandable), []
+    peaks = (0, 0, 0)
+    for key, (kind, size, pick) in enumerate(requests):
+        if kind == "a" or not live:
+            allocator.allocate(key, size)
+            live.append(key)
+        elif kind == "f":
+            allocator.release(live.pop(pick % len(live)))
+        else:
+            allocator.move(key, live[pick % len(live)])
+            live[pick % len(live)] = key
+        check(allocator)
+        assert allocator.requested <= allocator.allocated <= allocator.reserved
+        now = (allocator.requested_peak, allocator.allocated_peak, allocator.reserved_peak)
+        assert all(a >= b for a, b in zip(now, peaks, strict=True))
+        peaks = now
+        if expandable:
+            assert allocator.allocated == sum(-(-n // ROUND) * ROUND for _, n in allocator.taken.values())
+    for key in live:
+        allocator.release(key)
+    check(allocator)
+    assert allocator.requested == allocator.allocated == 0
+    assert len(allocator.free_blocks[True]) + len(allocator.free_blocks[False]) <= (2 if expandable else 10**9)

@@ -1,0 +1,113 @@
+"""The predicted bytes are the tracked bytes: the same step without data allocates the same, byte for byte."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from small import build, tiny
+
+from mtp_mem import TrainingStep, Workload, load_strategy, make_optimizer
+from mtp_mem.config import load_gpu, load_gpus
+from mtp_mem.errors import BadInput
+from mtp_mem.memory import kernels
+from mtp_mem.memory.allocator import replay
+from mtp_mem.memory.cpu import track
+from mtp_mem.memory.fake import trace_step
+
+SPECS = ["naive", "sequential", "chunked_vocab:chunk=1000", "checkpointed"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("n", [1, 3, 4])
+@pytest.mark.parametrize("spec", SPECS)
+def test_predicted_equals_tracked(spec: str, n: int, dtype: str) -> None:
+    # test_tracker.py holds the tracked peak against the allocator's own events, so this chain ends at the allocator.
+    config = tiny(vocab_size=4099, n_layers=5, n_future=n)
+    model, batch = build(config, dtype, sequence=64)
+    step = TrainingStep(model, make_optimizer(model), batch, load_strategy(spec))
+    step()
+    real = track(step)
+    workload = Workload(batch=2, sequence=64, dtype=dtype)  # type: ignore[arg-type]
+    fake = trace_step(config, workload, load_strategy(spec), attention="sdpa")
+    assert fake.baseline == real.baseline
+    found, expected = fake.peak(), real.peak()
+    assert (found.nbytes, found.phase, found.op) == (expected.nbytes, expected.phase, expected.op)
+    assert found.by_category == expected.by_category
+    assert fake.phase_peaks() == real.phase_peaks()
+
+
+def test_naive_holds_the_logits_that_can_be_counted_by_hand() -> None:
+    config, n = tiny(vocab_size=32000, n_layers=5), 4
+    workload = Workload(batch=2, sequence=512, dtype="bf16")
+    logits = 1024 * 32000 * 4  # one fp32 tensor (N, V)
+    naive = trace_step(config.with_n(n), workload, load_strategy("naive"), gpu=load_gpu("h200")).peak()
+    assert naive.by_category["logits"] == (n + 2) * logits  # n log-softmaxes, two gradients
+    sequential = trace_step(config.with_n(n), workload, load_strategy("sequential"), gpu=load_gpu("h200")).peak()
+    assert sequential.by_category["logits"] == 3 * logits
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_allocator_s_view_of_a_predicted_step(spec: str) -> None:
+    gpu = load_gpu("h200")
+    config = tiny(vocab_size=4099, n_layers=5, n_future=3)
+    trace = trace_step(config, Workload(batch=2, sequence=64, dtype="bf16"), load_strategy(spec), gpu=gpu)
+    default, expandable = (replay(trace, expandable=e, workspaces=(gpu.workspace_bytes,)) for e in (False, True))
+    assert default.requested_peak == expandable.requested_peak == trace.peak().nbytes + gpu.workspace_bytes
+    assert default.requested_peak <= expandable.allocated_peak <= default.allocated_peak <= default.reserved_peak
+
+
+def test_buffers_inside_kernels() -> None:
+    q = torch.empty(1, 32, 8192, 128, dtype=torch.bfloat16, device="meta")
+    small = torch.empty(1, 8, 1024, 64, dtype=torch.bfloat16, device="meta")
+    kv = torch.empty(1, 8, 8192, 128, dtype=torch.bfloat16, device="meta")
+    rows, indices = torch.empty(8192, 4096, device="meta"), torch.empty(8192, device="meta")
+    assert sum(kernels.flash_backward((None, q, q), 132)) == 129 * 2**20  # 32 * 8192 * (128 + 1) * 4
+    assert kernels.flash_backward((None, q, kv), 132)[2:] == [2 * 8192 * 32 * 128] * 2
+    assert kernels.flash_forward((q, q, q, 0.0), 132) == []
+    assert sum(kernels.flash_forward((small, small, small, 0.0), 132)) == 2 * 8 * 1024 * (64 + 1) * 4
+    assert kernels.embedding_backward((rows, indices[:3072], 128256), 132) == []
+    assert kernels.embedding_backward((rows, indices, 128256), 132)[-1] == (819 + 8192) * 4096 * 4
+    assert kernels.foreach_norm(([rows, indices],), 132) == [4 * 2 * 512]
+
+
+class ReadsBack:
+    def backward(self, cut, heads, targets, weights):  # type: ignore[no-untyped-def]
+        return load_strategy("naive").backward(cut, heads, targets, weights) * weights[0].item()
+
+
+def test_a_strategy_that_reads_values_back_is_refused() -> None:
+    with pytest.raises(BadInput, match="ReadsBack cannot be predicted: it needs real data or a GPU kernel"):
+        trace_step(tiny(), Workload(batch=1, sequence=8, dtype="bf16"), ReadsBack())
+
+
+def test_never_touches_the_device_cuda() -> None:
+    # On a CPU build of torch a fake CUDA tensor aborts the process in its first backward: hence a process of its own.
+    code = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, out)):
+            assert not (isinstance(leaf, torch.Tensor) and leaf.device.type != "cpu"), func
+            assert not (isinstance(leaf, torch.device) and leaf.type != "cpu"), func
+        return out
+from mtp_mem import ModelConfig, Workload, load_strategy
+from mtp_mem.config import load_gpu
+from mtp_mem.memory.fake import trace_step
+config = ModelConfig(vocab_size=300, dim=32, n_layers=3, n_attention_heads=2, n_future=2)
+with Watch():
+    trace_step(config, Workload(batch=1, sequence=16, dtype="bf16"), load_strategy("naive"), gpu=load_gpu("h200"))
+print("alive")
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout == "alive\n", found.stderr
+
+
+def test_every_gpu_says_where_its_figures_come_from() -> None:
+    for name, gpu in load_gpus().items():
+        assert gpu.source, name
+        assert 16 * 2**30 < gpu.total_bytes < 200 * 2**30
+        assert gpu.workspace_bytes % 512 == 0

@@ -1,0 +1,75 @@
+"""`mtp-mem predict` as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHAPE = """
+[model]
+vocab_size = 32000
+dim = 512
+n_layers = 6
+n_attention_heads = 8
+n_kv_heads = 2
+[workload]
+batch = 1
+sequence = 4096
+dtype = "bf16"
+tokenizer = "uniform"
+[sweep]
+n = [1, 4]
+"""
+
+
+def run(folder: Path, *args: str, columns: int = 120) -> subprocess.CompletedProcess[str]:
+    (folder / "shape.toml").write_text(SHAPE)
+    (folder / "no-workload.toml").write_text(SHAPE.replace("[workload]", "[sweep.x]").split("[sweep.x]")[0])
+    command = [sys.executable, "-m", "mtp_mem", "predict", *args]
+    env = {**os.environ, "COLUMNS": str(columns)}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_predict(tmp_path: Path) -> None:
+    found = run(tmp_path, "--profile", "shape.toml", "--gpu", "L4", "--json")
+    assert found.returncode == 0, found.stderr
+    assert found.stderr == ""
+    document = json.loads(found.stdout)
+    assert [(r["n"], r["strategy"]) for r in document["records"][:2]] == [(1, "naive"), (1, "sequential")]
+    for record in document["records"]:
+        assert (record["backend"], record["exactness"], record["status"]) == ("fake", "predicted", "ok")
+        assert sum(record["bytes_at_peak"].values()) == record["peak_requested_bytes"]
+        assert record["peak_requested_bytes"] <= record["peak_allocated_bytes"] <= record["peak_reserved_bytes"]
+        assert record["tokens_per_s"] is None
+    peaks = {(r["strategy"], r["n"]): r["peak_requested_bytes"] for r in document["records"]}
+    assert peaks["naive", 4] - peaks["naive", 1] >= 3 * 4096 * 32000 * 4
+    assert peaks["sequential", 4] <= peaks["sequential", 1] + 2 * 32000 * 512 * 2
+    assert all(Path(tmp_path / path).exists() for path in document["files"])
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_table_fits(tmp_path: Path, columns: int) -> None:
+    found = run(tmp_path, "--profile", "shape.toml", "--gpu", "l4", "--n", "4", columns=columns)
+    assert max(map(len, found.stdout.splitlines())) <= columns
+    assert "…" not in found.stdout
+    assert all(word in found.stdout for word in ("allocated", "fits", "not measured"))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--gpu", "h300"], "unknown GPU 'h300'; did you mean 'h200'? Valid: a100-40gb"),
+        (["--profile", "shape.toml", "--dtype", "fp32"], "cannot be predicted: only bf16"),
+        (["--profile", "no-workload.toml"], "key workload is missing (expected a table)"),
+        (["--profile", "shape.toml", "--n", "9"], "valid: n from 1 to 6"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, args: list[str], words: str) -> None:
+    found = run(tmp_path, *args)
+    assert found.returncode == 2
+    assert words in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert found.stdout == ""
