@@ -1,8 +1,7 @@
 """Charts from records. Every chart is written as PNG and SVG together with the CSV it was drawn from."""
 
 import csv
-import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def memory_vs_n(records: Sequence[Record], out: Path, gpu: GPU | None = None) ->
     ns = sorted({r.n for r in records})
     height = {r.case: (peak_bytes(r) or 0) if gpu else (r.peak_over_baseline_bytes or 0) for r in done}
     top = max(*height.values(), gpu.total_bytes if gpu else 0)
-    unit, unit_name = _unit(top)
+    unit, unit_name = unit_for(top)
     with mpl.rc_context(RC):
         figure = Figure(figsize=(8, 5), dpi=150, layout="constrained", facecolor="white")
         axes = figure.add_subplot()
@@ -89,7 +88,7 @@ def memory_vs_n(records: Sequence[Record], out: Path, gpu: GPU | None = None) ->
         how = {"measured": "measured", "tracked": "live tensor bytes, tracked", "predicted": "predicted, not measured"}
         exactness = how[done[0].exactness]
         figure.supxlabel(f"{exactness} · {footer(done[0].environment)}", x=0.02, ha="left", size=7.5, color="#666666")
-        return _write(figure, out, "memory-vs-n", records)
+        return save(figure, out, "memory-vs-n", lambda path: _write_csv(path, records))
 
 
 def styles(strategies: Sequence[str]) -> dict[str, tuple[str, str, Any]]:
@@ -107,7 +106,8 @@ def styles(strategies: Sequence[str]) -> dict[str, tuple[str, str, Any]]:
     return found
 
 
-def _unit(nbytes: int) -> tuple[int, str]:
+def unit_for(nbytes: int) -> tuple[int, str]:
+    """The unit in which an axis up to `nbytes` reads best, in bytes and by name."""
     return next(((u, name) for u, name in ((GiB, "GiB"), (MiB, "MiB")) if nbytes >= 2 * u), (KiB, "KiB"))
 
 
@@ -143,25 +143,28 @@ def _label_ends(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
         )
 
 
-def _write(figure: Figure, out: Path, name: str, records: Sequence[Record]) -> list[Path]:
-    """Each file is complete or absent: written under another name first."""
-    table = io.StringIO(newline="")
-    columns = (
-        *("n", "strategy", "status", "baseline_bytes", "peak_requested_bytes", "peak_over_baseline_bytes"),
-        *("peak_allocated_bytes", "peak_reserved_bytes", "peak_phase", "step_ms", "tokens_per_s", "gradient"),
-    )
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(columns)
-    rows.writerows([getattr(record, column) for column in columns] for record in records)
+def save(figure: Figure, out: Path, name: str, write_csv: Callable[[Path], object]) -> list[Path]:
+    """Write NAME.png, .svg and .csv; each is complete or absent, because it is written under another name first."""
     written = []
     for suffix in ("png", "svg", "csv"):
         path = out / f"{name}.{suffix}"
         partial = path.with_name(f".{path.name}.tmp")
         if suffix == "csv":
-            partial.write_text(table.getvalue(), encoding="utf-8")
+            write_csv(partial)
         else:
             metadata = {"Date": None} if suffix == "svg" else {"Software": None}
             figure.savefig(partial, format=suffix, metadata=metadata)
         partial.replace(path)
         written.append(path)
     return written
+
+
+def _write_csv(path: Path, records: Sequence[Record]) -> None:
+    columns = (
+        *("n", "strategy", "status", "baseline_bytes", "peak_requested_bytes", "peak_over_baseline_bytes"),
+        *("peak_allocated_bytes", "peak_reserved_bytes", "peak_phase", "step_ms", "tokens_per_s", "gradient"),
+    )
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(columns)
+        rows.writerows([getattr(record, column) for column in columns] for record in records)

@@ -1,4 +1,4 @@
-"""The command line: compare, predict, list, env.
+"""The command line: compare, predict, timeline, list, env.
 
 Results go to stdout, progress and notes to stderr. Exit codes: 0 ok; 1 a check failed; 2 usage or bad input;
 3 something needed is missing; 130 interrupted.
@@ -135,6 +135,57 @@ def predict(args: argparse.Namespace) -> int:
     return 1 if any(record.status == "error" for record in records) else 0
 
 
+def timeline(args: argparse.Namespace) -> int:
+    """`mtp-mem timeline`: one step's live bytes, tracked here or predicted for a GPU."""
+    import torch
+
+    from mtp_mem import sweep
+    from mtp_mem import timeline as chart
+    from mtp_mem.config import load_gpu, load_profile
+    from mtp_mem.environment import environment, footer
+    from mtp_mem.memory import cpu, fake
+    from mtp_mem.memory.record import writable
+    from mtp_mem.strategy import load_strategy
+    from mtp_mem.units import show_bytes
+
+    profile, strategy = load_profile(args.profile), load_strategy(args.strategy)
+    config = profile.model.with_n(args.n or max(profile.sweep.n))
+    if args.gpu:
+        gpu = load_gpu(args.gpu)
+        sweep.check_predictable(profile)
+        trace, how = fake.trace_step(config, profile.workload, strategy, gpu=gpu), f"predicted for {gpu.name}"
+    else:
+        from mtp_mem.data import load_corpus
+
+        corpus = load_corpus(profile.workload, config.vocab_size)
+        step = sweep.Bench(profile, config, corpus, torch.device("cpu")).step(strategy)
+        step()
+        trace, how = cpu.track(step), "live tensor bytes, tracked"
+    out = writable(args.out or Path("results") / f"timeline-{profile.name}")
+    title = f"{args.strategy}, n = {config.n_future}, {profile.name}: what is live during one training step"
+    files = chart.draw(trace, out, title, f"{how} · {footer(environment('cpu'))}")
+    peak = trace.peak()
+    document = {
+        "strategy": args.strategy,
+        "n": config.n_future,
+        "baseline_bytes": trace.baseline,
+        "peak_requested_bytes": peak.nbytes,
+        "peak_phase": peak.phase,
+        "peak_op": peak.op,
+        "bytes_at_peak": peak.by_category,
+        "largest": [dataclasses.asdict(storage) for storage in peak.live[: chart.LARGEST]],
+        "files": [str(path) for path in files],
+    }
+    if args.json:
+        print(json.dumps(document, indent=1))
+    else:
+        print(f"peak {show_bytes(peak.nbytes)} in {peak.phase} ({peak.op}), {how}:")
+        for category, nbytes in peak.by_category.items():
+            print(f"  {show_bytes(nbytes):>10}  {category}")
+        print(f"chart {files[0]} (.svg, .csv)")
+    return 0
+
+
 def list_(args: argparse.Namespace) -> int:
     """`mtp-mem list`: strategies and profiles, a line each."""
     from mtp_mem.config import builtin_profiles, load_gpus, load_profile
@@ -223,6 +274,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("predict", predict, "peaks on a GPU that need not be here: the step on tensors without data")
     cases(sub, "llama3-8b", "bf16")
     sub.add_argument("--gpu", default="h200", help="a GPU of profiles/gpus.toml (see list); default h200")
+    sub = command("timeline", timeline, "one step's live bytes by category, and what its peak consists of")
+    sub.add_argument("--profile", default="quick", help="a shipped one (see list) or a TOML file; default quick")
+    sub.add_argument("--strategy", default="sequential", metavar="SPEC", help="default sequential")
+    sub.add_argument("--n", type=int, help="number of heads; default the profile's largest")
+    sub.add_argument("--gpu", help="predict for this GPU instead of tracking a step here")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where the files go; default under results/")
     command("list", list_, "strategies and profiles, a line each")
     command("env", env, "the machine, as every record describes it")
     return parser

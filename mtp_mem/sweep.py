@@ -148,7 +148,7 @@ class Bench:
 
     def measure(self, strategy: Strategy) -> dict[str, Any]:
         """Bytes of one step: tracked on the CPU, the caching allocator's on CUDA."""
-        step = self._step(strategy)
+        step = self.step(strategy)
         with sampled_rss() as rss:
             for _ in range(WARM_UP[self.device.type]):
                 step()
@@ -185,7 +185,7 @@ class Bench:
             start = turn % len(specs) if specs else 0
             for spec in specs[start:] + specs[:start]:
                 progress(spec)
-                step = self._step(strategies[spec])
+                step = self.step(strategies[spec])
                 self._synchronise()
                 begin = time.perf_counter()
                 step()
@@ -205,7 +205,8 @@ class Bench:
         # To the host: on the device, naive's gradients would count in every later case's peak.
         return {name: [None if g is None else g.cpu() for g in own] for name, own in taken.items()}, losses.tolist()
 
-    def _step(self, strategy: Strategy) -> TrainingStep:
+    def step(self, strategy: Strategy) -> TrainingStep:
+        """The training step with this strategy."""
         return TrainingStep(self.model, self.optimizer, self.batch, strategy, self.profile.workload.clip_norm)
 
     def _synchronise(self) -> None:

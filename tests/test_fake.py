@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_a_strategy_that_reads_values_back_is_refused() -> None:
         trace_step(tiny(), Workload(batch=1, sequence=8, dtype="bf16"), ReadsBack())
 
 
-def test_never_touches_the_device_cuda() -> None:
+def test_never_touches_the_device_cuda(tmp_path: Path) -> None:
     # On a CPU build of torch a fake CUDA tensor aborts the process in its first backward: hence a process of its own.
     code = """
 import torch
@@ -102,7 +103,7 @@ with Watch():
     trace_step(config, Workload(batch=1, sequence=16, dtype="bf16"), load_strategy("naive"), gpu=load_gpu("h200"))
 print("alive")
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert found.stdout == "alive\n", found.stderr
 
 

@@ -25,4 +25,4 @@ def track(step: TrainingStep) -> Trace:
     finally:
         if enabled:
             gc.enable()
-    return tracker.trace
+    return tracker.finish()

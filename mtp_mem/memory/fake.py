@@ -70,10 +70,10 @@ def trace_step(
             tracker.begin_step()
             with tracker:
                 step(tracker.phase)
+            return tracker.finish()
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as e:
         name = type(strategy).__name__
         raise BadInput(f"{name} cannot be predicted: it needs real data or a GPU kernel ({e})".split("\n")[0]) from None
     finally:
         if enabled:
             gc.enable()
-    return tracker.trace

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -86,6 +87,20 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def writable(out: Path) -> Path:
+    """The folder `out`, made if it is not there.
+
+    Raises:
+        BadInput: it cannot be made or written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return out
+    except OSError as e:
+        raise BadInput(f"--out {out}: cannot be written: {e.strerror}") from None
+
+
 class ResultsFile:
     """A `results.jsonl` in the folder `out`: reading it skips what is damaged, and says so in `notes`.
 
@@ -94,10 +109,9 @@ class ResultsFile:
     """
 
     def __init__(self, out: Path, *, fresh: bool = False) -> None:
-        self.path = out / "results.jsonl"
+        self.path = writable(out) / "results.jsonl"
         self.notes: list[str] = []
         try:
-            out.mkdir(parents=True, exist_ok=True)
             if fresh:
                 self.path.unlink(missing_ok=True)
             with self.path.open("ab"):

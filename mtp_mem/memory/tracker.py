@@ -59,6 +59,7 @@ class Tracker(TorchDispatchMode):
         self._phase = "before the step"
         self._keys: dict[int, int] = {}  # address of the storage -> key; addresses are used again, keys are not
         self._live: set[int] = set()
+        self._finished = False
 
     def resident(self, category: Category, tensors: Iterable[Tensor]) -> None:
         """Count tensors that live before the step."""
@@ -81,6 +82,11 @@ class Tracker(TorchDispatchMode):
     def begin_step(self) -> None:
         """The measured step begins; what came before built the model and warmed it up."""
         self.trace.start = len(self.trace.events)
+
+    def finish(self) -> Trace:
+        """The trace up to here; what is freed later, the model for one, is no part of it."""
+        self._finished = True
+        return self.trace
 
     def phase(self, name: str) -> None:
         """A phase of the step begins."""
@@ -142,7 +148,7 @@ class Tracker(TorchDispatchMode):
     def _freed(self, key: int, address: int) -> None:
         if self._keys.get(address) == key:
             del self._keys[address]
-        if key in self._live:
+        if key in self._live and not self._finished:
             self._live.remove(key)
             self.trace.events.append(Event("free", key))
 
