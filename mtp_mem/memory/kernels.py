@@ -1,6 +1,6 @@
 """Buffers that CUDA kernels take from the caching allocator inside one operator, where no dispatch mode sees them.
 
-Each row is read from the kernel's source in PyTorch 2.13. None of them has been seen on a CUDA device yet.
+Each row follows the project's notes on the kernel's source in PyTorch 2.13. None has been seen on a CUDA device yet.
 """
 
 from collections.abc import Callable
