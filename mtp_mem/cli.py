@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MtpMemError as e:
         _note(f"mtp-mem: {e}")
         return e.exit_code
+    except KeyboardInterrupt:
+        _note("mtp-mem: interrupted")
+        return 130
     except BrokenPipeError:  # the reader of stdout has gone, `| head` say; nothing is wrong here
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -316,12 +319,20 @@ def _console() -> Console:
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr for a person, nothing in a pipe. A termination signal ends the block as Ctrl-C does."""
+    """A bar on stderr for a person, nothing in a pipe. Ctrl-C or a termination signal ends the block.
+
+    The signal is only noted, and acted on when the next unit of work begins: an exception raised at any moment may be
+    raised inside a finalizer, and Python drops it there. A second signal interrupts at once.
+    """
+    stopping = False
 
     def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
+        nonlocal stopping
+        if stopping:
+            raise KeyboardInterrupt
+        stopping = True
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
@@ -331,9 +342,12 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 
             def begin(what: str) -> None:
                 nonlocal begun
+                if stopping:
+                    raise KeyboardInterrupt
                 bar.update(task, description=what, completed=begun)
                 begun += 1
 
             yield begin
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
