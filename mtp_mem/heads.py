@@ -36,11 +36,13 @@ class Head:
     Attributes:
         index: 0-based; the head predicts token t + index + 1.
         layer: its parent's hidden states (B, S, D) -> its own (B, S, D).
+        unembedding: (V, D); the same tensor in every head unless unembeddings are replicated.
         children: heads that read this head's hidden states.
     """
 
     index: int
     layer: Callable[[Tensor], Tensor]
+    unembedding: Tensor
     children: tuple["Head", ...] = ()
 
     @property
@@ -56,7 +58,6 @@ class Heads:
     Attributes:
         roots: heads that hang on the trunk.
         norm: the final norm, hidden states (B, S, D) -> (B, S, D).
-        unembedding: (V, D), shared by all heads.
         autocast: context manager in which forward passes run (bf16-mixed), or a null context.
         phase: told the name of each phase as it begins.
         n: number of heads.
@@ -64,7 +65,6 @@ class Heads:
 
     roots: tuple[Head, ...]
     norm: Callable[[Tensor], Tensor]
-    unembedding: Tensor
     autocast: Callable[[], AbstractContextManager[object]]
     phase: Phase
     n: int
@@ -79,7 +79,7 @@ class Heads:
         """The head's loss, 0-dim, from its hidden states and its targets (B, S)."""
         self.phase(f"{head.name} loss")
         with self.autocast():
-            return loss(self.norm(hidden.view_as(hidden)), self.unembedding, targets)
+            return loss(self.norm(hidden.view_as(hidden)), head.unembedding, targets)
 
     def hidden_and_loss(self, head: Head, parent: Tensor, targets: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
         """The head's hidden states and loss in one go, for a joint order."""

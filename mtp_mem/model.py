@@ -83,8 +83,9 @@ class MTPModel(nn.Module):
     def heads(self, tokens: Tensor, phase: Phase = no_phase) -> Heads:
         """The heads of one step over `tokens` (B, S) as a tree, for a strategy."""
         turn = self.rotation(tokens)
-        roots = tuple(Head(i, partial(layer, turn=turn)) for i, layer in enumerate(self.head_layers))
-        return Heads(roots, self.norm, self.unembedding.weight, self.autocast, phase, self.config.n_future)
+        layers = [partial(layer, turn=turn) for layer in self.head_layers]
+        roots = tuple(Head(i, layer, self.unembedding.weight) for i, layer in enumerate(layers))
+        return Heads(roots, self.norm, self.autocast, phase, self.config.n_future)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (n, B, S, V) of all heads."""
