@@ -151,10 +151,10 @@ class Layer(nn.Module):
         """Causal self-attention with grouped queries and rotary position embeddings."""
         B, S, D = x.shape
         heads, kv_heads = self.config.n_attention_heads, self.config.kv_heads
-        q = self.q(x).view(B, S, heads, -1).transpose(1, 2)  # (B, H, S, D/H)
-        k = self.k(x).view(B, S, kv_heads, -1).transpose(1, 2)
+        # Turned before they are transposed: attention's output takes the layout of q, and then needs no copy below.
+        q = rotate(self.q(x).view(B, S, heads, -1), *turn).transpose(1, 2)  # (B, H, S, D/H)
+        k = rotate(self.k(x).view(B, S, kv_heads, -1), *turn).transpose(1, 2)
         v = self.v(x).view(B, S, kv_heads, -1).transpose(1, 2)
-        q, k = rotate(q, *turn), rotate(k, *turn)
         if self.attention_kind == "flash":
             y = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
         else:
@@ -208,6 +208,7 @@ def rotation(S: int, head_dim: int, theta: float, dtype: torch.dtype, device: to
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (j, j + half) of x (B, H, S, D/H) by their angle."""
+    """Turn the channel pairs (j, j + half) of x (B, S, H, D/H) by their angle; cos and sin are (S, D/H/2)."""
+    cos, sin = cos[:, None], sin[:, None]
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)

@@ -41,7 +41,7 @@ def test_causal() -> None:
 def test_rotation_depends_on_the_distance_only() -> None:
     cos, sin = rotation(16, 8, 10_000.0, torch.float64, torch.device("cpu"))
     q, k = torch.randn(2, 8, dtype=torch.float64)
-    score = rotate(q.expand(1, 1, 16, 8), cos, sin)[0, 0] @ rotate(k.expand(1, 1, 16, 8), cos, sin)[0, 0].T
+    score = rotate(q.expand(1, 16, 1, 8), cos, sin)[0, :, 0] @ rotate(k.expand(1, 16, 1, 8), cos, sin)[0, :, 0].T
     torch.testing.assert_close(score[5, 2], score[12, 9])
     assert not torch.isclose(score[5, 2], score[5, 3])
 
