@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from mtp_mem.advice import peak_bytes
 from mtp_mem.config import GPU
 from mtp_mem.environment import footer
+from mtp_mem.formulas import Shape, peak_over_baseline
 from mtp_mem.memory.record import Record
 from mtp_mem.strategy import BUILTIN
 from mtp_mem.units import GiB, KiB, MiB, show_bytes
@@ -25,6 +26,7 @@ STYLES: tuple[tuple[str, str, Any], ...] = (
     ("#CC79A7", "v", (0, (3, 1, 1, 1, 1, 1))),
     ("#8C6D00", "P", (0, (8, 2))),
 )
+FORMULA: Any = {"color": "#333333", "linewidth": 0.9, "linestyle": (0, (5, 4))}
 RC: Any = {
     "font.family": ["DejaVu Sans"],
     "font.size": 10,
@@ -57,15 +59,23 @@ def memory_vs_n(records: Sequence[Record], out: Path, gpu: GPU | None = None) ->
         figure = Figure(figsize=(8, 5), dpi=150, layout="constrained", facecolor="white")
         axes = figure.add_subplot()
         ends: list[tuple[float, float, str, str]] = []
+        drawn = False
         for strategy, (colour, marker, dash) in styles([r.strategy for r in records]).items():
             line = sorted((r for r in done if r.strategy == strategy), key=lambda r: r.n)
             if line:
                 x, y = [r.n for r in line], [height[r.case] / unit for r in line]
                 axes.plot(x, y, color=colour, marker=marker, linestyle=dash, linewidth=2, markersize=6, clip_on=False)
                 ends.append((x[-1], y[-1], f"{strategy}  {show_bytes(height[line[-1].case])}", colour))
+                drawn |= _draw_formula(axes, line, unit, whole=gpu is not None)
             for oom in (r for r in records if r.strategy == strategy and r.status == "oom"):
                 axes.plot(oom.n, 1.0, "x", color=colour, markersize=10, mew=3, transform=axes.get_xaxis_transform())
                 axes.annotate("out of memory", (oom.n, 1.0), xycoords=("data", "axes fraction"), ha="right")
+        floor = _draw_floor(axes, done, unit, whole=gpu is not None)
+        if floor:
+            ends.append(floor)
+        if drawn:
+            axes.plot([], [], **FORMULA, label="closed-form formula")
+            axes.legend(loc="upper left", frameon=False, fontsize=8.5)
         axes.set_ylim(0, 1.08 * top / unit)
         if gpu:
             axes.axhline(gpu.total_bytes / unit, color="#666666", linewidth=1.2)
@@ -89,6 +99,40 @@ def memory_vs_n(records: Sequence[Record], out: Path, gpu: GPU | None = None) ->
         exactness = how[done[0].exactness]
         figure.supxlabel(f"{exactness} · {footer(done[0].environment)}", x=0.02, ha="left", size=7.5, color="#666666")
         return save(figure, out, "memory-vs-n", lambda path: _write_csv(path, records))
+
+
+def _draw_formula(axes: Any, line: Sequence[Record], unit: int, *, whole: bool) -> bool:
+    """The closed form of one strategy's line, on top of it; whether there is one."""
+    points = [(r.n, formula + (r.baseline_bytes or 0) * whole) for r in line if (formula := formula_bytes(r))]
+    if points:
+        axes.plot([n for n, _ in points], [y / unit for _, y in points], **FORMULA)
+    return bool(points)
+
+
+def _draw_floor(
+    axes: Any, records: Sequence[Record], unit: int, *, whole: bool
+) -> tuple[float, float, str, str] | None:
+    """The step without logits, and the label of its end."""
+    floors = {r.n: f for r in records if (f := _floor(r, whole)) is not None}
+    if not floors:
+        return None
+    ns = sorted(floors)
+    axes.plot(ns, [floors[n] / unit for n in ns], color="#777777", linewidth=1.4, linestyle=(0, (1, 2.5)))
+    return ns[-1], floors[ns[-1]] / unit, f"floor: no logits  {show_bytes(floors[ns[-1]])}", "#666666"
+
+
+def _floor(record: Record, whole: bool) -> int | None:
+    if whole:
+        return record.floor_allocated_bytes
+    if record.floor_requested_bytes is None or record.baseline_bytes is None:
+        return None
+    return record.floor_requested_bytes - record.baseline_bytes
+
+
+def formula_bytes(record: Record) -> int | None:
+    """What the record's strategy should need above the baseline, in closed form."""
+    shape = Shape.of(record.model, record.workload)
+    return peak_over_baseline(record.strategy, shape) if shape else None
 
 
 def styles(strategies: Sequence[str]) -> dict[str, tuple[str, str, Any]]:
@@ -162,9 +206,10 @@ def save(figure: Figure, out: Path, name: str, write_csv: Callable[[Path], objec
 def _write_csv(path: Path, records: Sequence[Record]) -> None:
     columns = (
         *("n", "strategy", "status", "baseline_bytes", "peak_requested_bytes", "peak_over_baseline_bytes"),
-        *("peak_allocated_bytes", "peak_reserved_bytes", "peak_phase", "step_ms", "tokens_per_s", "gradient"),
+        *("peak_allocated_bytes", "peak_reserved_bytes", "floor_requested_bytes", "floor_allocated_bytes"),
+        *("peak_phase", "step_ms", "tokens_per_s", "gradient"),
     )
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(columns)
-        rows.writerows([getattr(record, column) for column in columns] for record in records)
+        rows.writerow([*columns, "formula_over_baseline_bytes"])
+        rows.writerows([*(getattr(r, column) for column in columns), formula_bytes(r)] for r in records)

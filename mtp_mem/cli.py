@@ -93,6 +93,9 @@ def compare(args: argparse.Namespace) -> int:
     else:
         console = _console()
         console.print(tables.comparison(records, console))
+        if slopes := tables.slopes(records):
+            console.print()
+            console.print(slopes)
         for record in records:
             if record.error:
                 console.print(f"n={record.n} {record.strategy}: {record.status}: {record.error}", markup=False)
@@ -114,7 +117,7 @@ def predict(args: argparse.Namespace) -> int:
     sweep.check_predictable(profile)
     results = ResultsFile(out, fresh=True)
     records = []
-    with _progress(len(profile.sweep.n) * len(profile.sweep.strategies)) as progress:
+    with _progress(len(profile.sweep.n) * (1 + len(profile.sweep.strategies))) as progress:
         for record in sweep.predict(profile, gpu, progress):
             results.append(record)
             records.append(record)
@@ -126,6 +129,9 @@ def predict(args: argparse.Namespace) -> int:
     else:
         console = _console()
         console.print(tables.prediction(records, console, gpu))
+        if slopes := tables.slopes(records):
+            console.print()
+            console.print(slopes)
         for record in records:
             if record.error:
                 console.print(f"n={record.n} {record.strategy}: {record.error}", markup=False)

@@ -16,6 +16,7 @@ from mtp_mem.config import GPU, ModelConfig, Profile
 from mtp_mem.data import Corpus, corpus_batch
 from mtp_mem.environment import environment
 from mtp_mem.errors import BadInput, Missing, MtpMemError
+from mtp_mem.floor import NoLogits
 from mtp_mem.gradients import Gradients, compare, take
 from mtp_mem.memory import cuda, fake
 from mtp_mem.memory.allocator import replay
@@ -58,7 +59,7 @@ def cases(profile: Profile, corpus: Corpus, device: torch.device) -> list[Case]:
 
 def units(todo: list[Case], rounds: int) -> int:
     """How often `run` will call its progress callback."""
-    return len(todo) * (2 + rounds)
+    return len(todo) * (2 + rounds) + len({case.n for case in todo})
 
 
 def run(
@@ -82,6 +83,8 @@ def _run_n(
     config, workload = profile.model.with_n(todo[0].n), profile.workload
     bench = Bench(profile, config, corpus, device)
     found: dict[str, dict[str, Any]] = {}
+    progress(f"n={config.n_future} floor: bytes")
+    floor = bench.floor()
     for case in todo:
         label, strategy = f"n={case.n} {case.strategy}", strategies[case.strategy]
         facts = found[case.strategy] = {"status": "ok"}
@@ -112,6 +115,7 @@ def _run_n(
             model=dataclasses.asdict(config),
             workload={**dataclasses.asdict(workload), "source": corpus.source, "digest": corpus.digest},
             environment=environment(device.type),
+            **floor,
             **facts,
         )
 
@@ -146,6 +150,15 @@ class Bench:
             "gradient_group": verdict.group,
         }
 
+    def floor(self) -> dict[str, Any]:
+        """Peaks of the step without logits; empty where even that does not fit."""
+        try:
+            facts = self.measure(NoLogits())
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError):
+            self.recover()
+            return {}
+        return _as_floor(facts)
+
     def measure(self, strategy: Strategy) -> dict[str, Any]:
         """Bytes of one step: tracked on the CPU, the caching allocator's on CUDA."""
         step = self.step(strategy)
@@ -155,6 +168,7 @@ class Bench:
         if self.device.type == "cuda":
             peaks = cuda.measure(step)
             return {
+                "steps_before": WARM_UP[self.device.type],
                 "host_rss_bytes": rss.nbytes,
                 "baseline_bytes": peaks.baseline,
                 "peak_requested_bytes": peaks.requested,
@@ -167,6 +181,7 @@ class Bench:
         trace = track(step)
         peak = trace.peak()
         return {
+            "steps_before": WARM_UP[self.device.type],
             "host_rss_bytes": rss.nbytes,
             "baseline_bytes": trace.baseline,
             "peak_requested_bytes": peak.nbytes,
@@ -232,6 +247,8 @@ def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
     env = environment("cpu")
     for n in profile.sweep.n:
         config = profile.model.with_n(n)
+        progress(f"n={n} floor")
+        floor = _as_floor(_predicted(fake.trace_step(config, profile.workload, NoLogits(), gpu=gpu), gpu))
         for spec in profile.sweep.strategies:
             progress(f"n={n} {spec}")
             facts: dict[str, Any] = {"status": "ok"}
@@ -251,8 +268,16 @@ def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
                 model=shape,
                 workload={**workload, "source": f"for {gpu.name}"},
                 environment={**env, "target": gpu.name, "target_bytes": gpu.total_bytes},
+                **floor,
                 **facts,
             )
+
+
+def _as_floor(facts: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "floor_requested_bytes": facts["peak_requested_bytes"],
+        "floor_allocated_bytes": facts.get("peak_allocated_bytes"),
+    }
 
 
 def _predicted(trace: Trace, gpu: GPU) -> dict[str, Any]:
@@ -263,6 +288,7 @@ def _predicted(trace: Trace, gpu: GPU) -> dict[str, Any]:
     by_category: dict[str, int] = {str(category): nbytes for category, nbytes in peak.by_category.items()}
     by_category["workspace"] = by_category.get("workspace", 0) + sum(resident)
     return {
+        "steps_before": fake.WARM_UP,
         "baseline_bytes": trace.baseline + sum(resident),
         "peak_requested_bytes": blocks.requested_peak,
         "peak_over_baseline_bytes": peak.nbytes - trace.baseline,

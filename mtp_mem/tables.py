@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mtp_mem.advice import peak_bytes
 from mtp_mem.config import GPU
+from mtp_mem.formulas import Shape, peak_over_baseline, slope
 from mtp_mem.memory.record import Record
 from mtp_mem.memory.trace import Category
 from mtp_mem.units import show_bytes
@@ -95,6 +96,28 @@ def fits(record: Record, gpu: GPU) -> str:
 def comparison(records: Sequence[Record], console: Console) -> Table:
     """One row a record, n by n, in as many columns as the console is wide enough for."""
     return _fitting(COLUMNS, records, console)
+
+
+def slopes(records: Sequence[Record]) -> Table | None:
+    """Bytes per further head, fitted to what was found and to the formula; None with a single n."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", title_justify="left")
+    for title in ("bytes per further head", "fitted", "by formula", "formula is off by"):
+        table.add_column(title, justify="left" if table.columns == [] else "right", no_wrap=True)
+    rows: dict[str, list[tuple[int, int, int | None]]] = {}
+    for r in records:
+        if r.status == "ok" and r.peak_over_baseline_bytes is not None:
+            shape = Shape.of(r.model, r.workload)
+            formula = peak_over_baseline(r.strategy, shape) if shape else None
+            rows.setdefault(r.strategy, []).append((r.n, r.peak_over_baseline_bytes, formula))
+    for strategy, points in rows.items():
+        fitted = slope([(n, found) for n, found, _ in points])
+        known = [(n, found, formula) for n, found, formula in points if formula is not None]
+        predicted = slope([(n, formula) for n, _, formula in known])
+        off = max((formula / found - 1 for _, found, formula in known), key=abs, default=None)
+        if fitted is not None:
+            cells = ("-" if value is None else show_bytes(round(value)) for value in (fitted, predicted))
+            table.add_row(strategy, *cells, "-" if off is None else f"{off:+.2%}")
+    return table if table.row_count else None
 
 
 def _fitting(columns: Sequence[Column], records: Sequence[Record], console: Console) -> Table:

@@ -37,6 +37,9 @@ class Record:
     peak_phase: str | None = None
     peak_op: str | None = None
     phase_peaks: dict[str, int] | None = None
+    floor_requested_bytes: int | None = None  # peak of the same step without any logits (mtp_mem/floor.py)
+    floor_allocated_bytes: int | None = None
+    steps_before: int | None = None  # steps run before the measured one: the first has no optimizer state yet
     bytes_at_peak: dict[str, int] | None = None
     alloc_retries: int | None = None
     nvml_process_bytes: int | None = None
