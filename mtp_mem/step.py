@@ -5,7 +5,7 @@ losses = strategy.backward(cut, heads, targets, weights)      # the only part th
 z.backward(cut.grad);  clip;  optimizer.step()
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +78,13 @@ def make_optimizer(model: MTPModel, lr: float = 3e-4) -> torch.optim.AdamW:
     `foreach`, the default on CUDA, would allocate a temporary as large as all parameters and could set the peak.
     """
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+def optimizer_state(model: MTPModel, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """The optimizer's tensors, each named after its parameter."""
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            yield f"{name}: {key}", value
 
 
 def _upstream(model: MTPModel, batch: Batch, weights: Sequence[float] | Tensor | None, scale: float) -> Tensor:

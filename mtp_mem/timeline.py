@@ -115,8 +115,8 @@ def draw(trace: Trace, out: Path, title: str, footer: str) -> list[Path]:
 
 def _line(storage: Storage) -> str:
     shape = "x".join(map(str, storage.shape)) or "scalar"
-    where = storage.op.partition(".")[0] or storage.category
-    return f"{show_bytes(storage.nbytes):>10} {storage.dtype} {shape}\n{'':>10} {where}, {storage.phase}"
+    made = ", ".join(filter(None, (storage.op.partition(".")[0], storage.phase)))
+    return f"{show_bytes(storage.nbytes):>10} {storage.dtype} {shape}\n{'':>10} {storage.name or made}"
 
 
 def _mark_phases(axes: mpl.axes.Axes, found: list[tuple[str, int]], width: int) -> None:

@@ -14,6 +14,7 @@ from small import build, gradients, plain_joint, tiny
 from torch.profiler import ProfilerActivity, profile
 
 from mtp_mem import TrainingStep, load_strategy, make_optimizer
+from mtp_mem.losses import full
 from mtp_mem.memory.cpu import track
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker, calibrate
@@ -33,7 +34,7 @@ def allocator_peak(run: Callable[[], object]) -> int:
     return peak
 
 
-def tracked(run: Callable[[Tracker], object], parameters: list[torch.Tensor]) -> Trace:
+def tracked(run: Callable[[Tracker], object], parameters: list[tuple[str, torch.Tensor]]) -> Trace:
     tracker = Tracker(517, 64, parameters)
     tracker.resident("parameters", parameters)
     with tracker:
@@ -63,7 +64,7 @@ def test_equals_the_allocator(spec: str, n: int, dtype: str) -> None:
 def test_the_cut_costs_no_byte_of_the_peak(trunk_layers: int) -> None:
     # Once with the logits on top and once with the trunk's activations (V small).
     model, batch = build(tiny(vocab_size=4099 if trunk_layers == 1 else 67, n_layers=trunk_layers + 2, n_future=2))
-    parameters = list(model.parameters())
+    parameters = list(model.named_parameters())
     plain = tracked(lambda tracker: plain_joint(model, batch, tracker.phase), parameters)
     model.zero_grad(set_to_none=True)
     cut = tracked(
@@ -90,6 +91,28 @@ def test_naive_grows_by_its_logits_and_sequential_does_not() -> None:
             assert over(spec, high)[1] == over(spec, low)[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_counted_by_hand(dtype: torch.dtype) -> None:
+    N, V, D = 512, 2053, 64
+    hidden = torch.randn(N, D, dtype=dtype, requires_grad=True)
+    unembedding = torch.randn(V, D, dtype=dtype, requires_grad=True)
+    targets = torch.randint(V, (N,))
+
+    def run() -> None:
+        full(hidden, unembedding, targets).backward()
+        hidden.grad = unembedding.grad = None
+
+    run()
+    tracker = Tracker(V, D, [])
+    tracker.resident("other", [("hidden", hidden), ("unembedding", unembedding), ("targets", targets)])
+    with tracker:
+        run()
+    # log-softmax, its gradient, the logits' gradient; the loss and the one that flows into it
+    by_hand = 3 * N * V * 4 + 2 * 4
+    assert tracker.trace.peak().nbytes - tracker.trace.baseline == by_hand
+    assert allocator_peak(run) == by_hand
+
+
 def test_a_sum_that_autograd_makes_in_place_is_no_new_buffer() -> None:
     # Three dense gradients meet at `weight`: plain autograd holds the running sum and one more, never three.
     weight, upstream = torch.ones(1000, requires_grad=True), torch.ones(1000)
@@ -101,7 +124,7 @@ def test_a_sum_that_autograd_makes_in_place_is_no_new_buffer() -> None:
     run()
     expected = allocator_peak(run)
     tracker = Tracker(517, 64, [])
-    tracker.resident("other", [weight, upstream])
+    tracker.resident("other", [("weight", weight), ("upstream", upstream)])
     with tracker:
         run()
     assert any(event.kind == "move" for event in tracker.trace.events)
@@ -122,7 +145,7 @@ def test_a_sum_into_a_gradient_that_somebody_holds_is_a_new_buffer() -> None:
     run()
     expected = allocator_peak(run)
     tracker = Tracker(517, 64, [])
-    tracker.resident("other", [weight, upstream])
+    tracker.resident("other", [("weight", weight), ("upstream", upstream)])
     with tracker:
         run()
     assert tracker.trace.peak().nbytes - tracker.trace.baseline == expected
@@ -138,7 +161,7 @@ def test_holds_nothing_and_changes_no_gradient() -> None:
         losses = forward_backward(model, batch, strategy, phase=tracker.phase)
         seen.append(weakref.ref(losses))
 
-    found = gradients(model, lambda: tracked(run, list(model.parameters())))
+    found = gradients(model, lambda: tracked(run, list(model.named_parameters())))
     assert seen[0]() is None
     assert all(torch.equal(found[name], expected[name]) for name in expected)  # type: ignore[arg-type]
 

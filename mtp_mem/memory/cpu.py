@@ -4,18 +4,18 @@ import gc
 
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker
-from mtp_mem.step import TrainingStep
+from mtp_mem.step import TrainingStep, optimizer_state
 
 
 def track(step: TrainingStep) -> Trace:
     """Run the step once under the tracker. Run it before, untracked: the first step has no optimizer state yet."""
     model, optimizer, batch = step.model, step.optimizer, step.batch
     optimizer.zero_grad(set_to_none=True)
-    parameters = list(model.parameters())
+    parameters = list(model.named_parameters())
     tracker = Tracker(model.config.vocab_size, model.config.dim, parameters)
     tracker.resident("parameters", parameters)
-    tracker.resident("optimizer", (value for state in optimizer.state.values() for value in state.values()))
-    tracker.resident("other", (batch.tokens, batch.targets))
+    tracker.resident("optimizer", optimizer_state(model, optimizer))
+    tracker.resident("other", (("tokens", batch.tokens), ("targets", batch.targets)))
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()  # a collection in mid-step would free what a reference cycle still held

@@ -21,7 +21,7 @@ from mtp_mem.memory.kernels import KERNELS
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.model import Attention, MTPModel
-from mtp_mem.step import TrainingStep, make_optimizer
+from mtp_mem.step import TrainingStep, make_optimizer, optimizer_state
 from mtp_mem.strategy import Strategy
 
 WARM_UP = 1  # the first step has no optimizer state yet
@@ -48,7 +48,7 @@ def trace_step(
     Raises:
         BadInput: the strategy needs real data, or an operator that fake tensors do not know.
     """
-    kernels = {} if gpu is None else KERNELS
+    kernels = {} if gpu is None else {row.operator: row.buffers for row in KERNELS}
     tracker = Tracker(config.vocab_size, config.dim, [], kernels, 0 if gpu is None else gpu.multiprocessors)
     enabled = gc.isenabled()
     gc.disable()  # a collection in mid-step would free what a reference cycle still held
@@ -58,15 +58,15 @@ def trace_step(
                 model = MTPModel(config, dtype=workload.dtype, attention=attention)
                 batch = make_batch(torch.empty(workload.batch, workload.sequence, dtype=torch.long), config.n_future)
                 optimizer = make_optimizer(model)
-            tracker.watch(model.parameters())
-            tracker.mark("parameters", model.parameters())
-            tracker.mark("other", (batch.tokens, batch.targets))
+            tracker.watch(model.named_parameters())
+            tracker.mark("parameters", model.named_parameters())
+            tracker.mark("other", (("tokens", batch.tokens), ("targets", batch.targets)))
             step = TrainingStep(model, optimizer, batch, strategy, workload.clip_norm)
             for _ in range(WARM_UP):
                 with tracker:
                     step(tracker.phase)
                     optimizer.zero_grad(set_to_none=True)
-            tracker.mark("optimizer", (value for state in optimizer.state.values() for value in state.values()))
+            tracker.mark("optimizer", optimizer_state(model, optimizer))
             tracker.begin_step()
             with tracker:
                 step(tracker.phase)

@@ -30,6 +30,7 @@ class Storage:
     op: str
     shape: tuple[int, ...]
     dtype: str
+    name: str = ""  # of parameters, their gradients and optimizer state
 
 
 class Event(NamedTuple):

@@ -28,6 +28,8 @@ _ADD = torch.ops.aten.add.Tensor
 _PLUMBING = {"__torch_dispatch__", "_fn", "inner", "wrapper", "handle_torch_function"}
 
 Holders = tuple[int, int, int]
+Named = Iterable[tuple[str, Tensor]]
+"""Tensors with their names, as `named_parameters()` gives them."""
 
 
 class Tracker(TorchDispatchMode):
@@ -36,7 +38,7 @@ class Tracker(TorchDispatchMode):
     Args:
         vocab_size: V, to tell logits from hidden states.
         dim: D, likewise.
-        parameters: whose `.grad` is to be recognised as gradients.
+        parameters: by name; their `.grad` is to be recognised as gradients.
         kernels: adds the buffers that CUDA kernels of a GPU with so many `multiprocessors` take inside an operator.
     """
 
@@ -44,7 +46,7 @@ class Tracker(TorchDispatchMode):
         self,
         vocab_size: int,
         dim: int,
-        parameters: Iterable[Tensor],
+        parameters: Named,
         kernels: Mapping[Any, Buffers] | None = None,
         multiprocessors: int = 0,
     ) -> None:
@@ -53,7 +55,7 @@ class Tracker(TorchDispatchMode):
         self._engine_only = calibrate()
         self._vocab_size, self._dim = vocab_size, dim
         self._kernels, self._multiprocessors = kernels or {}, multiprocessors
-        self._parameters: list[weakref.ref[Tensor]] = []
+        self._parameters: list[tuple[str, weakref.ref[Tensor]]] = []
         self._parameter_shapes: set[tuple[int, ...]] = set()
         self.watch(parameters)
         self._phase = "before the step"
@@ -61,23 +63,25 @@ class Tracker(TorchDispatchMode):
         self._live: set[int] = set()
         self._finished = False
 
-    def resident(self, category: Category, tensors: Iterable[Tensor]) -> None:
+    def resident(self, category: Category, tensors: Named) -> None:
         """Count tensors that live before the step."""
-        for tensor in tensors:
+        for name, tensor in tensors:
             key = self._new(tensor, category, "")
             if key is not None:
                 self.trace.resident.append(key)
+                self.trace.storages[key].name = name
 
-    def watch(self, parameters: Iterable[Tensor]) -> None:
+    def watch(self, parameters: Named) -> None:
         """Recognise the `.grad` of these parameters as gradients."""
-        for parameter in parameters:
-            self._parameters.append(weakref.ref(parameter))
+        for name, parameter in parameters:
+            self._parameters.append((name, weakref.ref(parameter)))
             self._parameter_shapes.add(tuple(parameter.shape))
 
-    def mark(self, category: Category, tensors: Iterable[Tensor]) -> None:
+    def mark(self, category: Category, tensors: Named) -> None:
         """Say what storages that were made under the tracker are for."""
-        for tensor in tensors:
-            self.trace.storages[self._keys[tensor.untyped_storage()._cdata]].category = category
+        for name, tensor in tensors:
+            storage = self.trace.storages[self._keys[tensor.untyped_storage()._cdata]]
+            storage.category, storage.name = category, name
 
     def begin_step(self) -> None:
         """The measured step begins; what came before built the model and warmed it up."""
@@ -180,12 +184,13 @@ class Tracker(TorchDispatchMode):
         return "trunk activations" if phase == "trunk forward" else "head activations"
 
     def _name_gradients(self) -> None:
-        for reference in self._parameters:
+        for name, reference in self._parameters:
             parameter = reference()
             if parameter is not None and parameter.grad is not None:
                 key = self._keys.get(parameter.grad.untyped_storage()._cdata)
                 if key is not None:
-                    self.trace.storages[key].category = "gradients"
+                    storage = self.trace.storages[key]
+                    storage.category, storage.name = "gradients", f"{name}.grad"
 
 
 def _issued_by_engine() -> bool:
