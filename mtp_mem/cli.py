@@ -49,12 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(args: argparse.Namespace) -> int:
     """`mtp-mem compare`: run the profile's cases that are still missing, then show them all."""
-    from mtp_mem import advice, charts, sweep, tables  # torch takes seconds to import: only for commands that need it
+    from mtp_mem import (
+        advice,
+        bench,
+        charts,
+        sweep,
+        tables,
+    )  # torch takes seconds to import: only for commands that need it
     from mtp_mem.data import load_corpus
     from mtp_mem.memory.record import ResultsFile
 
     profile = _profile(args)
-    device = sweep.resolve_device(args.device)
+    device = bench.resolve_device(args.device)
     corpus = load_corpus(profile.workload, profile.model.vocab_size, args.text)
     if corpus.note:
         _note(f"note: {corpus.note}")
@@ -107,18 +113,18 @@ def compare(args: argparse.Namespace) -> int:
 
 def predict(args: argparse.Namespace) -> int:
     """`mtp-mem predict`: the profile's peaks on a GPU that need not be here."""
-    from mtp_mem import charts, sweep, tables
+    from mtp_mem import charts, prediction, tables
     from mtp_mem.config import load_gpu
     from mtp_mem.memory.record import ResultsFile
     from mtp_mem.units import show_bytes
 
     profile, gpu = _profile(args), load_gpu(args.gpu)
     out = args.out or Path("results") / f"predict-{profile.name}-{args.gpu.lower()}"
-    sweep.check_predictable(profile)
+    prediction.check_predictable(profile)
     results = ResultsFile(out, fresh=True)
     records = []
     with _progress(len(profile.sweep.n) * (1 + len(profile.sweep.strategies))) as progress:
-        for record in sweep.predict(profile, gpu, progress):
+        for record in prediction.predict(profile, gpu, progress):
             results.append(record)
             records.append(record)
     files = charts.memory_vs_n(records, out, gpu)
@@ -148,7 +154,7 @@ def timeline(args: argparse.Namespace) -> int:
     """`mtp-mem timeline`: one step's live bytes, tracked here or predicted for a GPU."""
     import torch
 
-    from mtp_mem import sweep
+    from mtp_mem import bench, prediction
     from mtp_mem import timeline as chart
     from mtp_mem.config import load_gpu, load_profile
     from mtp_mem.environment import environment, footer
@@ -161,13 +167,13 @@ def timeline(args: argparse.Namespace) -> int:
     config = profile.model.with_n(args.n or max(profile.sweep.n))
     if args.gpu:
         gpu = load_gpu(args.gpu)
-        sweep.check_predictable(profile)
+        prediction.check_predictable(profile)
         trace, how = fake.trace_step(config, profile.workload, strategy, gpu=gpu), f"predicted for {gpu.name}"
     else:
         from mtp_mem.data import load_corpus
 
         corpus = load_corpus(profile.workload, config.vocab_size)
-        step = sweep.Bench(profile, config, corpus, torch.device("cpu")).step(strategy)
+        step = bench.Bench(profile, config, corpus, torch.device("cpu")).step(strategy)
         step()
         trace, how = cpu.track(step), "live tensor bytes, tracked"
     out = writable(args.out or Path("results") / f"timeline-{profile.name}")

@@ -33,6 +33,7 @@ class Corpus:
         ids: (length,) int64, or None where ids are drawn uniformly.
         source: where the text came from, for people.
         note: why ids are drawn uniformly although a text was asked for; empty otherwise.
+        path: the file it was read from, if any.
         digest: identifies the ids; two runs with equal digests saw the same tokens.
     """
 
@@ -40,6 +41,7 @@ class Corpus:
     source: str
     note: str = ""
     digest: str = "uniform"
+    path: Path | None = None
 
 
 def make_batch(tokens: Tensor, n_future: int) -> Batch:
@@ -92,7 +94,7 @@ def load_corpus(workload: Workload, vocab_size: int, text: Path | None = None) -
             f"{source}: too short: {len(ids)} tokens, but a batch of {workload.batch} x {workload.sequence} needs"
             f" {workload.tokens}"
         )
-    return Corpus(ids, source, digest=hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16])
+    return Corpus(ids, source, digest=hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16], path=text)
 
 
 def corpus_batch(corpus: Corpus, model: ModelConfig, workload: Workload) -> Batch:

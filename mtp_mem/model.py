@@ -36,7 +36,7 @@ class Factory(TypedDict):
 
 
 Attention = Literal["sdpa", "flash"]
-"""How attention runs: torch's choice for the device, or the operator that CUDA runs in bf16 (for predictions)."""
+"""How attention runs: torch's choice for the device, or the flash-attention operator by name."""
 
 
 class MTPModel(nn.Module):
@@ -46,7 +46,8 @@ class MTPModel(nn.Module):
         config: the model's shape.
         dtype: of parameters and matmuls; "bf16-mixed" keeps fp32 parameters and runs forward passes under autocast.
         device: where the parameters are made.
-        attention: see `Attention`.
+        attention: see `Attention`. By default flash on CUDA in bf16, so that a prediction can count on it, and torch's
+            choice elsewhere.
     """
 
     def __init__(
@@ -55,9 +56,11 @@ class MTPModel(nn.Module):
         *,
         dtype: Dtype = "fp32",
         device: torch.device | str = "cpu",
-        attention: Attention = "sdpa",
+        attention: Attention | None = None,
     ) -> None:
         super().__init__()
+        if attention is None:
+            attention = "flash" if torch.device(device).type == "cuda" and dtype.startswith("bf16") else "sdpa"
         self.config, self.dtype = config, dtype
         make: Factory = {"device": torch.device(device), "dtype": PARAMETER_DTYPES[dtype]}
         self.embedding = nn.Embedding(config.vocab_size, config.dim, **make)

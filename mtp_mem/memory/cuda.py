@@ -4,12 +4,12 @@ No dispatch mode and no profiler: both change what is allocated, or when.
 """
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mtp_mem.memory import nvml
-from mtp_mem.step import TrainingStep
+from mtp_mem.step import TrainingStep, optimizer_state
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,27 @@ class CudaPeaks:
     """`allocated` is `torch.cuda.max_memory_allocated`; all integers are bytes."""
 
     baseline: int  # requested bytes live before the step
+    unnamed: int  # of them, bytes in no tensor of ours: cuBLAS workspaces
     requested: int
     allocated: int
     reserved: int
+    spread: int  # largest minus smallest allocated peak of the repeats
     retries: int  # times the allocator freed its cache and tried again: above 0 the peak was bent by lack of memory
     nvml_process: int | None
 
 
-def measure(step: TrainingStep) -> CudaPeaks:
-    """Run the step once and read the allocator's peaks. Run it before: lazy buffers, optimizer state."""
+def measure(step: TrainingStep, repeats: int = 3) -> CudaPeaks:
+    """Run the step and read the allocator's peaks, the largest of all repeats.
+
+    Run it before: lazy buffers, optimizer state.
+    """
+    found = [_once(step) for _ in range(repeats)]
+    worst = max(found, key=lambda peaks: peaks.allocated)
+    spread = worst.allocated - min(peaks.allocated for peaks in found)
+    return replace(worst, spread=spread, retries=sum(peaks.retries for peaks in found))
+
+
+def _once(step: TrainingStep) -> CudaPeaks:
     step.optimizer.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.synchronize()
@@ -35,11 +47,22 @@ def measure(step: TrainingStep) -> CudaPeaks:
     step()
     torch.cuda.synchronize()
     after = torch.cuda.memory_stats()
+    baseline = before["requested_bytes.all.current"]
     return CudaPeaks(
-        baseline=before["requested_bytes.all.current"],
+        baseline=baseline,
+        unnamed=baseline - _tensor_bytes(step),
         requested=after["requested_bytes.all.peak"],
         allocated=after["allocated_bytes.all.peak"],
         reserved=after["reserved_bytes.all.peak"],
+        spread=0,
         retries=after["num_alloc_retries"] - before["num_alloc_retries"],
         nvml_process=nvml.process_bytes(),
     )
+
+
+def _tensor_bytes(step: TrainingStep) -> int:
+    """Bytes of the tensors that live between steps, each storage once."""
+    tensors = [*step.model.parameters(), step.batch.tokens, step.batch.targets]
+    tensors += [value for _, value in optimizer_state(step.model, step.optimizer)]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.is_cuda]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -41,6 +41,8 @@ class Record:
     floor_allocated_bytes: int | None = None
     steps_before: int | None = None  # steps run before the measured one: the first has no optimizer state yet
     bytes_at_peak: dict[str, int] | None = None
+    peak_spread_bytes: int | None = None  # largest minus smallest allocated peak of the repeats
+    live_unnamed_bytes: int | None = None  # live before the step and no tensor of ours: cuBLAS workspaces
     alloc_retries: int | None = None
     nvml_process_bytes: int | None = None
     host_rss_bytes: int | None = None
@@ -51,6 +53,7 @@ class Record:
     gradient: Verdict = "unchecked"
     gradient_error: float | None = None
     gradient_group: str | None = None
+    gradient_reference: str | None = None  # whose gradients these were held against
     losses: tuple[float, ...] | None = None
     parameters: int | None = None
     model: dict[str, Any] = field(default_factory=dict)
@@ -83,6 +86,11 @@ class Record:
             return Record(**known)
         except TypeError as e:
             raise BadInput(f"no record: {e}") from None
+
+
+def as_floor(facts: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a record that say what the step without logits needed, from that step's own."""
+    return {f"floor_{kind}_bytes": facts.get(f"peak_{kind}_bytes") for kind in ("requested", "allocated")}
 
 
 def fingerprint(*parts: Any) -> str:

@@ -1,0 +1,88 @@
+"""Peaks on a GPU that need not be here: profile -> cases -> records, by fake tensors and the allocator's model."""
+
+import dataclasses
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+from mtp_mem.bench import Progress
+from mtp_mem.config import GPU, Profile
+from mtp_mem.environment import environment
+from mtp_mem.errors import BadInput, MtpMemError
+from mtp_mem.floor import NoLogits
+from mtp_mem.memory import fake
+from mtp_mem.memory.allocator import replay
+from mtp_mem.memory.record import Record, as_floor, fingerprint
+from mtp_mem.memory.trace import Trace
+from mtp_mem.strategy import load_strategy
+
+
+def check_predictable(profile: Profile) -> None:
+    """Refuse what the fake instrument does not model, before any work.
+
+    Raises:
+        BadInput: a dtype other than bf16.
+    """
+    if profile.workload.dtype != "bf16":
+        raise BadInput(
+            f"workload.dtype = {profile.workload.dtype!r} cannot be predicted: only bf16 runs flash attention on CUDA"
+            " and is modelled; valid: bf16"
+        )
+
+
+def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
+    """Predicted records of all the profile's cases on `gpu`, n by n."""
+    env = environment("cpu")
+    for n in profile.sweep.n:
+        config = profile.model.with_n(n)
+        progress(f"n={n} floor")
+        floor = as_floor(predicted(fake.trace_step(config, profile.workload, NoLogits(), gpu=gpu), gpu))
+        for spec in profile.sweep.strategies:
+            progress(f"n={n} {spec}")
+            facts: dict[str, Any] = {"status": "ok"}
+            try:
+                trace = fake.trace_step(config, profile.workload, load_strategy(spec), gpu=gpu)
+                facts |= predicted(trace, gpu)
+            except MtpMemError as e:
+                facts |= {"status": "error", "error": str(e)}
+            shape, workload = dataclasses.asdict(config), dataclasses.asdict(profile.workload)
+            yield Record(
+                case=fingerprint(spec, shape, workload, dataclasses.asdict(gpu), env["code"], env["torch"]),
+                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                backend="fake",
+                exactness="predicted",
+                strategy=spec,
+                n=n,
+                model=shape,
+                workload={**workload, "source": f"for {gpu.name}"},
+                environment={**env, "target": gpu.name, "target_bytes": gpu.total_bytes},
+                **floor,
+                **facts,
+            )
+
+
+def predicted(trace: Trace, gpu: GPU, workspaces: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """The allocator's figures and the tracked ones that explain them.
+
+    Args:
+        trace: from the fake instrument.
+        gpu: the target.
+        workspaces: cuBLAS workspaces that stay allocated; by default as many of the GPU's size as a step makes.
+    """
+    resident = (gpu.workspace_bytes,) * fake.CUBLAS_WORKSPACES if workspaces is None else workspaces
+    peak = trace.peak()
+    blocks = replay(trace, expandable=gpu.expandable_segments, workspaces=resident)
+    by_category: dict[str, int] = {str(category): nbytes for category, nbytes in peak.by_category.items()}
+    by_category["workspace"] = by_category.get("workspace", 0) + sum(resident)
+    return {
+        "steps_before": fake.WARM_UP,
+        "baseline_bytes": trace.baseline + sum(resident),
+        "peak_requested_bytes": blocks.requested_peak,
+        "peak_over_baseline_bytes": peak.nbytes - trace.baseline,
+        "peak_allocated_bytes": blocks.allocated_peak,
+        "peak_reserved_bytes": blocks.reserved_peak,
+        "peak_phase": peak.phase,
+        "peak_op": peak.op,
+        "phase_peaks": {phase: nbytes + sum(resident) for phase, nbytes in trace.phase_peaks().items()},
+        "bytes_at_peak": by_category,
+    }

@@ -1,0 +1,59 @@
+"""`python -m mtp_mem.memory.check`: says that there is no GPU, and judges what it would measure on one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtp_mem.config import Profile, Sweep, load_gpu
+from mtp_mem.memory import check
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so it would measure")
+def test_without_a_gpu_it_prints_predictions(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mtp_mem.memory.check", "--quick", "--out", "out", "--gpu", "h100-80gb"]
+    found = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("No CUDA device here: nothing is measured. Predictions for NVIDIA H100")
+    document = json.loads((tmp_path / "out/check.json").read_text())
+    assert document["measured"] is False
+    assert len(document["cases"]) == len(check.N) * len(check.STRATEGIES)
+    assert all(row["predicted"]["requested"] > 0 and row["measured"] is None for row in document["cases"])
+    assert {row["measured"] for row in document["kernels"]} == {None}
+
+
+def test_unknown_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    if not torch.cuda.is_available():
+        assert check.main(["--gpu", "h3000"]) == 2
+        assert "unknown GPU 'h3000'" in capsys.readouterr().err
+
+
+def test_what_counts_as_right() -> None:
+    gpu = load_gpu("h200")
+    model, workload = check.SHAPES["narrow"]
+    profile = Profile(name="narrow", model=model, workload=workload, sweep=Sweep(n=(1,)))
+    alone = check.compare("narrow", "sequential", 1, "default", profile, gpu, None)
+    assert alone.measured is None
+    assert not check.is_right(alone)
+    # A device that shows one workspace fewer than expected: predicted with what was found, not with what was assumed.
+    shown = {f"peak_{key}_bytes": alone.predicted[key] - gpu.workspace_bytes for key in check.FIELDS}
+    facts = {
+        "status": "ok",
+        **shown,
+        "live_unnamed_bytes": gpu.workspace_bytes,
+        "alloc_retries": 0,
+        "peak_spread_bytes": 0,
+    }
+    row = check.compare("narrow", "sequential", 1, "default", profile, gpu, facts)
+    assert row.difference is not None
+    assert row.difference["requested"] == 0
+    assert check.is_right(row)
+    facts["peak_requested_bytes"] += 1
+    assert not check.is_right(check.compare("narrow", "sequential", 1, "default", profile, gpu, facts))
+    failed = check.compare("narrow", "sequential", 1, "default", profile, gpu, {"status": "oom", "error": "too large"})
+    assert failed.error == "too large"
+    assert not check.is_right(failed)
