@@ -1,0 +1,1 @@
+"""The subcommands of `mtp-mem`, a file each: its options and what it does."""

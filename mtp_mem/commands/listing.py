@@ -1,0 +1,52 @@
+"""`mtp-mem list` and `mtp-mem env`: what there is, and on what machine."""
+
+import argparse
+import json
+
+from mtp_mem.commands.common import AddCommand
+from mtp_mem.errors import MtpMemError
+
+
+def add(command: AddCommand) -> None:
+    """Register the commands."""
+    command("list", list_, "strategies and profiles, a line each")
+    command("env", env, "the machine, as every record describes it")
+
+
+def list_(args: argparse.Namespace) -> int:
+    """Strategies and profiles, a line each."""
+    from mtp_mem.config import builtin_profiles, load_gpus, load_profile
+    from mtp_mem.strategy import available, summary
+
+    strategies: dict[str, str] = {}
+    for name in available():
+        try:
+            strategies[name] = summary(name)
+        except MtpMemError as e:
+            strategies[name] = f"not available: {e}"
+    profiles = {name: load_profile(name).description for name in builtin_profiles()}
+    gpus = {name: gpu.name for name, gpu in load_gpus().items()}
+    if args.json:
+        print(json.dumps({"strategies": strategies, "profiles": profiles, "gpus": gpus}, indent=1))
+        return 0
+    for title, entries in (("Strategies", strategies), ("Profiles", profiles), ("GPUs", gpus)):
+        print(title)
+        width = max(map(len, entries), default=0)
+        for name, line in entries.items():
+            print(f"  {name:{width}}  {line}")
+    return 0
+
+
+def env(args: argparse.Namespace) -> int:
+    """The machine, as every record describes it."""
+    import torch
+
+    from mtp_mem.environment import environment
+
+    found = environment("cuda" if torch.cuda.is_available() else "cpu")
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        for key, value in found.items():
+            print(f"{key:18} {value}")
+    return 0
