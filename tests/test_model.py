@@ -5,7 +5,7 @@ import torch
 from small import build, tiny
 
 from mtp_mem.errors import BadInput
-from mtp_mem.model import RMSNorm, rotate, rotation
+from mtp_mem.layers import RMSNorm, rotate, rotation
 
 
 def test_n_moves_layers_and_keeps_the_parameters() -> None:
