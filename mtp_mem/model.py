@@ -1,18 +1,20 @@
-"""The one multi-token-prediction model: a decoder trunk, n head layers on top of it, one norm, one unembedding.
+"""The one multi-token-prediction model: a decoder trunk, n heads on top of it, one norm, unembeddings.
 
 Gloeckle et al. 2024, section 2: P(x_{t+i} | x_{<=t}) = softmax(unembedding(norm(head_i(trunk(x))))), each head one
-transformer layer.
+transformer layer. The other kinds of heads: mtp_mem/head_kinds.py.
 """
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_mem.config import Dtype, ModelConfig
-from mtp_mem.heads import Head, Heads, Phase, no_phase
+from mtp_mem.head_kinds import NO_TOKEN, make_head, on_parent, tree
+from mtp_mem.heads import Heads, Phase, no_phase
 from mtp_mem.layers import Attention, Factory, Layer, RMSNorm, Rotation, rotation
 
 PARAMETER_DTYPES: dict[Dtype, torch.dtype] = {
@@ -46,9 +48,15 @@ class MTPModel(nn.Module):
         make: Factory = {"device": torch.device(device), "dtype": PARAMETER_DTYPES[dtype]}
         self.embedding = nn.Embedding(config.vocab_size, config.dim, **make)
         self.trunk_layers = nn.ModuleList(Layer(config, make, attention) for _ in range(config.trunk_layers))
-        self.head_layers = nn.ModuleList(Layer(config, make, attention) for _ in range(config.n_future))
+        self.head_layers = nn.ModuleList(make_head(i, config, make, attention) for i in range(config.n_future))
         self.norm = RMSNorm(config, make)
-        self.unembedding = nn.Linear(config.dim, config.vocab_size, bias=False, **make)
+        self.unembedding: nn.Linear | nn.ModuleList  # (V, D); n of them where replicated
+        if config.unembedding == "replicated":
+            self.unembedding = nn.ModuleList(
+                nn.Linear(config.dim, config.vocab_size, bias=False, **make) for _ in range(config.n_future)
+            )
+        else:
+            self.unembedding = nn.Linear(config.dim, config.vocab_size, bias=False, **make)
         if config.unembedding == "tied":
             self.unembedding.weight = self.embedding.weight
         for parameter in self.parameters():
@@ -67,15 +75,42 @@ class MTPModel(nn.Module):
     def heads(self, tokens: Tensor, phase: Phase = no_phase) -> Heads:
         """The heads of one step over `tokens` (B, S) as a tree, for a strategy."""
         turn = self.rotation(tokens)
-        layers = [partial(layer, turn=turn) for layer in self.head_layers]
-        roots = tuple(Head(i, layer, self.unembedding.weight) for i, layer in enumerate(layers))
+        layers = [on_parent(head, i, self.embedding, tokens, turn) for i, head in enumerate(self.head_layers)]
+        weights = [unembedding.weight for unembedding in self.unembeddings()]
+        roots = tuple(tree(self.config.head, layers, weights))
         return Heads(roots, self.norm, self.autocast, phase, self.config.n_future)
 
+    def unembeddings(self) -> list[nn.Linear]:
+        """Each head's unembedding (V, D), in the order of the heads; the same one n times unless replicated."""
+        if isinstance(self.unembedding, nn.Linear):
+            return [self.unembedding] * self.config.n_future
+        return [module for module in self.unembedding if isinstance(module, nn.Linear)]
+
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (n, B, S, V) of all heads."""
+        """Logits (n, B, S, V) of all heads, written out kind by kind: it shares no tree and no order with `heads`."""
         z, turn = self.trunk(tokens), self.rotation(tokens)
         with self.autocast():
-            return torch.stack([self.unembedding(self.norm(layer(z, turn))) for layer in self.head_layers])
+            hidden = self._hidden(z, tokens, turn)
+            return torch.stack([u(self.norm(h)) for h, u in zip(hidden, self.unembeddings(), strict=True)])
+
+    def _hidden(self, z: Tensor, tokens: Tensor, turn: Rotation) -> list[Tensor]:
+        heads = self.head_layers
+        match self.config.head:
+            case "parallel":
+                return [head(z, turn) for head in heads]
+            case "causal":
+                return list(accumulate(heads, lambda h, head: head(h, turn), initial=z))[1:]
+            case "anticausal":
+                return list(accumulate(reversed(heads), lambda h, head: head(h, turn), initial=z))[:0:-1]
+            case "linear" | "medusa":
+                return [head(z) for head in heads]
+            case "deepseek":
+                S = tokens.shape[1]
+                embedded = self.embedding(F.pad(tokens, (0, len(heads)), value=NO_TOKEN))  # (B, S + n, D)
+                hidden = [heads[0](z, turn)]
+                for k in range(1, len(heads)):
+                    hidden.append(heads[k](hidden[-1], embedded[:, k : k + S], turn))
+                return hidden
 
     def rotation(self, tokens: Tensor) -> Rotation:
         """Rotary tables for the positions of `tokens` (B, S), in the dtype of queries and keys."""
@@ -95,7 +130,11 @@ class MTPModel(nn.Module):
         """Parameters by the part of the model that owns them; a tied weight belongs to the embedding."""
         parts: dict[str, nn.Module] = {"embedding": self.embedding, "trunk": self.trunk_layers}
         parts |= {f"head {i + 1}": layer for i, layer in enumerate(self.head_layers)}
-        parts |= {"norm": self.norm, "unembedding": self.unembedding}
+        parts |= {"norm": self.norm}
+        if isinstance(self.unembedding, nn.ModuleList):
+            parts |= {f"unembedding {i + 1}": module for i, module in enumerate(self.unembedding)}
+        else:
+            parts |= {"unembedding": self.unembedding}
         seen: set[nn.Parameter] = set()
 
         def new(module: nn.Module) -> Iterator[nn.Parameter]:
