@@ -103,6 +103,23 @@ def test_naive_grows_by_its_logits_and_sequential_does_not() -> None:
             assert over(spec, high)[1] == over(spec, low)[1]
 
 
+@pytest.mark.parametrize(
+    ("spec", "widths"),
+    [
+        ("sequential", {70}),
+        ("checkpointed", {70}),
+        ("chunked_vocab:chunk=30", {30, 10}),
+        ("checkpointed:loss=chunked_vocab:chunk=30", {30, 10}),
+    ],
+)
+def test_only_logits_are_called_logits(spec: str, widths: set[int]) -> None:
+    # A recomputed layer runs its backward within its head's loss; with a small V it is larger than the logits.
+    model, batch = build(tiny(vocab_size=70, n_layers=3, n_future=2, unembedding="replicated"))
+    step = TrainingStep(model, make_optimizer(model), batch, load_strategy(spec))
+    step()
+    assert {s.shape[-1] for s in track(step).storages.values() if s.category == "logits"} == widths
+
+
 def test_a_sum_that_autograd_makes_in_place_is_no_new_buffer() -> None:
     # Three dense gradients meet at `weight`: plain autograd holds the running sum and one more, never three.
     weight, upstream = torch.ones(1000, requires_grad=True), torch.ones(1000)
