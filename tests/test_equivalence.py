@@ -118,9 +118,10 @@ def test_weights_scale_masks_and_losses(spec: str) -> None:
     assert all(torch.count_nonzero(g) == 0 for name, g in found.items() if name.startswith("head_layers.1."))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("spec", [*BUILTIN, *INEXACT])
-def test_accumulates_and_leaves_the_frozen_alone(spec: str) -> None:
-    model, batch = build(tiny(n_future=2), "fp64")
+def test_accumulates_and_leaves_the_frozen_alone(spec: str, kind: str) -> None:
+    model, batch = build(small_kind(kind, 3, vocab_size=517), "fp64", sequence=12)
     strategy = load_strategy(spec)
     once = gradients(model, lambda: forward_backward(model, batch, strategy))
 
@@ -130,10 +131,14 @@ def test_accumulates_and_leaves_the_frozen_alone(spec: str) -> None:
 
     found = gradients(model, twice)
     assert max(relative(found[name], 2 * once[name]) for name in once) <= 1e-12  # type: ignore[operator]
+    below = list(model.embedding.parameters()) + list(model.trunk_layers.parameters())
     frozen = [
-        list(model.embedding.parameters()) + list(model.trunk_layers.parameters()),
+        below,
+        below + list(model.head_layers[0].parameters()),
+        below + list(model.head_layers[2].parameters()),
+        list(model.trunk_layers.parameters()),
         list(model.unembedding.parameters()),
-        list(model.head_layers[0].parameters()),
+        list(model.head_layers[1].parameters()),
         list(model.parameters()),
     ]
     for parameters in frozen:
