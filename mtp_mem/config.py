@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeVar
 
 from mtp_mem.errors import BadInput, unknown
 
-HeadKind = Literal["parallel"]
-Unembedding = Literal["shared", "tied"]
+HeadKind = Literal["parallel", "causal", "anticausal", "linear", "deepseek", "medusa"]
+Unembedding = Literal["shared", "tied", "replicated"]
 Dtype = Literal["fp64", "fp32", "bf16", "bf16-mixed"]
 Tokenizer = Literal["bytes", "bpe", "uniform"]
 
@@ -29,6 +29,14 @@ class ModelConfig:
     `n_layers` counts trunk and head layers together, as the paper does: a larger `n_future` moves layers from the
     trunk into the heads, so models of different n have the same number of parameters. With `match_layers=False` the
     trunk keeps `n_layers - 1` layers and every further head adds one (the paper's "+3" row, table S4).
+
+    That holds for parallel, causal, anticausal and deepseek heads, which are transformer layers; a deepseek head from
+    the second on adds its projection and two norms (2 D^2 + 2 D), and DeepSeek's own count is `match_layers=False`:
+    the model keeps all its layers. Linear and medusa heads are no layers: the trunk keeps all `n_layers`, n may be
+    larger than `n_layers`, every head adds D^2 or `medusa_blocks` (D^2 + D) parameters, the first one included, and
+    `match_layers` changes nothing. Replicated unembeddings add V D for every head after the first.
+
+    What each kind computes: mtp_mem/head_kinds.py.
     """
 
     vocab_size: int
@@ -39,13 +47,15 @@ class ModelConfig:
     ffn_dim: int | None = None  # None: 8/3 of dim, rounded up to a multiple of 32
     n_future: int = 1
     head: HeadKind = "parallel"
-    unembedding: Unembedding = "shared"  # "tied": the embedding's own weight
+    medusa_blocks: int = 1  # residual blocks of a medusa head
+    unembedding: Unembedding = "shared"  # "tied": the embedding's own weight; "replicated": one for each head
     match_layers: bool = True
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "n_layers", "n_attention_heads", "n_kv_heads", "ffn_dim", "n_future"):
+        sizes = ("vocab_size", "dim", "n_layers", "n_attention_heads", "n_kv_heads", "ffn_dim", "n_future")
+        for name in (*sizes, "medusa_blocks"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"model.{name} = {value}: must be at least 1")
@@ -60,7 +70,7 @@ class ModelConfig:
             raise BadInput(
                 f"model.n_kv_heads = {self.kv_heads} must divide n_attention_heads = {self.n_attention_heads}"
             )
-        if self.match_layers and self.n_future > self.n_layers:
+        if self.heads_are_layers and self.match_layers and self.n_future > self.n_layers:
             raise BadInput(
                 f"n = {self.n_future} heads need {self.n_future} of the model's layers, but n_layers = {self.n_layers}"
                 f" (trunk and heads together); valid: n from 1 to {self.n_layers}, or match_layers = false"
@@ -77,8 +87,15 @@ class ModelConfig:
         return self.ffn_dim or -(-8 * self.dim // 3 // 32) * 32
 
     @property
+    def heads_are_layers(self) -> bool:
+        """Whether a head is a transformer layer, so that `n_layers` counts it."""
+        return self.head not in ("linear", "medusa")
+
+    @property
     def trunk_layers(self) -> int:
-        """Layers left in the trunk after the heads took one each."""
+        """Layers left in the trunk after the heads took one each, where heads are layers."""
+        if not self.heads_are_layers:
+            return self.n_layers
         return self.n_layers - (self.n_future if self.match_layers else 1)
 
     def with_n(self, n: int) -> "ModelConfig":

@@ -11,7 +11,7 @@ from mtp_mem.config import Dtype
 
 Verdict = Literal["bit-identical", "within bound", "differs", "unchecked"]
 Gradients = dict[str, list[Tensor | None]]
-"""Gradients by part of the model: embedding, trunk, head 1..n, norm, unembedding."""
+"""Gradients by part of the model: embedding, trunk, head 1..n, norm, unembedding (or unembedding 1..n)."""
 
 BOUNDS: dict[Dtype, float] = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 4 * 2**-7, "bf16-mixed": 4 * 2**-7}
 """Largest Frobenius-relative difference of two right gradients, per dtype. Summing in another order costs a few units

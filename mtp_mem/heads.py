@@ -8,6 +8,9 @@ sequential order bit-identical to the joint backward (a third, an empty `.grad`,
 2. The joint order visits parents before children, the sequential one visits children last first. Autograd runs a joint
    backward in the reverse of the forward, which is then the sequential order.
 
+Parameters that several heads share (norm, unembedding, the embedding that deepseek heads look up) are used inside each
+head's own forward pass, so their gradients arrive head by head in that same order; the trunk's share comes last.
+
 Heads are counted from 1 in names ("head 1" predicts the next token) and from 0 in indices.
 """
 

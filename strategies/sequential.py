@@ -6,7 +6,9 @@
         hidden.backward(hidden.grad)    # adds to cut.grad, frees the head's activations
 
 Memory above the cut: 3 tensors (N, V) of the loss dtype and one head layer's activations, whatever n is; from the
-second head on, one unembedding gradient (V, D) beside the accumulated one. FLOPs: 1, no more than the joint backward.
+second head on, one unembedding gradient (V, D) beside the accumulated one. Where heads read heads (causal, anticausal,
+deepseek) the layers of a chain all run forward first: still one head's logits, but every head layer's activations until
+its turn comes (figure S11). FLOPs: 1, no more than the joint backward.
 The gradients are bit-identical to the joint backward's: see mtp_mem/heads.py.
 """
 

@@ -37,6 +37,10 @@ def test_quick_has_logits_that_dominate() -> None:
     assert len(profile.sweep.strategies) == 4
 
 
+def test_the_byte_model_has_an_unembedding_for_each_head() -> None:
+    assert load_profile("mtp-7b-bytes").model.unembedding == "replicated"
+
+
 def test_defaults(tmp_path: Path) -> None:
     (tmp_path / "p.toml").write_text(GOOD)
     profile = load_profile(str(tmp_path / "p.toml"))
@@ -60,6 +64,8 @@ def test_defaults(tmp_path: Path) -> None:
         ("n = [1, 2]", "n = [1, 1]", ["distinct"]),
         ("batch = 2", "batch = 0", ["workload.batch = 0", "at least 1"]),
         ("batch = 2", 'batch = 2\ndtype = "fp16"', ["workload.dtype", "unknown value 'fp16'", "bf16-mixed"]),
+        ("dim = 32", 'dim = 32\nhead = "medussa"', ["model.head", "'medussa'", "did you mean 'medusa'?"]),
+        ("dim = 32", 'dim = 32\nunembedding = "own"', ["model.unembedding", "shared, tied, replicated"]),
         ("[model]", "[modle]", ["unknown key 'modle'", "did you mean 'model'?"]),
         ("[model]", "model = 3\n[sweeep]", ["model = 3", "expected a table"]),
     ],

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import build, gradients, plain_joint, tiny
+from small import KINDS, UNEMBEDDINGS, build, gradients, plain_joint, small_kind, tiny
 
 from mtp_mem import IGNORE, Batch, forward_backward, load_strategy
 from mtp_mem.strategy import BUILTIN
@@ -29,6 +29,39 @@ def test_bit_identical_to_naive(spec: str, dtype: str, n: int, unembedding: str)
     model, batch = build(tiny(n_future=n, unembedding=unembedding), dtype)
     expected = gradients(model, lambda: forward_backward(model, batch, NAIVE))
     found = gradients(model, lambda: forward_backward(model, batch, load_strategy(spec)))
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16", "bf16-mixed"])
+@pytest.mark.parametrize("unembedding", UNEMBEDDINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_bit_identical_to_naive(kind: str, unembedding: str, dtype: str, n: int) -> None:
+    model, batch = build(small_kind(kind, n, unembedding=unembedding), dtype, sequence=12)
+    expected = gradients(model, lambda: forward_backward(model, batch, NAIVE))
+    assert all(g is not None and torch.count_nonzero(g) for g in expected.values())
+    for spec in ("sequential", "checkpointed"):
+        found = gradients(model, lambda spec=spec: forward_backward(model, batch, load_strategy(spec)))
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == [], spec
+
+
+@pytest.mark.parametrize("unembedding", UNEMBEDDINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_within_rounding_of_naive(kind: str, unembedding: str) -> None:
+    model, batch = build(small_kind(kind, 4, unembedding=unembedding), "fp64", sequence=12)
+    expected = gradients(model, lambda: forward_backward(model, batch, NAIVE))
+    for spec in ("chunked_vocab:chunk=20", "checkpointed", "checkpointed:loss=chunked_vocab:chunk=20"):
+        found = gradients(model, lambda spec=spec: forward_backward(model, batch, load_strategy(spec)))
+        assert max(relative(found[name], expected[name]) for name in expected) <= 1e-12, spec
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16", "bf16-mixed"])
+@pytest.mark.parametrize("unembedding", UNEMBEDDINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cut_is_free_for_every_kind(kind: str, unembedding: str, dtype: str) -> None:
+    model, batch = build(small_kind(kind, 3, unembedding=unembedding), dtype, sequence=12)
+    expected = gradients(model, lambda: plain_joint(model, batch))
+    found = gradients(model, lambda: forward_backward(model, batch, NAIVE))
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
@@ -85,9 +118,10 @@ def test_weights_scale_masks_and_losses(spec: str) -> None:
     assert all(torch.count_nonzero(g) == 0 for name, g in found.items() if name.startswith("head_layers.1."))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("spec", [*BUILTIN, *INEXACT])
-def test_accumulates_and_leaves_the_frozen_alone(spec: str) -> None:
-    model, batch = build(tiny(n_future=2), "fp64")
+def test_accumulates_and_leaves_the_frozen_alone(spec: str, kind: str) -> None:
+    model, batch = build(small_kind(kind, 3, vocab_size=517), "fp64", sequence=12)
     strategy = load_strategy(spec)
     once = gradients(model, lambda: forward_backward(model, batch, strategy))
 
@@ -97,10 +131,14 @@ def test_accumulates_and_leaves_the_frozen_alone(spec: str) -> None:
 
     found = gradients(model, twice)
     assert max(relative(found[name], 2 * once[name]) for name in once) <= 1e-12  # type: ignore[operator]
+    below = list(model.embedding.parameters()) + list(model.trunk_layers.parameters())
     frozen = [
-        list(model.embedding.parameters()) + list(model.trunk_layers.parameters()),
+        below,
+        below + list(model.head_layers[0].parameters()),
+        below + list(model.head_layers[2].parameters()),
+        list(model.trunk_layers.parameters()),
         list(model.unembedding.parameters()),
-        list(model.head_layers[0].parameters()),
+        list(model.head_layers[1].parameters()),
         list(model.parameters()),
     ]
     for parameters in frozen:
@@ -135,10 +173,13 @@ def test_losses_stay_finite_at_large_logits() -> None:
         torch.testing.assert_close(forward_backward(model, batch, load_strategy(spec)), expected, rtol=1e-5, atol=0)
 
 
-def test_forward_gives_the_logits_that_the_strategies_train() -> None:
-    model, batch = build(tiny(n_future=2), "fp64")
+@pytest.mark.parametrize("unembedding", UNEMBEDDINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_gives_the_logits_that_the_strategies_train(kind: str, unembedding: str) -> None:
+    model, batch = build(small_kind(kind, 3, unembedding=unembedding), "fp64", sequence=12)
     logits = model(batch.tokens)
+    assert logits.shape == (3, 2, 12, 67)
     losses = forward_backward(model, batch, NAIVE)
-    for i in range(2):
+    for i in range(3):
         expected = torch.nn.functional.cross_entropy(logits[i].flatten(0, 1), batch.targets[i].flatten())
         torch.testing.assert_close(losses[i], expected.detach(), rtol=1e-12, atol=0)

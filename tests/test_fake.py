@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import build, tiny
+from small import KINDS, build, tiny
 
 from mtp_mem import TrainingStep, Workload, load_strategy, make_optimizer
 from mtp_mem.config import load_gpu, load_gpus
@@ -36,6 +36,25 @@ def test_predicted_equals_tracked(spec: str, n: int, dtype: str) -> None:
     assert (found.nbytes, found.phase, found.op) == (expected.nbytes, expected.phase, expected.op)
     assert found.by_category == expected.by_category
     assert fake.phase_peaks() == real.phase_peaks()
+
+
+@pytest.mark.parametrize("unembedding", ["shared", "replicated"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spec", ["naive", "sequential"])
+def test_predicted_equals_tracked_for_every_kind(spec: str, kind: str, unembedding: str) -> None:
+    config = tiny(vocab_size=4099, n_layers=4, n_future=3, head=kind, unembedding=unembedding)
+    model, batch = build(config, sequence=64)
+    step = TrainingStep(model, make_optimizer(model), batch, load_strategy(spec))
+    step()
+    real = track(step)
+    fake = trace_step(config, Workload(batch=2, sequence=64), load_strategy(spec), attention="sdpa")
+    assert fake.baseline == real.baseline
+    found, expected = fake.peak(), real.peak()
+    assert (found.nbytes, found.phase, found.op) == (expected.nbytes, expected.phase, expected.op)
+    assert found.by_category == expected.by_category
+    assert fake.phase_peaks() == real.phase_peaks()
+    # Log-softmaxes of all live heads and two gradients (N, V), whatever the heads are.
+    assert found.by_category["logits"] == (3 + 2 if spec == "naive" else 3) * 2 * 64 * 4099 * 4
 
 
 def test_naive_holds_the_logits_that_can_be_counted_by_hand() -> None:

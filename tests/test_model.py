@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from small import build, tiny
+from small import KINDS, UNEMBEDDINGS, build, small_kind, tiny
 
 from mtp_mem.errors import BadInput
-from mtp_mem.model import RMSNorm, rotate, rotation
+from mtp_mem.layers import RMSNorm, rotate, rotation
 
 
 def test_n_moves_layers_and_keeps_the_parameters() -> None:
@@ -21,10 +21,16 @@ def test_tied_unembedding_is_the_embedding() -> None:
     assert "unembedding" not in model.groups()
 
 
-def test_groups_partition_the_parameters() -> None:
-    model, _ = build(tiny(n_future=2))
+@pytest.mark.parametrize("unembedding", UNEMBEDDINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_partition_the_parameters(kind: str, unembedding: str) -> None:
+    model, _ = build(small_kind(kind, 2, unembedding=unembedding))
     groups = model.groups()
-    assert list(groups) == ["embedding", "trunk", "head 1", "head 2", "norm", "unembedding"]
+    last = {"shared": ["unembedding"], "tied": [], "replicated": ["unembedding 1", "unembedding 2"]}[unembedding]
+    assert list(groups) == ["embedding", "trunk", "head 1", "head 2", "norm", *last]
+    for i in range(2):
+        names = {name for name, p in model.named_parameters() if any(p is q for q in groups[f"head {i + 1}"])}
+        assert names == {name for name, _ in model.named_parameters() if name.startswith(f"head_layers.{i}.")}
     assert [p for g in groups.values() for p in g] == list(dict.fromkeys(p for g in groups.values() for p in g))
     assert {id(p) for g in groups.values() for p in g} == {id(p) for p in model.parameters()}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small import build, gradients, plain_joint, tiny
+from small import KINDS, build, gradients, plain_joint, tiny
 from torch.profiler import ProfilerActivity, profile
 
 from mtp_mem import TrainingStep, load_strategy, make_optimizer
@@ -58,6 +58,19 @@ def test_equals_the_allocator(spec: str, n: int, dtype: str) -> None:
     assert max(trace.phase_peaks().values()) == peak.nbytes
     state = sum(v.nbytes for s in step.optimizer.state.values() for v in s.values())
     assert trace.baseline == sum(t.nbytes for t in [*model.parameters(), batch.tokens, batch.targets]) + state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spec", ["naive", "sequential"])
+def test_equals_the_allocator_for_every_kind(spec: str, kind: str) -> None:
+    config = tiny(vocab_size=1031, n_layers=4, n_future=3, head=kind, unembedding="replicated", medusa_blocks=2)
+    model, batch = build(config, sequence=64)
+    step = TrainingStep(model, make_optimizer(model), batch, load_strategy(spec))
+    step()
+    step.optimizer.zero_grad()
+    over_baseline = allocator_peak(step)
+    trace = track(step)
+    assert trace.peak().nbytes - trace.baseline == over_baseline
 
 
 @pytest.mark.parametrize("trunk_layers", [1, 8])
@@ -111,6 +124,23 @@ def test_cross_entropy_counted_by_hand(dtype: torch.dtype) -> None:
     by_hand = 3 * N * V * 4 + 2 * 4
     assert tracker.trace.peak().nbytes - tracker.trace.baseline == by_hand
     assert allocator_peak(run) == by_hand
+
+
+@pytest.mark.parametrize(
+    ("spec", "widths"),
+    [
+        ("sequential", {70}),
+        ("checkpointed", {70}),
+        ("chunked_vocab:chunk=30", {30, 10}),
+        ("checkpointed:loss=chunked_vocab:chunk=30", {30, 10}),
+    ],
+)
+def test_only_logits_are_called_logits(spec: str, widths: set[int]) -> None:
+    # A recomputed layer runs its backward within its head's loss; with a small V it is larger than the logits.
+    model, batch = build(tiny(vocab_size=70, n_layers=3, n_future=2, unembedding="replicated"))
+    step = TrainingStep(model, make_optimizer(model), batch, load_strategy(spec))
+    step()
+    assert {s.shape[-1] for s in track(step).storages.values() if s.category == "logits"} == widths
 
 
 def test_a_sum_that_autograd_makes_in_place_is_no_new_buffer() -> None:

@@ -17,10 +17,11 @@ from torch._subclasses.fake_tensor import (
 from mtp_mem.config import GPU, ModelConfig, Workload
 from mtp_mem.data import make_batch
 from mtp_mem.errors import BadInput
+from mtp_mem.layers import Attention
 from mtp_mem.memory.kernels import KERNELS
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker
-from mtp_mem.model import Attention, MTPModel
+from mtp_mem.model import MTPModel
 from mtp_mem.step import TrainingStep, make_optimizer, optimizer_state
 from mtp_mem.strategy import Strategy
 

@@ -106,10 +106,11 @@ class Tracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        old = self._moved_from(args[0], out) if func is _ADD and _issued_by_engine() else None
+        by_engine = _issued_by_engine()
+        old = self._moved_from(args[0], out) if func is _ADD and by_engine else None
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                key = self._new(tensor, None, str(func))
+                key = self._new(tensor, None, str(func), by_engine)
                 if key is not None:
                     if old is None:
                         self.trace.events.append(Event("alloc", key))
@@ -129,7 +130,7 @@ class Tracker(TorchDispatchMode):
             self.trace.events.append(Event("alloc", keys[-1]))
         self.trace.events.extend(Event("free", key) for key in keys)
 
-    def _new(self, tensor: Tensor, category: Category | None, op: str) -> int | None:
+    def _new(self, tensor: Tensor, category: Category | None, op: str, by_engine: bool = False) -> int | None:
         """Start counting the tensor's storage; its key, or None if it is counted already or empty."""
         storage = tensor.untyped_storage()
         address = storage._cdata
@@ -140,7 +141,7 @@ class Tracker(TorchDispatchMode):
         self._live.add(key)
         self.trace.storages[key] = Storage(
             nbytes=storage.nbytes(),
-            category=category or self._category(tensor),
+            category=category or self._category(tensor, by_engine),
             phase=self._phase,
             op=op.removeprefix("aten."),
             shape=tuple(tensor.shape),
@@ -167,15 +168,16 @@ class Tracker(TorchDispatchMode):
         key = self._keys.get(old.untyped_storage()._cdata)
         return key if key in self._live else None
 
-    def _category(self, tensor: Tensor) -> Category:
+    def _category(self, tensor: Tensor, by_engine: bool) -> Category:
         shape, phase = tuple(tensor.shape), self._phase
         in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
         if in_backward and shape in self._parameter_shapes:
             return "gradients"
         if phase.endswith("loss") or phase == "heads backward":
             # A slab of the vocabulary has neither width, the full logits have V, hidden states and their norms D.
-            rows_of_logits = len(shape) >= 2 and shape[-1] not in (1, self._dim)
-            if shape[-1:] == (self._vocab_size,) or (rows_of_logits and phase != "heads backward"):
+            # Slabs are made by a loss's own code; what autograd's formulas make here is a recomputed layer's gradients.
+            slab = tensor.is_floating_point() and len(shape) >= 2 and shape[-1] not in (1, self._dim) and not by_engine
+            if shape[-1:] == (self._vocab_size,) or (slab and phase != "heads backward"):
                 return "logits"
         if phase in ("clip", "optimizer"):
             return "other"
