@@ -1,0 +1,283 @@
+"""Is it the same gradient? Every strategy through every scenario, against an fp64 oracle and against naive.
+
+The rule, for the Frobenius-relative error of each part of the model (embedding, trunk, each head, norm, unembedding) and
+of the losses: fp64 1e-12; fp32 1e-5 and twice naive's own error + 1e-7; bf16 and bf16-mixed twice naive's own error
++ 1e-4. Low precision is never held against another low-precision run: both are wrong, and the question is by how much.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mtp_mem.config import Dtype
+from mtp_mem.data import Batch
+from mtp_mem.gradients import relative_error
+from mtp_mem.heads import Heads
+from mtp_mem.losses import loss_dtype
+from mtp_mem.model import MTPModel
+from mtp_mem.scenarios import ALL_DTYPES, SCENARIOS, Outcome, Problem, Scenario, build, oracle, run, with_chunk
+from mtp_mem.step import forward_backward
+from mtp_mem.strategy import Strategy, load_strategy
+
+Progress = Callable[[str], None]
+
+
+class BrokenContract(Exception):
+    """A strategy does what the protocol forbids, or leaves undone what it asks for."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part's gradient, or the losses: its error against the oracle, naive's own, and what was allowed."""
+
+    name: str
+    error: float
+    naive_error: float
+    allowed: float
+    problem: str = ""  # what is wrong in words; empty where nothing is
+
+    @property
+    def passed(self) -> bool:
+        """Inside the bound, and nothing else wrong."""
+        return not self.problem and self.error <= self.allowed
+
+
+@dataclass(frozen=True)
+class Check:
+    """One strategy in one scenario and dtype."""
+
+    strategy: str
+    scenario: str
+    dtype: Dtype
+    identical: bool  # every gradient torch.equal to naive's
+    exact: bool  # whether identity was possible at all in this scenario
+    parts: tuple[Part, ...] = ()
+    broken: str = ""  # the contract broken, or what was raised; there are no parts then
+
+    @property
+    def passed(self) -> bool:
+        """No contract broken and every part right."""
+        return not self.broken and all(part.passed for part in self.parts)
+
+    @property
+    def worst(self) -> Part | None:
+        """The part that failed worst, or has the largest error."""
+        return max(
+            self.parts, key=lambda p: (not p.passed, bool(p.problem), p.error / max(p.allowed, 1e-300)), default=None
+        )
+
+    def explain(self) -> str:
+        """One line: where, which part, the numbers."""
+        where = f"{self.strategy}: {self.scenario}, {self.dtype}"
+        if self.broken:
+            return f"{where}: {self.broken}"
+        part = self.worst
+        if part is None or self.passed:
+            return f"{where}: right"
+        if part.problem:
+            return f"{where}: {part.name}: {part.problem}"
+        return (
+            f"{where}: {part.name}: error {part.error:.1e}, naive's {part.naive_error:.1e}, allowed {part.allowed:.1e}"
+        )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of a run."""
+
+    checks: tuple[Check, ...] = field(default_factory=tuple)
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        """What did not pass."""
+        return tuple(check for check in self.checks if not check.passed)
+
+    def of(self, strategy: str) -> tuple[Check, ...]:
+        """One strategy's checks."""
+        return tuple(check for check in self.checks if check.strategy == strategy)
+
+
+def verify(
+    strategies: Iterable[str | Strategy],
+    *,
+    dtypes: Sequence[Dtype] = ALL_DTYPES,
+    scenarios: Sequence[Scenario] = SCENARIOS,
+    device: torch.device | str = "cpu",
+    progress: Progress = lambda _: None,
+) -> Verification:
+    """Run every strategy through every scenario in every dtype.
+
+    Args:
+        strategies: spec strings or objects; a `chunk` option is set to what each scenario asks for.
+        dtypes: of the model; a scenario may be made for fewer.
+        scenarios: see mtp_mem/scenarios.py.
+        device: where the strategies run; the oracle runs on the CPU.
+        progress: told each scenario and dtype as it begins.
+    """
+    named = {
+        s if isinstance(s, str) else type(s).__name__: load_strategy(s) if isinstance(s, str) else s for s in strategies
+    }
+    device = torch.device(device)
+    checks = [check for name, strategy in named.items() if (check := _contract(name, strategy, device)).broken]
+    for scenario in scenarios:
+        for dtype in (d for d in dtypes if d in scenario.dtypes):
+            progress(f"{scenario.name}, {dtype}")
+            checks += verify_problem(build(scenario, dtype, device), dtype, named)
+    return Verification(tuple(checks))
+
+
+def verify_problem(problem: Problem, dtype: Dtype, strategies: dict[str, Strategy]) -> Iterator[Check]:
+    """One scenario in one dtype: the oracle and naive once, then every strategy."""
+    scenario = problem.scenario
+    exact, naive = oracle(problem), run(problem, _stepper(problem, load_strategy("naive")))
+    for name, strategy in strategies.items():
+        try:
+            found = run(problem, _stepper(problem, _Watched(with_chunk(strategy, scenario.chunk))))
+        except BrokenContract as e:
+            yield Check(name, scenario.name, dtype, False, scenario.exact, broken=str(e))
+            continue
+        except Exception as e:
+            told = str(e).split("\n")[0]
+            yield Check(name, scenario.name, dtype, False, scenario.exact, broken=f"raised {type(e).__name__}: {told}")
+            continue
+        parts = tuple(_parts(problem.model, dtype, found, naive, exact))
+        yield Check(name, scenario.name, dtype, _identical(found, naive), scenario.exact, parts)
+
+
+def allowed(dtype: Dtype, naive_error: float) -> float:
+    """The largest error that passes, given naive's own in the same dtype."""
+    if dtype == "fp64":
+        return 1e-12
+    if dtype == "fp32":
+        return min(1e-5, 2 * naive_error + 1e-7)
+    return 2 * naive_error + 1e-4
+
+
+def _stepper(problem: Problem, strategy: Strategy) -> Callable[[MTPModel, Batch], Tensor]:
+    weights, scale = problem.scenario.weights, problem.scenario.scale
+    return lambda model, batch: forward_backward(model, batch, strategy, weights, scale)
+
+
+def _parts(model: MTPModel, dtype: Dtype, found: Outcome, naive: Outcome, exact: Outcome) -> Iterator[Part]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group, parameters in model.groups().items():
+        own = [names[p] for p in parameters]
+        right = [exact.gradients[name] for name in own]
+        mine, theirs = ([_host(o.gradients[name]) for name in own] for o in (found, naive))
+        naive_error = relative_error(theirs, right)
+        bound = allowed(dtype, naive_error)
+        problem = _wrong_kind(own, mine, theirs)
+        error = math.inf if problem else relative_error(mine, right)
+        yield Part(f"gradient of {group}", error, naive_error, bound, problem or _diagnosis(mine, right, error, bound))
+    right, mine, theirs = ([_host(o.losses)] for o in (exact, found, naive))
+    naive_error = relative_error(theirs, right)
+    error, bound = relative_error(mine, right), allowed(dtype, naive_error)
+    finite = bool(torch.isfinite(found.losses).all())
+    yield Part("losses", error, naive_error, bound, "" if finite else "not finite")
+
+
+def _wrong_kind(names: Sequence[str], mine: Sequence[Tensor | None], naive: Sequence[Tensor | None]) -> str:
+    """What no error can say: a gradient that is missing, not asked for, of another shape, or not finite."""
+    for name, a, b in zip(names, mine, naive, strict=True):
+        if a is None and b is not None:
+            return f"{name} has no gradient"
+        if a is not None and b is None:
+            return f"{name} is frozen and has a gradient"
+        if a is not None and b is not None:
+            if a.shape != b.shape or a.dtype != b.dtype:
+                return f"{name}: gradient is {tuple(a.shape)} {a.dtype}, expected {tuple(b.shape)} {b.dtype}"
+            if not torch.isfinite(a).all():
+                return f"{name}: gradient is not finite"
+            if not a.any() and b.any():
+                return f"{name}: gradient is zero"
+    return ""
+
+
+def _diagnosis(mine: Sequence[Tensor | None], right: Sequence[Tensor | None], error: float, bound: float) -> str:
+    """A wrong gradient that is a multiple of the right one says by which factor."""
+    if error <= bound:
+        return ""
+    a = torch.cat([t.flatten().double() for t in mine if t is not None] or [torch.zeros(1)])
+    b = torch.cat([t.flatten().double() for t in right if t is not None] or [torch.zeros(1)])
+    norm = b.square().sum()
+    if norm == 0 or a.shape != b.shape:
+        return ""
+    factor = (a @ b / norm).item()
+    off = ((a - factor * b).square().sum() / norm).sqrt().item()
+    if abs(factor - 1) > 0.01 and off < 0.01 * abs(factor):
+        return f"{factor:.3g} times the right one"
+    return ""
+
+
+def _identical(found: Outcome, naive: Outcome) -> bool:
+    pairs = [(found.gradients[name], naive.gradients[name]) for name in naive.gradients]
+    return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+
+
+def _host(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.cpu()
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A strategy whose every call is held against the protocol."""
+
+    inner: Strategy
+
+    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
+        losses: Any = self.inner.backward(cut, heads, targets, weights)
+        if not isinstance(losses, Tensor) or losses.shape != weights.shape:
+            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise BrokenContract(f"returns {shape}, not the n losses {tuple(weights.shape)}")
+        if losses.requires_grad:
+            raise BrokenContract("returns losses that are not detached")
+        if losses.dtype != loss_dtype(cut.dtype):
+            raise BrokenContract(f"returns losses in {losses.dtype}, not in {loss_dtype(cut.dtype)}")
+        if cut.requires_grad and cut.grad is None:
+            raise BrokenContract("leaves cut.grad empty")
+        if not cut.requires_grad and cut.grad is not None:
+            raise BrokenContract("fills cut.grad of a cut that requires none")
+        return losses
+
+
+class _NoSync(TorchDispatchMode):
+    """Raises at the first operator that would wait for the device."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        aten = torch.ops.aten
+        waits = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
+        by_mask = func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default) and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        if func in waits or by_mask:
+            raise BrokenContract(f"synchronises with the device ({func})")
+        return func(*args, **(kwargs or {}))
+
+
+def _contract(name: str, strategy: Strategy, device: torch.device) -> Check:
+    """Does it synchronise, and does it keep anything from one step to the next?"""
+    scenario = Scenario(name="protocol")
+    problem = build(scenario, "fp32", device)
+    other = build(Scenario(name="protocol", batches=(1,)), "fp32", device)
+    step = _stepper(problem, _Watched(with_chunk(strategy, scenario.chunk)))
+    broken = ""
+    try:
+        with _NoSync():  # type: ignore[no-untyped-call]
+            run(problem, step)
+        first = run(problem, step)
+        run(other, step)
+        if not _identical(run(problem, step), first):
+            broken = "keeps state: the same step again gives another gradient"
+    except BrokenContract as e:
+        broken = str(e)
+    except Exception as e:
+        told = str(e).split("\n")[0]
+        broken = f"raised {type(e).__name__}: {told}"
+    return Check(name, scenario.name, "fp32", False, True, broken=broken)
