@@ -6,9 +6,10 @@ batches; `oracle` computes what is right in fp64 by plain autograd on `model(tok
 
 import copy
 import dataclasses
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Scenario:
     logits: float = 1.0  # the unembedding is multiplied by this
     trunk: Literal["plain", "dropout", "checkpointed"] = "plain"
     steps: int = 0  # optimizer steps before
-    chunk: int = CHUNK  # for strategies that have this option
+    chunk: int | None = CHUNK  # for strategies that have this option; None leaves theirs
     dtypes: tuple[Dtype, ...] = ALL_DTYPES
 
     @property
@@ -162,8 +163,9 @@ def build(scenario: Scenario, dtype: Dtype, device: torch.device) -> Problem:
         _train(model, batches[scenario.batches[0]], scenario.steps)
     for parameter in _frozen(model, scenario.frozen):
         parameter.requires_grad_(False)
-    place = {"device": device, "dtype": PARAMETER_DTYPES[dtype]}
-    before = {name: grad.to(**place) for name, grad in prefilled.items()} if scenario.prefilled else {}  # type: ignore[call-overload]
+    before = {}
+    if scenario.prefilled:
+        before = {name: grad.to(device, PARAMETER_DTYPES[dtype]) for name, grad in prefilled.items()}
     on_device = tuple(Batch(batches[s].tokens.to(device), batches[s].targets.to(device)) for s in scenario.batches)
     return Problem(scenario, model, on_device, before)
 
@@ -203,15 +205,17 @@ def plain_step(model: MTPModel, batch: Batch, weights: Sequence[float] | None, s
     sums = torch.where(valid, -picked, torch.zeros_like(picked)).sum(dim=(1, 2))  # (n,)
     losses = sums / valid.sum(dim=(1, 2)).clamp(min=1)
     upstream = torch.ones_like(losses) if weights is None else torch.tensor(weights, dtype=losses.dtype)
-    (scale * upstream * losses).sum().backward()  # type: ignore[no-untyped-call]
+    (scale * upstream * losses).sum().backward()
     return losses.detach()
 
 
-def with_chunk(strategy: Strategy, chunk: int) -> Strategy:
+def with_chunk(strategy: Strategy, chunk: int | None) -> Strategy:
     """The strategy with this chunk size, if it has such an option."""
-    options = dataclasses.fields(strategy) if dataclasses.is_dataclass(strategy) else ()
-    if any(option.name == "chunk" for option in options):
-        return dataclasses.replace(strategy, chunk=chunk)  # type: ignore[type-var]
+    options: tuple[dataclasses.Field[Any], ...] = (
+        dataclasses.fields(strategy) if dataclasses.is_dataclass(strategy) else ()
+    )
+    if chunk is not None and any(option.name == "chunk" for option in options):
+        return typing.cast(Strategy, dataclasses.replace(typing.cast(Any, strategy), chunk=chunk))
     return strategy
 
 
@@ -232,7 +236,7 @@ def _batch(scenario: Scenario, seed: int) -> Batch:
         anything = torch.randint(scenario.vocab_size, targets.shape, generator=generator)
         targets = torch.where(targets == IGNORE, anything, targets)
     elif scenario.ignored == "a chunk":
-        targets.flatten(1)[:, scenario.chunk : 2 * scenario.chunk] = IGNORE
+        targets.flatten(1)[:, CHUNK : 2 * CHUNK] = IGNORE
     elif scenario.ignored == "a head":
         targets[1] = IGNORE
     elif scenario.ignored == "everything":

@@ -1,6 +1,6 @@
 """Records as a table for a terminal; columns that do not fit are left out, the least important first."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -12,7 +12,10 @@ from mtp_mem.config import GPU
 from mtp_mem.formulas import Shape, peak_over_baseline, slope
 from mtp_mem.memory.record import Record
 from mtp_mem.memory.trace import Category
+from mtp_mem.scenarios import ALL_DTYPES
+from mtp_mem.testing.broken import Broken
 from mtp_mem.units import show_bytes
+from mtp_mem.verify import Check, Verification
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,45 @@ def prediction(records: Sequence[Record], console: Console, gpu: GPU) -> Table:
         Column("optimizer", part("optimizer"), 7),
     )
     return _fitting(columns, records, console)
+
+
+def verification(found: Verification, specs: Sequence[str], console: Console) -> Table:
+    """One row a strategy: checks passed, bit-identity, and the largest error in each dtype beside naive's own."""
+    dtypes = [d for d in ALL_DTYPES if any(check.dtype == d and check.parts for check in found.checks)]
+    titles = ["strategy", "passed", "bit-identical", *(f"{d} (naive's)" for d in dtypes)]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for title in titles if console.width >= 100 else titles[:-1]:
+        table.add_column(title, justify="left" if title == "strategy" else "right", no_wrap=True)
+    for spec in specs:
+        checks = found.of(spec)
+        exact = [check for check in checks if check.exact and check.parts]
+        cells = [spec, f"{sum(c.passed for c in checks)}/{len(checks)}"]
+        cells.append(f"{sum(c.identical for c in exact)}/{len(exact)}")
+        for dtype in dtypes:
+            parts = [part for check in checks if check.dtype == dtype for part in check.parts]
+            worst = max(parts, key=lambda part: part.error, default=None)
+            cells.append("-" if worst is None else f"{worst.error:.0e} ({worst.naive_error:.0e})")
+        table.add_row(*cells[: len(table.columns)])
+    return table
+
+
+def proof(broken: Sequence[type[Broken]], caught: Mapping[str, Sequence[Check]], console: Console) -> Table:
+    """One row a broken strategy: what is wrong, where it was reported, and what the verifier said."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    wide = console.width >= 110
+    table.add_column("broken strategy", ratio=3)
+    if wide:
+        table.add_column("reported in", ratio=3)
+    table.add_column("caught", ratio=1, no_wrap=True, justify="right")
+    table.add_column("it says", ratio=4)
+    table.expand = True
+    for cls in broken:
+        failures = caught[cls.__name__]
+        said = next((check for check in failures if check.scenario == cls.caught_by), None)
+        origin = [cls.origin] if wide else []
+        words = "NOT CAUGHT" if said is None else said.explain().partition(": ")[2]
+        table.add_row(f"{cls.__name__}: {(cls.__doc__ or '').strip()}", *origin, f"{len(failures)}x", words)
+    return table
 
 
 def fits(record: Record, gpu: GPU) -> str:

@@ -1,7 +1,7 @@
 """Is it the same gradient? Every strategy through every scenario, against an fp64 oracle and against naive.
 
-The rule, for the Frobenius-relative error of each part of the model (embedding, trunk, each head, norm, unembedding) and
-of the losses: fp64 1e-12; fp32 1e-5 and twice naive's own error + 1e-7; bf16 and bf16-mixed twice naive's own error
+The rule, for the Frobenius-relative error of each part of the model (embedding, trunk, each head, norm, unembedding)
+and of the losses: fp64 1e-12; fp32 1e-5 and twice naive's own error + 1e-7; bf16 and bf16-mixed twice naive's own error
 + 1e-4. Low precision is never held against another low-precision run: both are wrong, and the question is by how much.
 """
 

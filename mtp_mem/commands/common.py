@@ -25,9 +25,7 @@ def case_options(sub: argparse.ArgumentParser, profile: str, dtypes: str) -> Non
     sub.add_argument(
         "--profile", default=profile, help=f"a shipped profile (see list) or a TOML file; default {profile}"
     )
-    sub.add_argument(
-        "--strategies", type=_names, metavar="A,B", help="instead of the profile's; name[:option=value]..."
-    )
+    sub.add_argument("--strategies", type=names, metavar="A,B", help="instead of the profile's; name[:option=value]...")
     sub.add_argument("--strategy", action="append", metavar="SPEC", help="one more: a name or package.module:Class")
     sub.add_argument("--n", type=_numbers, metavar="1,2,4", help="numbers of heads, instead of the profile's")
     sub.add_argument("--dtype", help=f"{dtypes}, instead of the profile's")
@@ -102,7 +100,8 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
             signal.signal(number, handler)
 
 
-def _names(text: str) -> tuple[str, ...]:
+def names(text: str) -> tuple[str, ...]:
+    """`a,b` as an argument."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 

@@ -1,0 +1,219 @@
+"""The verifier: passes what is right, names what is wrong, and catches every shipped broken strategy."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtp_mem import load_strategy
+from mtp_mem.scenarios import ALL_DTYPES, SCENARIOS, Scenario, build, oracle, run
+from mtp_mem.testing import check_strategy
+from mtp_mem.testing.broken import BROKEN
+from mtp_mem.verify import allowed, verify
+
+USUAL = [scenario for scenario in SCENARIOS if scenario.name == "n = 3"]
+RIGHT = ["naive", "sequential", "chunked_vocab", "checkpointed", "naive:loss=chunked_vocab"]
+
+
+@pytest.fixture(scope="module")
+def verified():  # type: ignore[no-untyped-def]
+    return verify(RIGHT)
+
+
+@pytest.mark.parametrize("spec", RIGHT)
+def test_right_strategies_pass(verified, spec: str) -> None:  # type: ignore[no-untyped-def]
+    assert [check.explain() for check in verified.of(spec) if not check.passed] == []
+    assert len(verified.of(spec)) == sum(len(scenario.dtypes) for scenario in SCENARIOS)
+
+
+@pytest.mark.parametrize("spec", ["sequential", "checkpointed"])
+def test_identity_wherever_the_order_allows_it(verified, spec: str) -> None:  # type: ignore[no-untyped-def]
+    assert [check.explain() for check in verified.of(spec) if check.exact and not check.identical] == []
+
+
+def test_every_broken_strategy_is_caught_by_the_scenario_made_for_it() -> None:
+    found = verify([broken() for broken in BROKEN])
+    for broken in BROKEN:
+        caught = {check.scenario for check in found.of(broken.__name__) if not check.passed}
+        assert broken.caught_by in caught, broken.__name__
+    assert len({broken.__name__ for broken in BROKEN}) == len(BROKEN) == 14
+
+
+@dataclass
+class Changed:
+    """naive with one thing wrong about the call itself."""
+
+    how: str
+    calls: int = 0
+
+    def backward(self, cut, heads, targets, weights):  # type: ignore[no-untyped-def]
+        losses = load_strategy("naive").backward(cut, heads, targets, weights)
+        self.calls += 1
+        if self.how == "shape":
+            return losses[:-1]
+        if self.how == "no tensor":
+            return losses.sum().detach().numpy()
+        if self.how == "graph":
+            return losses.requires_grad_()
+        if self.how == "dtype":
+            return losses.to(torch.float16)
+        if self.how == "cut":
+            cut.grad = None
+        if self.how == "item":
+            losses[0].item()
+        if self.how == "mask":
+            targets[targets > 0]
+        if self.how == "state" and self.calls > 2 and cut.grad is not None:
+            cut.grad *= 1.5
+        if self.how == "raise":
+            raise ValueError("a clear reason\nand more")
+        if self.how == "frozen cut" and cut.grad is None:
+            cut.grad = torch.zeros_like(cut)
+        return losses
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("shape", "returns (2,), not the n losses (3,)"),
+        ("no tensor", "returns ndarray, not the n losses (3,)"),
+        ("graph", "returns losses that are not detached"),
+        ("dtype", "returns losses in torch.float16, not in torch.float32"),
+        ("cut", "leaves cut.grad empty"),
+        ("item", "synchronises with the device (aten._local_scalar_dense.default)"),
+        ("mask", "synchronises with the device (aten.index.Tensor)"),
+        ("state", "keeps state: the same step again gives another gradient"),
+        ("raise", "raised ValueError: a clear reason"),
+    ],
+)
+def test_a_broken_contract_is_named(how: str, words: str) -> None:
+    found = verify([Changed(how)], dtypes=["fp32"], scenarios=USUAL)
+    assert found.failures[0].explain() == f"Changed: protocol, fp32: {words}"
+
+
+def test_a_gradient_for_a_cut_that_needs_none() -> None:
+    frozen = [scenario for scenario in SCENARIOS if scenario.name == "frozen trunk"]
+    found = verify([Changed("frozen cut")], dtypes=["fp32"], scenarios=frozen)
+    assert found.failures[0].broken == "fills cut.grad of a cut that requires none"
+
+
+def test_check_strategy_says_what_is_wrong() -> None:
+    check_strategy("sequential", scenarios=USUAL)
+    check_strategy(load_strategy("chunked_vocab"), scenarios=USUAL)
+    with pytest.raises(AssertionError) as caught:
+        check_strategy(BROKEN[0](), scenarios=USUAL)
+    assert "4 of 4 checks failed" in str(caught.value)
+    assert "RetainGraph: n = 3, fp64: gradient of trunk: 2 times the right one" in str(caught.value)
+
+
+def test_the_oracle_is_right_about_a_gradient_that_can_be_written_down() -> None:
+    # One head, one position with a target: d loss / d logits = softmax - onehot, so dW = (softmax - onehot) h^T.
+    problem = build(Scenario(name="by hand", n=1, batch=1, sequence=2, scale=3.0), "fp64", torch.device("cpu"))
+    model, batch = problem.model, problem.batches[0]
+    found = oracle(problem)
+    with torch.no_grad():
+        z, turn = model.trunk(batch.tokens), model.rotation(batch.tokens)
+        hidden = model.norm(model.head_layers[0](z, turn))[0, 0]  # (D,)
+        shares = (model.unembedding.weight @ hidden).softmax(0)  # type: ignore[union-attr, operator]
+        shares[batch.targets[0, 0, 0]] -= 1
+        expected = 3 * shares[:, None] * hidden
+    torch.testing.assert_close(found.gradients["unembedding.weight"], expected, rtol=1e-12, atol=1e-15)
+
+
+def test_the_same_dropout_in_every_dtype() -> None:
+    dropout = next(scenario for scenario in SCENARIOS if scenario.trunk == "dropout")
+    losses = {}
+    for dtype in ALL_DTYPES:
+        problem = build(dropout, dtype, torch.device("cpu"))
+        losses[dtype] = oracle(problem).losses
+        assert torch.equal(losses[dtype], oracle(problem).losses)
+    torch.testing.assert_close(losses["fp32"], losses["fp64"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses["bf16"], losses["fp64"], rtol=0.05, atol=0)
+
+
+def test_prefilled_gradients_are_added_to() -> None:
+    existing = next(scenario for scenario in SCENARIOS if scenario.name == "existing .grad")
+    problem = build(existing, "fp64", torch.device("cpu"))
+    nothing_done = run(problem, lambda *_: torch.zeros(3))
+    for name, before in problem.gradients.items():
+        assert torch.equal(nothing_done.gradients[name], before)  # type: ignore[arg-type]
+
+
+def test_the_rule() -> None:
+    assert allowed("fp64", 1.0) == 1e-12
+    assert allowed("fp32", 1e-7) == pytest.approx(3e-7)
+    assert allowed("fp32", 1.0) == 1e-5
+    assert allowed("bf16", 0.01) == allowed("bf16-mixed", 0.01) == pytest.approx(0.0201)
+
+
+def cli(folder: Path, *args: str, columns: int = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mtp_mem", "verify", *args]
+    env = {**os.environ, "COLUMNS": str(columns)}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_command(tmp_path: Path, columns: int) -> None:
+    found = cli(tmp_path, "--strategies", "sequential,chunked_vocab", "--dtype", "fp64", columns=columns)
+    assert found.returncode == 0, found.stderr
+    assert found.stderr == ""
+    assert "Right: " in found.stdout
+    assert max(map(len, found.stdout.splitlines())) <= columns
+    assert "…" not in found.stdout
+
+
+def test_a_wrong_strategy_ends_with_1_and_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from mtp_mem.testing.broken import ScaleIgnored as Mine\n")
+    found = cli(tmp_path, "--strategy", "mine:Mine", "--strategies", "naive", "--dtype", "fp32")
+    assert found.returncode == 1
+    assert "mine:Mine: upstream scale 0.37, fp32: gradient of " in found.stdout
+    assert "2.7 times the right one" in found.stdout
+    assert "WRONG: mine:Mine. The others are right." in found.stdout
+    found = cli(tmp_path, "--strategy", "mine:Mine", "--dtype", "fp32", "--json")
+    assert found.returncode == 1
+    document = json.loads(found.stdout)
+    assert document["passed"] is False
+    assert any(check["scenario"] == "loss weight 0" and not check["passed"] for check in document["checks"])
+
+
+def test_prove(tmp_path: Path) -> None:
+    found = cli(tmp_path, "--prove", columns=80)
+    assert found.returncode == 0, found.stderr
+    assert "All 14 broken strategies were caught." in found.stdout
+    assert "NOT CAUGHT" not in found.stdout
+    assert max(map(len, found.stdout.splitlines())) <= 80
+
+
+def test_on_a_profile(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(
+        "[model]\nvocab_size = 300\ndim = 32\nn_layers = 3\nn_attention_heads = 2\n"
+        '[workload]\nbatch = 2\nsequence = 16\ntokenizer = "bytes"\n[sweep]\nn = [1, 3]\n'
+    )
+    found = cli(tmp_path, "--profile", "own.toml", "--strategies", "sequential", "--dtype", "bf16", "--json")
+    assert found.returncode == 0, found.stderr
+    checks = json.loads(found.stdout)["checks"]
+    assert [(c["scenario"], c["dtype"], c["bit_identical"]) for c in checks] == [
+        ("own, n = 1", "bf16", True),
+        ("own, n = 3", "bf16", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--dtype", "fp16"], "unknown dtype 'fp16'"),
+        (["--strategies", "sequental"], "did you mean 'sequential'?"),
+        (["--profile", "quik"], "did you mean 'quick'?"),
+        (["--prove", "--strategies", "naive"], "--prove runs the shipped broken strategies"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, args: list[str], words: str) -> None:
+    found = cli(tmp_path, *args)
+    assert found.returncode == 2
+    assert words in found.stderr
+    assert found.stderr.count("\n") == 1
