@@ -75,7 +75,7 @@ def memory_vs_n(records: Sequence[Record], out: Path, gpu: GPU | None = None) ->
             ends.append(floor)
         if drawn:
             axes.plot([], [], **FORMULA, label="closed-form formula")
-            axes.legend(loc="upper left", frameon=False, fontsize=8.5)
+            axes.legend(loc="lower left" if gpu else "upper left", frameon=False, fontsize=8.5)
         axes.set_ylim(0, 1.08 * top / unit)
         if gpu:
             axes.axhline(gpu.total_bytes / unit, color="#666666", linewidth=1.2)

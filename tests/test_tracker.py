@@ -14,6 +14,7 @@ from small import KINDS, build, gradients, plain_joint, tiny
 from torch.profiler import ProfilerActivity, profile
 
 from mtp_mem import TrainingStep, load_strategy, make_optimizer
+from mtp_mem.errors import Missing
 from mtp_mem.losses import full
 from mtp_mem.memory.cpu import track
 from mtp_mem.memory.trace import Trace
@@ -199,6 +200,12 @@ def test_holds_nothing_and_changes_no_gradient() -> None:
 def test_calibration_finds_the_engine_only_buffer() -> None:
     assert calibrate() == calibrate()
     assert all(count > 0 for count in calibrate())
+
+
+def test_a_torch_that_sums_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtp_mem.memory.tracker._issued_by_engine", lambda: False)
+    with pytest.raises(Missing, match="does not know how torch .* sums gradients"):
+        Tracker(517, 64, [])
 
 
 def test_phases_come_in_the_order_of_the_step() -> None:
