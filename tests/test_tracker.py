@@ -204,7 +204,7 @@ def test_calibration_finds_the_engine_only_buffer() -> None:
 
 def test_a_torch_that_sums_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtp_mem.memory.tracker._issued_by_engine", lambda: False)
-    with pytest.raises(Missing, match="does not know how torch .* sums gradients"):
+    with pytest.raises(Missing, match=r"does not know how torch .* sums gradients"):
         Tracker(517, 64, [])
 
 
