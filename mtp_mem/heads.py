@@ -64,6 +64,7 @@ class Heads:
         autocast: context manager in which forward passes run (bf16-mixed), or a null context.
         phase: told the name of each phase as it begins.
         n: number of heads.
+        cuda: whether CUDA's kernels run, or are predicted.
     """
 
     roots: tuple[Head, ...]
@@ -71,12 +72,35 @@ class Heads:
     autocast: Callable[[], AbstractContextManager[object]]
     phase: Phase
     n: int
+    cuda: bool = False
 
     def hidden(self, head: Head, parent: Tensor) -> Tensor:
         """The head's hidden states (B, S, D) from its parent's."""
         self.phase(f"{head.name} forward")
         with self.autocast():
             return head.layer(parent.view_as(parent))
+
+    def normed(self, head: Head, hidden: Tensor) -> Tensor:
+        """The head's hidden states (B, S, D) after the final norm, entered through its loss's doorway."""
+        self.phase(f"{head.name} loss")
+        with self.autocast():
+            return self.norm(hidden.view_as(hidden))
+
+    def compute_dtype(self, hidden: Tensor) -> torch.dtype:
+        """The dtype that products with these hidden states run in: autocast's, or their own."""
+        kind = hidden.device.type
+        with self.autocast():
+            return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+    def unembedding_uses(self) -> dict[Tensor, int]:
+        """How many heads use each unembedding."""
+        uses: dict[Tensor, int] = {}
+        pending = list(self.roots)
+        while pending:
+            head = pending.pop()
+            uses[head.unembedding] = uses.get(head.unembedding, 0) + 1
+            pending += head.children
+        return uses
 
     def loss(self, head: Head, hidden: Tensor, targets: Tensor, loss: Loss) -> Tensor:
         """The head's loss, 0-dim, from its hidden states and its targets (B, S)."""
@@ -125,6 +149,26 @@ class Heads:
         for root in reversed(self.roots):
             self._sequential(root, cut, loss_backward, losses)
         return torch.stack([losses[i] for i in range(self.n)])
+
+    def in_turn(self, cut: Tensor, targets: Tensor, weights: Tensor, loss: Loss) -> Tensor:
+        """`sequential` with a loss that autograd differentiates: what strategies with another kernel share.
+
+        Args:
+            cut: as for `sequential`.
+            targets: (n, B, S).
+            weights: (n,), what each head's loss is multiplied by.
+            loss: (normed hidden states (B, S, D), unembedding (V, D), targets (B, S)) -> mean loss, 0-dim.
+
+        Returns:
+            The n losses, detached.
+        """
+
+        def loss_backward(head: Head, hidden: Tensor) -> Tensor:
+            found = self.loss(head, hidden, targets[head.index], loss)
+            self.backward([found], [weights[head.index]])
+            return found.detach()
+
+        return self.sequential(cut, loss_backward)
 
     # Methods, not functions inside the two above: a nested function that calls itself is a reference cycle, and would
     # keep the trunk's output and its gradient alive until the garbage collector comes.

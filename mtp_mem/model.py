@@ -48,6 +48,8 @@ class MTPModel(nn.Module):
         if attention is None:
             attention = "flash" if torch.device(device).type == "cuda" and dtype.startswith("bf16") else "sdpa"
         self.config, self.dtype = config, dtype
+        # Flash attention runs nowhere else: a model without data that asks for it is predicted for CUDA.
+        self.on_cuda = attention == "flash" or torch.device(device).type == "cuda"
         make: Factory = {"device": torch.device(device), "dtype": PARAMETER_DTYPES[dtype]}
         self.embedding = nn.Embedding(config.vocab_size, config.dim, **make)
         self.trunk_layers = nn.ModuleList(Layer(config, make, attention) for _ in range(config.trunk_layers))
@@ -81,7 +83,7 @@ class MTPModel(nn.Module):
         layers = [on_parent(head, i, self.embedding, tokens, turn) for i, head in enumerate(self.head_layers)]
         weights = [unembedding.weight for unembedding in self.unembeddings()]
         roots = tuple(tree(self.config.head, layers, weights))
-        return Heads(roots, self.norm, self.autocast, phase, self.config.n_future)
+        return Heads(roots, self.norm, self.autocast, phase, self.config.n_future, self.on_cuda)
 
     def unembeddings(self) -> list[nn.Linear]:
         """Each head's unembedding (V, D), in the order of the heads; the same one n times unless replicated."""

@@ -6,6 +6,7 @@ A spec is `name`, `name:option=value:option=value` or, for a class that is not r
 
 import dataclasses
 import importlib
+import types
 import typing
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
@@ -19,7 +20,12 @@ BUILTIN = {
     "naive": "mtp_mem.strategies.naive:Naive",
     "sequential": "mtp_mem.strategies.sequential:Sequential",
     "chunked_vocab": "mtp_mem.strategies.chunked_vocab:ChunkedVocab",
+    "chunked_tokens": "mtp_mem.strategies.chunked_tokens:ChunkedTokens",
     "checkpointed": "mtp_mem.strategies.checkpointed:Checkpointed",
+    "native": "mtp_mem.strategies.native:Native",
+    "liger": "mtp_mem.strategies.liger:Liger",
+    "cce": "mtp_mem.strategies.cce:CCE",
+    "quack": "mtp_mem.strategies.quack:Quack",
 }
 """The strategies that ship with the package; their order is the order of every table and chart."""
 
@@ -29,7 +35,11 @@ GROUP = "mtp_mem.strategies"
 
 @runtime_checkable
 class Strategy(Protocol):
-    """Runs the heads forward and backward above the cut; see `backward`."""
+    """Runs the heads forward and backward above the cut; see `backward`.
+
+    A class may say `rounds_loss = True`: its kernel returns the loss's value in the model's dtype, and `verify` then
+    allows for that rounding in the losses (never in a gradient).
+    """
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
         """Fill `cut.grad` and the `.grad` of every trainable parameter above the cut.
@@ -138,6 +148,8 @@ def _options(cls: type[Any], name: str, items: list[str]) -> dict[str, Any]:
 
 
 def _parse(hint: Any, text: str, where: str) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(inner for inner in typing.get_args(hint) if inner is not type(None))
     if typing.get_origin(hint) is typing.Literal:
         choices = typing.get_args(hint)
         if text not in choices:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mtp_mem.heads import Heads
 from mtp_mem.losses import VOCAB_CHUNK, named
-from mtp_mem.strategies.sequential import Sequential
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,4 +28,4 @@ class ChunkedVocab:
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
         """See `mtp_mem.strategy.Strategy.backward`."""
-        return Sequential(loss="chunked_vocab", chunk=self.chunk).backward(cut, heads, targets, weights)
+        return heads.in_turn(cut, targets, weights, named("chunked_vocab", self.chunk))

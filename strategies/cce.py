@@ -1,0 +1,37 @@
+"""Sequential heads with Apple's Cut Cross-Entropy (Wijmans et al. 2024, arXiv 2411.09009): logits only ever on chip.
+
+    for head in heads, the last first:  linear_cross_entropy(rows, unembedding, filter_eps=None).backward()
+
+Without its gradient filter, which skips what is small and is an approximation (issue #14 there). Memory above the cut:
+a number per row, an unembedding gradient beside the accumulated one. FLOPs: 4/3. Not run yet: it needs a CUDA device.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mtp_mem.data import IGNORE
+from mtp_mem.heads import Heads
+from mtp_mem.kernels_here import flat, library
+from mtp_mem.losses import loss_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class CCE:
+    """Sequential with Cut Cross-Entropy, unfiltered: logits on chip, recomputed (needs CUDA and cut-cross-entropy)"""
+
+    def __post_init__(self) -> None:
+        library("cce", "cut_cross_entropy", "cut-cross-entropy")
+
+    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
+        """See `mtp_mem.strategy.Strategy.backward`."""
+        return heads.in_turn(cut, targets, weights, self.loss)
+
+    def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy of one head over its valid targets, 0-dim in the loss dtype."""
+        kernel = library("cce", "cut_cross_entropy", "cut-cross-entropy")
+        rows, weight, wanted, count = flat(hidden, unembedding, targets)
+        total = kernel.linear_cross_entropy(
+            rows, weight, wanted, ignore_index=IGNORE, reduction="sum", filter_eps=None, impl="cce"
+        )
+        return total.to(loss_dtype(hidden.dtype)) / count  # type: ignore[no-any-return]
