@@ -66,6 +66,18 @@ def available() -> dict[str, str]:
     return {**BUILTIN, **registered}
 
 
+def loadable() -> list[str]:
+    """Names of the strategies that can be loaded here: installed, and with the device they need."""
+    found = []
+    for name in available():
+        try:
+            load_strategy(name)
+        except Missing:
+            continue
+        found.append(name)
+    return found
+
+
 def load_strategy(spec: str) -> Strategy:
     """The strategy a spec string describes.
 

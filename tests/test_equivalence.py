@@ -8,7 +8,7 @@ import torch
 from small import KINDS, UNEMBEDDINGS, build, gradients, plain_joint, small_kind, tiny
 
 from mtp_mem import IGNORE, Batch, forward_backward, load_strategy
-from mtp_mem.strategy import BUILTIN
+from mtp_mem.strategy import loadable
 
 NAIVE = load_strategy("naive")
 INEXACT = ["chunked_vocab:chunk=100", "chunked_vocab:chunk=1000", "naive:loss=chunked_vocab:chunk=100"]
@@ -84,7 +84,7 @@ def test_within_the_bound_of_the_dtype(spec: str, dtype: str, bound: float, n: i
     assert max(relative(found[name], expected[name]) for name in expected) <= bound
 
 
-@pytest.mark.parametrize("spec", [*BUILTIN, *INEXACT])
+@pytest.mark.parametrize("spec", [*loadable(), *INEXACT])
 def test_weights_scale_masks_and_losses(spec: str) -> None:
     # A whole head without targets, one with ragged ones; weights and scale that are no powers of two.
     model, batch = build(tiny(n_future=3), "fp64")
@@ -119,7 +119,7 @@ def test_weights_scale_masks_and_losses(spec: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("spec", [*BUILTIN, *INEXACT])
+@pytest.mark.parametrize("spec", [*loadable(), *INEXACT])
 def test_accumulates_and_leaves_the_frozen_alone(spec: str, kind: str) -> None:
     model, batch = build(small_kind(kind, 3, vocab_size=517), "fp64", sequence=12)
     strategy = load_strategy(spec)
@@ -153,7 +153,7 @@ def test_accumulates_and_leaves_the_frozen_alone(spec: str, kind: str) -> None:
             parameter.requires_grad_(True)
 
 
-@pytest.mark.parametrize("spec", [*BUILTIN, *INEXACT])
+@pytest.mark.parametrize("spec", [*loadable(), *INEXACT])
 def test_sequence_shorter_than_the_heads_reach(spec: str) -> None:
     # S = 2 leaves heads 2 to 4 without any target.
     model, batch = build(tiny(n_future=4), "fp32", sequence=2)

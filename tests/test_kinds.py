@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtp_mem import Batch, MTPModel, forward_backward, load_strategy
 from mtp_mem.errors import BadInput
-from mtp_mem.strategy import BUILTIN
+from mtp_mem.strategy import loadable
 
 S = 12
 
@@ -80,7 +80,7 @@ def reached(kind: str, i: int) -> set[int]:
     return set(chain.get(kind, (i,)))
 
 
-@pytest.mark.parametrize("spec", [*BUILTIN, "logits"])
+@pytest.mark.parametrize("spec", [*loadable(), "logits"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_head_s_loss_reaches_the_heads_below_it_and_no_other(kind: str, spec: str) -> None:
     model, batch = build(small_kind(kind, 4, unembedding="replicated"), "fp64", sequence=S)
@@ -123,7 +123,7 @@ def test_deepseek_padding_reaches_no_valid_target() -> None:
     model, batch = build(small_kind("deepseek", 4), "fp64", sequence=S)
     tokens = batch.tokens.clamp(min=1)
     batch = Batch(tokens, torch.where(batch.targets == 0, 1, batch.targets))
-    for spec in BUILTIN:
+    for spec in loadable():
         grad = gradients(model, lambda spec=spec: forward_backward(model, batch, load_strategy(spec)))[
             "embedding.weight"
         ]

@@ -67,22 +67,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _specs(args: argparse.Namespace) -> list[str]:
     """What was asked for, or everything that can be loaded here."""
-    from mtp_mem.errors import Missing
-    from mtp_mem.strategy import available, load_strategy
+    from mtp_mem.strategy import load_strategy, loadable
 
     specs = [*(args.strategies or ()), *(args.strategy or ())]
-    if args.strategies or args.strategy:
-        for spec in specs:
-            load_strategy(spec)
-        return list(dict.fromkeys(specs))
-    found = []
-    for name in available():
-        try:
-            load_strategy(name)
-        except Missing:
-            continue
-        found.append(name)
-    return found
+    for spec in specs:
+        load_strategy(spec)
+    return list(dict.fromkeys(specs)) or loadable()
 
 
 def _on_profile(args: argparse.Namespace, specs: list[str], device: "torch.device") -> "Verification":
