@@ -36,13 +36,13 @@ def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
     for n in profile.sweep.n:
         config = profile.model.with_n(n)
         progress(f"n={n} floor")
-        floor = as_floor(predicted(fake.trace_step(config, profile.workload, NoLogits(), gpu=gpu), gpu))
+        rehearsal = fake.Rehearsal(config, profile.workload, gpu=gpu)
+        floor = as_floor(predicted(rehearsal.trace(NoLogits()), gpu))
         for spec in profile.sweep.strategies:
             progress(f"n={n} {spec}")
             facts: dict[str, Any] = {"status": "ok"}
             try:
-                trace = fake.trace_step(config, profile.workload, load_strategy(spec), gpu=gpu)
-                facts |= predicted(trace, gpu)
+                facts |= predicted(rehearsal.trace(load_strategy(spec)), gpu)
             except MtpMemError as e:
                 facts |= {"status": "error", "error": str(e)}
             shape, workload = dataclasses.asdict(config), dataclasses.asdict(profile.workload)
@@ -75,7 +75,7 @@ def predicted(trace: Trace, gpu: GPU, workspaces: tuple[int, ...] | None = None)
     by_category: dict[str, int] = {str(category): nbytes for category, nbytes in peak.by_category.items()}
     by_category["workspace"] = by_category.get("workspace", 0) + sum(resident)
     return {
-        "steps_before": fake.WARM_UP,
+        "steps_before": fake.STEPS_BEFORE,
         "baseline_bytes": trace.baseline + sum(resident),
         "peak_requested_bytes": blocks.requested_peak,
         "peak_over_baseline_bytes": peak.nbytes - trace.baseline,

@@ -14,7 +14,8 @@ from mtp_mem.errors import BadInput
 from mtp_mem.memory import kernels
 from mtp_mem.memory.allocator import replay
 from mtp_mem.memory.cpu import track
-from mtp_mem.memory.fake import trace_step
+from mtp_mem.memory.fake import Rehearsal, trace_step
+from mtp_mem.prediction import predicted
 
 SPECS = ["naive", "sequential", "chunked_vocab:chunk=1000", "checkpointed"]
 
@@ -131,3 +132,13 @@ def test_every_gpu_says_where_its_figures_come_from() -> None:
         assert gpu.source, name
         assert 16 * 2**30 < gpu.total_bytes < 200 * 2**30
         assert gpu.workspace_bytes % 512 == 0
+
+
+def test_a_trace_does_not_depend_on_what_else_is_rehearsed() -> None:
+    config, workload, gpu = tiny(n_future=3, n_layers=5), Workload(batch=2, sequence=64, dtype="bf16"), load_gpu("h200")
+    rehearsal = Rehearsal(config, workload, gpu=gpu)
+    with pytest.raises(BadInput):
+        rehearsal.trace(ReadsBack())  # half a step, which must leave nothing behind
+    for spec in ("naive", "chunked_vocab:chunk=100", "sequential"):
+        alone = trace_step(config, workload, load_strategy(spec), gpu=gpu)
+        assert predicted(rehearsal.trace(load_strategy(spec)), gpu) == predicted(alone, gpu)

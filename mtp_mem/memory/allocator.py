@@ -11,9 +11,10 @@ None of this has been compared with a CUDA device yet.
 """
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mtp_mem.memory.trace import Trace
+from mtp_mem.memory.trace import Event, Trace
 from mtp_mem.units import MiB
 
 ROUND = 512
@@ -160,13 +161,23 @@ def replay(trace: Trace, *, expandable: bool, workspaces: tuple[int, ...] = ()) 
         allocator.allocate(-1 - i, nbytes)
     for key in trace.resident:
         allocator.allocate(key, trace.storages[key].nbytes)
-    for index, event in enumerate(trace.events):
-        if index == trace.start:
-            allocator.reset_peaks()
+    before, step = trace.events[: trace.start], trace.events[trace.start :]
+    _run(allocator, trace, before)
+    if before:  # a steady step finds the blocks that the same step left behind
+        live = set(allocator.taken)
+        _run(allocator, trace, step)
+        for key in set(allocator.taken) - live:
+            allocator.release(key)
+    allocator.reset_peaks()
+    _run(allocator, trace, step)
+    return allocator
+
+
+def _run(allocator: CachingAllocator, trace: Trace, events: Sequence[Event]) -> None:
+    for event in events:
         if event.kind == "alloc":
             allocator.allocate(event.key, trace.storages[event.key].nbytes)
         elif event.kind == "free":
             allocator.release(event.key)
         else:
             allocator.move(event.key, event.old)
-    return allocator

@@ -4,7 +4,10 @@ Fake tensors live on device "cpu": on "cuda" the first operator that needs a gra
 CUDA does differently is pinned: the flash-attention operator, fused AdamW, the buffers inside kernels.
 """
 
+import contextlib
+import dataclasses
 import gc
+from collections.abc import Iterator
 
 import torch
 from torch._subclasses.fake_tensor import (
@@ -17,6 +20,7 @@ from torch._subclasses.fake_tensor import (
 from mtp_mem.config import GPU, ModelConfig, Workload
 from mtp_mem.data import make_batch
 from mtp_mem.errors import BadInput
+from mtp_mem.floor import NoLogits
 from mtp_mem.layers import Attention
 from mtp_mem.memory.kernels import KERNELS
 from mtp_mem.memory.trace import Trace
@@ -25,8 +29,66 @@ from mtp_mem.model import MTPModel
 from mtp_mem.step import TrainingStep, make_optimizer, optimizer_state
 from mtp_mem.strategy import Strategy
 
-WARM_UP = 1  # the first step has no optimizer state yet
 CUBLAS_WORKSPACES = 2  # one per thread that multiplies: forward, and autograd's device thread
+STEPS_BEFORE = 2  # the floor's, which makes the optimizer's state, and the replay's first pass over the step itself
+
+
+class Rehearsal:
+    """A model of tensors without data, built and warmed up once; every strategy then takes a step on it.
+
+    The warm-up is always the floor's step, so that a strategy's trace does not depend on what else is rehearsed.
+
+    Args:
+        config: the model's shape; its parameters are never materialised.
+        workload: batch, sequence and dtype.
+        attention: "flash" is what CUDA runs in bf16, "sdpa" what this CPU runs.
+        gpu: adds the buffers of its kernels; None adds none.
+    """
+
+    def __init__(
+        self, config: ModelConfig, workload: Workload, *, attention: Attention = "flash", gpu: GPU | None = None
+    ) -> None:
+        kernels = {} if gpu is None else {row.operator: row.buffers for row in KERNELS}
+        self._tracker = Tracker(config.vocab_size, config.dim, [], kernels, 0 if gpu is None else gpu.multiprocessors)
+        self._mode = FakeTensorMode()
+        tracker = self._tracker
+        with _without_collections(), self._mode:
+            with tracker:
+                model = MTPModel(config, dtype=workload.dtype, attention=attention)
+                batch = make_batch(torch.empty(workload.batch, workload.sequence, dtype=torch.long), config.n_future)
+                optimizer = make_optimizer(model)
+            tracker.watch(model.named_parameters())
+            tracker.mark("parameters", model.named_parameters())
+            tracker.mark("other", (("tokens", batch.tokens), ("targets", batch.targets)))
+            self._step = TrainingStep(model, optimizer, batch, NoLogits(), workload.clip_norm)
+            with tracker:
+                self._step(tracker.phase)
+                optimizer.zero_grad(set_to_none=True)
+            tracker.mark("optimizer", optimizer_state(model, optimizer))
+            tracker.begin_step()
+
+    def trace(self, strategy: Strategy) -> Trace:
+        """Everything a steady training step allocates, after all that the model and its warm-up did.
+
+        Args:
+            strategy: must not read values back (`.item()`, boolean indexing): there are none.
+
+        Raises:
+            BadInput: the strategy needs real data, or an operator that fake tensors do not know.
+        """
+        tracker, begun = self._tracker, len(self._tracker.trace.events)
+        step = dataclasses.replace(self._step, strategy=strategy)
+        try:
+            with _without_collections(), self._mode:
+                try:
+                    with tracker:
+                        step(tracker.phase)
+                    return tracker.step_since(begun)
+                finally:
+                    step.optimizer.zero_grad(set_to_none=True)
+        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as e:
+            why = f"it needs real data or a GPU kernel ({e})".split("\n")[0]
+            raise BadInput(f"{type(strategy).__name__} cannot be predicted: {why}") from None
 
 
 def trace_step(
@@ -37,44 +99,17 @@ def trace_step(
     attention: Attention = "flash",
     gpu: GPU | None = None,
 ) -> Trace:
-    """Everything a steady training step allocates, from the construction of the model on.
+    """One strategy's step on a model of its own; see `Rehearsal`."""
+    return Rehearsal(config, workload, attention=attention, gpu=gpu).trace(strategy)
 
-    Args:
-        config: the model's shape; its parameters are never materialised.
-        workload: batch, sequence and dtype.
-        strategy: must not read values back (`.item()`, boolean indexing): there are none.
-        attention: "flash" is what CUDA runs in bf16, "sdpa" what this CPU runs.
-        gpu: adds the buffers of its kernels; None adds none.
 
-    Raises:
-        BadInput: the strategy needs real data, or an operator that fake tensors do not know.
-    """
-    kernels = {} if gpu is None else {row.operator: row.buffers for row in KERNELS}
-    tracker = Tracker(config.vocab_size, config.dim, [], kernels, 0 if gpu is None else gpu.multiprocessors)
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """A garbage collection in mid-step would free what a reference cycle still held."""
     enabled = gc.isenabled()
-    gc.disable()  # a collection in mid-step would free what a reference cycle still held
+    gc.disable()
     try:
-        with FakeTensorMode():
-            with tracker:
-                model = MTPModel(config, dtype=workload.dtype, attention=attention)
-                batch = make_batch(torch.empty(workload.batch, workload.sequence, dtype=torch.long), config.n_future)
-                optimizer = make_optimizer(model)
-            tracker.watch(model.named_parameters())
-            tracker.mark("parameters", model.named_parameters())
-            tracker.mark("other", (("tokens", batch.tokens), ("targets", batch.targets)))
-            step = TrainingStep(model, optimizer, batch, strategy, workload.clip_norm)
-            for _ in range(WARM_UP):
-                with tracker:
-                    step(tracker.phase)
-                    optimizer.zero_grad(set_to_none=True)
-            tracker.mark("optimizer", optimizer_state(model, optimizer))
-            tracker.begin_step()
-            with tracker:
-                step(tracker.phase)
-            return tracker.finish()
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as e:
-        name = type(strategy).__name__
-        raise BadInput(f"{name} cannot be predicted: it needs real data or a GPU kernel ({e})".split("\n")[0]) from None
+        yield
     finally:
         if enabled:
             gc.enable()

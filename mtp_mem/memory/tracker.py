@@ -24,6 +24,7 @@ from mtp_mem.memory.kernels import Buffers
 from mtp_mem.memory.trace import Category, Event, Storage, Trace
 
 _ADD = torch.ops.aten.add.Tensor
+_DEVICE = torch.ops.prim.device.default  # what a fake tensor's `.device` becomes: more than half of all calls
 # Frames that stand between an operator and whoever issued it, on the way through a dispatch mode.
 _PLUMBING = {"__torch_dispatch__", "_fn", "inner", "wrapper", "handle_torch_function"}
 
@@ -92,6 +93,12 @@ class Tracker(TorchDispatchMode):
         self._finished = True
         return self.trace
 
+    def step_since(self, begun: int) -> Trace:
+        """What came before `begin_step`, and of what came later only the step from event `begun` on."""
+        trace = self.trace
+        events = trace.events[: trace.start] + trace.events[begun:]
+        return Trace(trace.storages, trace.resident, events, trace.start)
+
     def phase(self, name: str) -> None:
         """A phase of the step begins."""
         self._name_gradients()
@@ -106,6 +113,8 @@ class Tracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func is _DEVICE:
+            return out
         by_engine = _issued_by_engine()
         old = self._moved_from(args[0], out) if func is _ADD and by_engine else None
         for tensor in tree_leaves(out):
