@@ -9,7 +9,6 @@ from mtp_mem.bench import Progress
 from mtp_mem.config import GPU, Profile
 from mtp_mem.environment import environment
 from mtp_mem.errors import BadInput, MtpMemError
-from mtp_mem.floor import NoLogits
 from mtp_mem.memory import fake
 from mtp_mem.memory.allocator import replay
 from mtp_mem.memory.record import Record, as_floor, fingerprint
@@ -33,32 +32,33 @@ def check_predictable(profile: Profile) -> None:
 def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
     """Predicted records of all the profile's cases on `gpu`, n by n."""
     env = environment("cpu")
-    for n in profile.sweep.n:
-        config = profile.model.with_n(n)
-        progress(f"n={n} floor")
-        rehearsal = fake.Rehearsal(config, profile.workload, gpu=gpu)
-        floor = as_floor(predicted(rehearsal.trace(NoLogits()), gpu))
-        for spec in profile.sweep.strategies:
-            progress(f"n={n} {spec}")
-            facts: dict[str, Any] = {"status": "ok"}
-            try:
-                facts |= predicted(rehearsal.trace(load_strategy(spec)), gpu)
-            except MtpMemError as e:
-                facts |= {"status": "error", "error": str(e)}
-            shape, workload = dataclasses.asdict(config), dataclasses.asdict(profile.workload)
-            yield Record(
-                case=fingerprint(spec, shape, workload, dataclasses.asdict(gpu), env["code"], env["torch"]),
-                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                backend="fake",
-                exactness="predicted",
-                strategy=spec,
-                n=n,
-                model=shape,
-                workload={**workload, "source": f"for {gpu.name}"},
-                environment={**env, "target": gpu.name, "target_bytes": gpu.total_bytes},
-                **floor,
-                **facts,
-            )
+    with fake.without_collections():
+        for n in profile.sweep.n:
+            config = profile.model.with_n(n)
+            progress(f"n={n} floor")
+            rehearsal = fake.Rehearsal(config, profile.workload, gpu=gpu)
+            floor = as_floor(predicted(rehearsal.floor(), gpu))
+            for spec in profile.sweep.strategies:
+                progress(f"n={n} {spec}")
+                facts: dict[str, Any] = {"status": "ok"}
+                try:
+                    facts |= predicted(rehearsal.trace(load_strategy(spec)), gpu)
+                except MtpMemError as e:
+                    facts |= {"status": "error", "error": str(e)}
+                shape, workload = dataclasses.asdict(config), dataclasses.asdict(profile.workload)
+                yield Record(
+                    case=fingerprint(spec, shape, workload, dataclasses.asdict(gpu), env["code"], env["torch"]),
+                    created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                    backend="fake",
+                    exactness="predicted",
+                    strategy=spec,
+                    n=n,
+                    model=shape,
+                    workload={**workload, "source": f"for {gpu.name}"},
+                    environment={**env, "target": gpu.name, "target_bytes": gpu.total_bytes},
+                    **floor,
+                    **facts,
+                )
 
 
 def predicted(trace: Trace, gpu: GPU, workspaces: tuple[int, ...] | None = None) -> dict[str, Any]:

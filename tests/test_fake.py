@@ -11,6 +11,7 @@ from small import KINDS, build, tiny
 from mtp_mem import TrainingStep, Workload, load_strategy, make_optimizer
 from mtp_mem.config import load_gpu, load_gpus
 from mtp_mem.errors import BadInput
+from mtp_mem.floor import NoLogits
 from mtp_mem.memory import kernels
 from mtp_mem.memory.allocator import replay
 from mtp_mem.memory.cpu import track
@@ -137,6 +138,7 @@ def test_every_gpu_says_where_its_figures_come_from() -> None:
 def test_a_trace_does_not_depend_on_what_else_is_rehearsed() -> None:
     config, workload, gpu = tiny(n_future=3, n_layers=5), Workload(batch=2, sequence=64, dtype="bf16"), load_gpu("h200")
     rehearsal = Rehearsal(config, workload, gpu=gpu)
+    assert predicted(rehearsal.floor(), gpu) == predicted(rehearsal.trace(NoLogits()), gpu)
     with pytest.raises(BadInput):
         rehearsal.trace(ReadsBack())  # half a step, which must leave nothing behind
     for spec in ("naive", "chunked_vocab:chunk=100", "sequential"):

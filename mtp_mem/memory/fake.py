@@ -52,7 +52,7 @@ class Rehearsal:
         self._tracker = Tracker(config.vocab_size, config.dim, [], kernels, 0 if gpu is None else gpu.multiprocessors)
         self._mode = FakeTensorMode()
         tracker = self._tracker
-        with _without_collections(), self._mode:
+        with without_collections(), self._mode:
             with tracker:
                 model = MTPModel(config, dtype=workload.dtype, attention=attention)
                 batch = make_batch(torch.empty(workload.batch, workload.sequence, dtype=torch.long), config.n_future)
@@ -61,11 +61,20 @@ class Rehearsal:
             tracker.mark("parameters", model.named_parameters())
             tracker.mark("other", (("tokens", batch.tokens), ("targets", batch.targets)))
             self._step = TrainingStep(model, optimizer, batch, NoLogits(), workload.clip_norm)
+            begun = len(tracker.trace.events)
             with tracker:
                 self._step(tracker.phase)
+                ended = len(tracker.trace.events)
                 optimizer.zero_grad(set_to_none=True)
             tracker.mark("optimizer", optimizer_state(model, optimizer))
             tracker.begin_step()
+            self._floor = tracker.trace.events[begun:ended]
+
+    def floor(self) -> Trace:
+        """The step without logits once more: the warm-up's events, less the optimizer state, which is there now."""
+        trace = self._tracker.step_since(len(self._tracker.trace.events))
+        trace.events += [e for e in self._floor if trace.storages[e.key].category != "optimizer"]
+        return trace
 
     def trace(self, strategy: Strategy) -> Trace:
         """Everything a steady training step allocates, after all that the model and its warm-up did.
@@ -79,7 +88,7 @@ class Rehearsal:
         tracker, begun = self._tracker, len(self._tracker.trace.events)
         step = dataclasses.replace(self._step, strategy=strategy)
         try:
-            with _without_collections(), self._mode:
+            with without_collections(), self._mode:
                 try:
                     with tracker:
                         step(tracker.phase)
@@ -104,8 +113,8 @@ def trace_step(
 
 
 @contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """A garbage collection in mid-step would free what a reference cycle still held."""
+def without_collections() -> Iterator[None]:
+    """No garbage collection: in mid-step it would free what a reference cycle still held, and it costs time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
