@@ -131,7 +131,7 @@ def _floor(record: Record, whole: bool) -> int | None:
 
 def formula_bytes(record: Record) -> int | None:
     """What the record's strategy should need above the baseline, in closed form."""
-    shape = Shape.of(record.model, record.workload)
+    shape = Shape.of(record.model, record.workload, cuda=record.backend != "cpu")
     return peak_over_baseline(record.strategy, shape) if shape else None
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mtp_mem.strategy import load_strategy
+from mtp_mem.token_chunks import SOFTMAX_BLOCK, WIDE_ROWS, default_chunk
 
 VALUE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
 
@@ -30,10 +31,14 @@ class Shape:
     tied: bool
     value: int
     loss_value: int
+    cuda: bool = False
 
     @staticmethod
-    def of(model: dict[str, Any], workload: dict[str, Any]) -> "Shape | None":
-        """From a record's `model` and `workload`; None where no formula applies (bf16-mixed, other head kinds)."""
+    def of(model: dict[str, Any], workload: dict[str, Any], cuda: bool = False) -> "Shape | None":
+        """From a record's `model` and `workload`, and whether CUDA's kernels run or are predicted.
+
+        None where no formula applies (bf16-mixed, other head kinds).
+        """
         if model["head"] != "parallel" or model["unembedding"] == "replicated" or workload["dtype"] not in VALUE_BYTES:
             return None
         D, H = model["dim"], model["n_attention_heads"]
@@ -51,6 +56,7 @@ class Shape:
             tied=model["unembedding"] == "tied",
             value=value,
             loss_value=max(4, value),
+            cuda=cuda,
         )
 
     @property
@@ -115,6 +121,8 @@ def peak_over_baseline(spec: str, shape: Shape) -> int | None:
     if heads is None:
         return None
     above = shape.n * shape.layer_parameters + shape.shared_gradients
+    if _is_chunked_tokens(spec) and shape.value < shape.loss_value:  # the fp32 sum, as it becomes the gradient
+        heads = max(heads, above + shape.V * shape.D * shape.loss_value)
     trunk_backward = shape.trunk + above + 2 * shape.N * shape.F * shape.value if shape.trunk_layers else 0
     return max(shape.trunk + heads, trunk_backward, shape.gradients)
 
@@ -126,6 +134,11 @@ def heads_peak(spec: str, shape: Shape) -> int | None:
     chunk = min(getattr(strategy, "chunk", 0) or shape.V, shape.V)
     if getattr(strategy, "loss", "full") == "chunked_vocab" or name == "chunked_vocab":
         return None if name == "naive" else _one_head(shape, _slabs(shape, chunk))
+    if _is_chunked_tokens(spec):
+        tokens = getattr(strategy, "chunk", None) or default_chunk(shape.N, shape.V, shape.value, shape.cuda)
+        more = shape.V * shape.D * (shape.loss_value - shape.value)  # a sum wider than the gradient
+        alone = shape.unembedding if shape.n == 1 else 0  # with more heads it is among what the others left
+        return _one_head(shape, _tokens(shape, min(tokens, shape.N)) + more + alone)
     if name == "naive":
         return _joint(shape)
     if name in ("sequential", "checkpointed"):
@@ -149,13 +162,32 @@ def _full_loss(s: Shape) -> int:
 
 
 def _slabs(s: Shape, chunk: int) -> int:
-    """Slabs of the backward and what it fills: d_hidden in the loss dtype, dW, and the weighted rows.
+    """A slab of the backward and what it fills: d_hidden in the loss dtype, dW, and the weighted rows.
 
-    Two slabs in the loss dtype (a new one is made while the last is still held); in low precision one, its product
-    and its copy in the model's dtype.
+    The slab is in the loss dtype; in low precision in the model's as well, and a product (N, D) awaits its addition.
     """
-    slabs = 2 * s.loss_value if s.value == s.loss_value else s.loss_value + 2 * s.value
-    return s.N * chunk * slabs + s.N * s.D * s.loss_value + s.hidden + s.unembedding
+    narrow = s.value != s.loss_value
+    slab = s.loss_value + narrow * s.value
+    return s.N * chunk * slab + s.N * s.D * s.loss_value + (1 + narrow) * s.hidden + s.unembedding
+
+
+def _is_chunked_tokens(spec: str) -> bool:
+    strategy = load_strategy(spec)
+    return spec.partition(":")[0] == "chunked_tokens" and getattr(strategy, "accumulate", "") == "fp32"
+
+
+def _tokens(s: Shape, chunk: int) -> int:
+    """A chunk of logits, and the larger of its softmax's fp32 rows and the rows (chunk, D) that its product takes.
+
+    Besides, in N rows: targets as columns (8), validity (1) and shares of the mean. A CPU has no product of low
+    precision into fp32, and widens both sides.
+    """
+    rows = s.N * (8 + 1 + s.loss_value) + chunk * s.loss_value
+    if s.value == s.loss_value:
+        return chunk * (s.V + s.D) * s.value + rows
+    softmax = min(chunk, max(1, SOFTMAX_BLOCK // (s.V * s.loss_value))) * s.V * s.loss_value
+    widened = 0 if s.cuda else chunk * (s.D + min(WIDE_ROWS, s.V)) * s.loss_value
+    return chunk * s.V * s.value + max(softmax, chunk * s.D * s.value + widened) + rows
 
 
 def _one_head(s: Shape, loss: int) -> int:

@@ -75,8 +75,9 @@ class _ChunkedVocab(torch.autograd.Function):
         top = hidden.new_full(targets.shape, -torch.inf, dtype=acc)  # (N,) running maximum
         total = hidden.new_zeros(targets.shape, dtype=acc)  # (N,) sum of exp(logit - top)
         target_logit = hidden.new_zeros(targets.shape, dtype=acc)  # (N,)
+        slabs = _Slabs(hidden, min(chunk, unembedding.shape[0]))
         for start in range(0, unembedding.shape[0], chunk):
-            slab = _logits(hidden, unembedding[start : start + chunk])  # (N, chunk)
+            slab = slabs.logits(unembedding[start : start + chunk].to(hidden.dtype))  # (N, chunk)
             inside, column = _place(targets, start, slab.shape[1])
             target_logit += slab.gather(1, column[:, None]).squeeze(1) * inside
             new_top = torch.maximum(top, slab.amax(dim=1))
@@ -104,25 +105,45 @@ class _ChunkedVocab(torch.autograd.Function):
         weighted = (hidden * row).to(hidden.dtype) if want_unembedding else None  # (N, D)
         d_hidden = torch.zeros_like(hidden, dtype=acc) if want_hidden else None  # (N, D)
         d_unembedding = torch.empty_like(unembedding) if want_unembedding else None  # (V, D)
+        slabs = _Slabs(hidden, min(chunk, unembedding.shape[0]))
         for start in range(0, unembedding.shape[0], chunk):
             weight = unembedding[start : start + chunk].to(hidden.dtype)  # (chunk, D)
-            slab = _logits(hidden, weight).sub_(normaliser[:, None]).exp_()  # (N, chunk), probabilities
+            slab = slabs.logits(weight).sub_(normaliser[:, None]).exp_()  # (N, chunk), probabilities
             inside, column = _place(targets, start, slab.shape[1])
             slab.scatter_add_(1, column[:, None], -inside[:, None].to(acc))  # probabilities - onehot
-            slab = slab.to(hidden.dtype)
+            slab = slabs.narrow(slab)
             if d_hidden is not None:
                 if acc == hidden.dtype:
                     d_hidden.addmm_(slab, weight)
                 else:
                     d_hidden += slab @ weight
             if d_unembedding is not None and weighted is not None:
-                d_unembedding[start : start + chunk] = slab.T @ weighted
+                torch.mm(slab.T, weighted, out=d_unembedding[start : start + chunk])
         return None if d_hidden is None else d_hidden.mul_(row).to(hidden.dtype), d_unembedding, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """(N, D) x (C, D) -> logits (N, C) in the loss dtype, always a fresh tensor that may be overwritten."""
-    return (hidden @ weight.to(hidden.dtype).T).to(loss_dtype(hidden.dtype))
+class _Slabs:
+    """The buffers (N, chunk) that every slab uses again: in the model's dtype and, where it differs, the loss's."""
+
+    def __init__(self, hidden: Tensor, chunk: int) -> None:
+        self._hidden = hidden
+        self._product = hidden.new_empty(hidden.shape[0] * chunk)
+        acc = loss_dtype(hidden.dtype)
+        self._wide = None if acc == hidden.dtype else hidden.new_empty(hidden.shape[0] * chunk, dtype=acc)
+
+    def logits(self, weight: Tensor) -> Tensor:
+        """(N, D) x (C, D) -> logits (N, C) in the loss dtype, in a buffer that may be overwritten."""
+        product = self._view(self._product, weight.shape[0])
+        torch.mm(self._hidden, weight.T, out=product)
+        return product if self._wide is None else self._view(self._wide, weight.shape[0]).copy_(product)
+
+    def narrow(self, slab: Tensor) -> Tensor:
+        """The slab in the model's dtype."""
+        return slab if self._wide is None else self._view(self._product, slab.shape[1]).copy_(slab)
+
+    def _view(self, buffer: Tensor, width: int) -> Tensor:
+        N = self._hidden.shape[0]
+        return buffer[: N * width].view(N, width)
 
 
 def _place(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:

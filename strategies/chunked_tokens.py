@@ -41,6 +41,8 @@ class ChunkedTokens:
         uses = heads.unembedding_uses()
 
         def loss_backward(head: Head, hidden: Tensor) -> Tensor:
+            for done in [u for u in sums if not uses[u]]:  # replicated unembeddings: one accumulator at a time
+                sums.pop(done).finish()
             unembedding = head.unembedding
             normed = heads.normed(head, hidden)  # (B, S, D)
             with torch.no_grad():
@@ -58,10 +60,11 @@ class ChunkedTokens:
                     chunk=self.chunk or default_chunk(N, V, dtype.itemsize, heads.cuda),
                     keep_rows=not normed.requires_grad,
                 )
-                uses[unembedding] -= 1
-                if not uses[unembedding] and unembedding in sums:
-                    sums.pop(unembedding).finish()
+            uses[unembedding] -= 1
             heads.backward([normed], [rows.view_as(normed).to(normed.dtype)])
             return loss
 
-        return heads.sequential(cut, loss_backward)
+        losses = heads.sequential(cut, loss_backward)
+        for last in sums.values():  # after the head's activations are gone: the sum and its copy are both large
+            last.finish()
+        return losses

@@ -4,7 +4,7 @@
         for slab of the vocabulary:  update the running maximum and sum of exponentials     # online logsumexp
         for slab of the vocabulary:  recompute its logits, add its share of d_hidden, write its d_unembedding
 
-Memory above the cut: 2 slabs (N, chunk), two copies of the unembedding's gradient, one head layer's activations.
+Memory above the cut: a slab (N, chunk), two copies of the unembedding's gradient, one head layer's activations.
 FLOPs: 4/3, because the logits are computed twice. It loses to token chunks where the loss weights are known in advance,
 and pays off where the unembedding arrives or leaves slab by slab. The two passes are in mtp_mem/losses.py.
 """

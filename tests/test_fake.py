@@ -18,7 +18,7 @@ from mtp_mem.memory.cpu import track
 from mtp_mem.memory.fake import Rehearsal, trace_step
 from mtp_mem.prediction import predicted
 
-SPECS = ["naive", "sequential", "chunked_vocab:chunk=1000", "checkpointed"]
+SPECS = ["naive", "sequential", "chunked_vocab:chunk=1000", "checkpointed", "chunked_tokens:chunk=40"]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
