@@ -137,8 +137,9 @@ def _latent_attention(keys: Keys, model: ModelConfig) -> Iterator[Difference]:
     q = D * q_rank + q_rank + q_rank * H * (nope + rope) if q_rank else D * H * (nope + rope)
     kv = D * (kv_rank + rope) + kv_rank + kv_rank * H * (nope + value)
     yield Difference(
-        text=f"{keys.show('kv_lora_rank')}: latent attention becomes ordinary attention, {model.n_attention_heads} heads of"
-        f" D / H = {own} channels for q, k and v, instead of {nope} + {rope} for q and k and {value} for v by way of low ranks",
+        text=f"{keys.show('kv_lora_rank')}: latent attention becomes ordinary attention, {model.n_attention_heads}"
+        f" heads of D / H = {own} channels for q, k and v, instead of {nope} + {rope} for q and k and {value} for v by"
+        " way of low ranks",
         parameters=model.n_layers * (q + kv + H * value * D - 2 * D * (D + own * model.kv_heads)),
         weighty=True,
     )
