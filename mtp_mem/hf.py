@@ -8,6 +8,7 @@ from mtp_mem.config import ModelConfig, Profile, Sweep, Workload
 from mtp_mem.errors import BadInput, unknown
 from mtp_mem.hf_differences import Difference, Family, active_width, attention_heads, differences
 from mtp_mem.hf_keys import Keys
+from mtp_mem.layers import FLASH_CHANNELS
 from mtp_mem.parameters import parameters
 
 FAMILIES = {
@@ -33,9 +34,6 @@ FAMILIES = {
 
 HEADS, CONTEXT = (1, 2, 4, 8), 4096
 """n and S where nothing is asked for; both are cut to what the model allows."""
-
-FLASH_CHANNELS = 256
-"""The most channels that a head may have in flash attention on CUDA."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from mtp_mem.cli import main
 from mtp_mem.config import Profile, from_table, load_profile
 from mtp_mem.errors import BadInput
 from mtp_mem.hf import FAMILIES, Conversion, convert
 from mtp_mem.parameters import parameters
 from mtp_mem.profile_file import to_toml, write_new
+from mtp_mem.strategy import loadable
 
 CONFIGS = Path(__file__).parent / "hf"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.json"))
@@ -290,7 +292,13 @@ def test_new_on_stdout_and_as_json(tmp_path: Path) -> None:
         (["--sequence", "0"], "workload.sequence = 0: must be at least 1"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path: Path, args: list[str], words: str) -> None:
+def test_bad_input_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    args: list[str],
+    words: str,
+) -> None:
     changed(tmp_path, "llama-3-8b")
     (tmp_path / "broken.json").write_text('{"model_type": ')
     (tmp_path / "list.json").write_text("[1, 2]")
@@ -298,11 +306,12 @@ def test_bad_input_is_one_line(tmp_path: Path, args: list[str], words: str) -> N
     (tmp_path / "there.toml").write_text("mine")
     before = sorted(p.name for p in tmp_path.iterdir())
     source = [] if "--from-hf" in args else ["--from-hf", "config.json"]
-    found = run(tmp_path, "profile", "new", *source, *args)
-    assert found.returncode == 2
-    assert words in found.stderr
-    assert found.stderr.count("\n") == 1
-    assert found.stdout == ""
+    monkeypatch.chdir(tmp_path)
+    assert main(["profile", "new", *source, *args]) == 2
+    found = capsys.readouterr()
+    assert words in found.err
+    assert found.err.count("\n") == 1
+    assert found.out == ""
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     assert (tmp_path / "there.toml").read_text() == "mine"
 
@@ -329,24 +338,50 @@ def test_check(tmp_path: Path) -> None:
         assert document["largest_n"] == 32
 
 
+CHECKED = """
+[model]
+vocab_size = 300
+dim = 32
+n_layers = 8
+n_attention_heads = 2
+[workload]
+batch = 1
+sequence = 8
+"""
+
+
 @pytest.mark.parametrize(
-    ("more", "words"),
+    ("before", "after", "words"),
     [
-        ("hidden = 3", "unknown key 'workload.hidden'"),
-        ("btach = 3", "unknown key 'workload.btach'; did you mean 'workload.batch'?"),
-        ("[sweep]\nstrategies = ['sequental']", "unknown strategy 'sequental'; did you mean 'sequential'?"),
-        ("dtype = 'fp16'", "unknown value 'fp16'"),
+        ("batch = 1", "batch = 1\nhidden = 3", "unknown key 'workload.hidden'"),
+        ("batch = 1", "btach = 1", "unknown key 'workload.btach'; did you mean 'workload.batch'?"),
+        ("sequence = 8", "sequence = 8\n[sweep]\nstrategies = ['sequental']", "did you mean 'sequential'?"),
+        ("batch = 1", "batch = 1\ndtype = 'fp16'", "unknown value 'fp16'"),
+        ("= 300", "= 67", "model.vocab_size = 67 is smaller than the 256 byte tokens"),
+        ("= 300", f"= {10**18}", "no model of this shape can be made"),
     ],
 )
-def test_check_names_mistakes(tmp_path: Path, more: str, words: str) -> None:
-    text = (
-        "[model]\nvocab_size = 67\ndim = 32\nn_layers = 8\nn_attention_heads = 2\n[workload]\nbatch = 1\nsequence = 8\n"
-    )
-    (tmp_path / "p.toml").write_text(text)
-    good = run(tmp_path, "profile", "check", "p.toml")
-    assert (good.returncode, good.stderr) == (0, "")
-    (tmp_path / "p.toml").write_text(f"{text}{more}\n")
-    found = run(tmp_path, "profile", "check", "p.toml")
-    assert found.returncode == 2
-    assert words in found.stderr
-    assert (found.stderr.count("\n"), found.stdout) == (1, "")
+def test_check_names_mistakes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], before: str, after: str, words: str
+) -> None:
+    path = tmp_path / "p.toml"
+    path.write_text(CHECKED)
+    assert main(["profile", "check", str(path)]) == 0
+    assert capsys.readouterr().err == ""
+    path.write_text(CHECKED.replace(before, after))
+    assert main(["profile", "check", str(path)]) == 2
+    found = capsys.readouterr()
+    assert words in found.err
+    assert (found.err.count("\n"), found.out) == (1, "")
+
+
+def test_check_says_what_does_not_run_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "p.toml"
+    text = CHECKED.replace("dim = 32", "dim = 576").replace("sequence = 8", "sequence = 8\ndtype = 'bf16'")
+    path.write_text(text)
+    assert main(["profile", "check", str(path)]) == 0
+    assert "note: D / heads = 288: flash attention on CUDA takes at most 256" in capsys.readouterr().err
+    if "liger" not in loadable():
+        path.write_text(f"{text}[sweep]\nstrategies = ['liger', 'naive']\n")
+        assert main(["profile", "check", str(path)]) == 0
+        assert "note: liger cannot run here: " in capsys.readouterr().err

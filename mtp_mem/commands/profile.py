@@ -78,21 +78,27 @@ def new(args: argparse.Namespace) -> int:
 def check(args: argparse.Namespace) -> int:
     """Is the profile valid, what shape is its model, how many parameters and logits has it, which n are possible?"""
     from mtp_mem.config import load_profile
+    from mtp_mem.data import check_vocabulary
     from mtp_mem.errors import Missing
+    from mtp_mem.layers import FLASH_CHANNELS
     from mtp_mem.strategy import load_strategy
 
     profile = load_profile(args.profile)
-    unavailable = {}
+    check_vocabulary(profile.workload, profile.model.vocab_size)
+    notes = []
+    channels = profile.model.dim // profile.model.n_attention_heads
+    if profile.workload.dtype.startswith("bf16") and channels > FLASH_CHANNELS:
+        notes.append(f"D / heads = {channels}: flash attention on CUDA takes at most {FLASH_CHANNELS}")
     for spec in profile.sweep.strategies:
         try:
             load_strategy(spec)
         except Missing as e:  # valid, only not here
-            unavailable[spec] = str(e)
+            notes.append(f"{spec} cannot run here: {e}")
     facts = _facts(profile)
-    for spec, why in unavailable.items():
-        note(f"note: {spec} cannot run here: {why}")
+    for text in notes:
+        note(f"note: {text}")
     if args.json:
-        print(json.dumps({"profile": dataclasses.asdict(profile), **facts, "unavailable": unavailable}, indent=1))
+        print(json.dumps({"profile": dataclasses.asdict(profile), **facts, "notes": notes}, indent=1))
         return 0
     _show(profile, facts)
     return 0
