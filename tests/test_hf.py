@@ -1,10 +1,10 @@
 """Profiles from Hugging Face configs: the right shape, every difference named with its size, nothing half-written."""
 
 import json
-import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -234,39 +234,60 @@ def test_a_profile_of_any_text_is_toml() -> None:
     assert from_table(Profile, {"name": "odd", **tomllib.loads(to_toml(odd, ["one\ntwo"]))}) == odd
 
 
-def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mtp_mem", *args], cwd=folder, env=dict(os.environ), capture_output=True, text=True
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command in an empty folder, in this process: starting one takes longer than most commands."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def call(*args: str) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        code = main(args)
+        return subprocess.CompletedProcess(args, code, *capsys.readouterr())
+
+    return call
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mtp_mem", "profile", "new", "--from-hf", str(CONFIGS / "llama-3-8b.json")]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "note: 8,030,261,248 parameters by the config, as many here\n")
+    assert found.stdout.startswith(
+        "# From the config.json of a llama by `mtp-mem profile new`: 8,030,261,248 parameters"
     )
+    assert found.stdout.endswith(to_toml(made("llama-3-8b").profile))
 
 
 @pytest.mark.parametrize("name", ["llama-3-8b", "gemma-2-2b", "qwen3-8b"])
-def test_what_is_written_can_be_predicted(tmp_path: Path, name: str) -> None:
+def test_what_is_written_can_be_predicted(tmp_path: Path, run: Run, name: str) -> None:
     tiny(tmp_path, name)
     options = ("-o", "tiny.toml", "--n", "1,2", "--sequence", "128", "--batch", "2", "--approximate")
-    written = run(tmp_path, "profile", "new", "--from-hf", "config.json", *options)
+    written = run("profile", "new", "--from-hf", "config.json", *options)
     assert written.returncode == 0, written.stderr
     assert written.stderr.startswith("note: ")
-    predicted = run(tmp_path, "predict", "--profile", "tiny.toml", "--strategies", "naive,sequential", "--json")
+    predicted = run("predict", "--profile", "tiny.toml", "--strategies", "naive,sequential", "--json")
     assert predicted.returncode == 0, predicted.stderr
     records = json.loads(predicted.stdout)["records"]
     assert [r["n"] for r in records] == [1, 1, 2, 2]
     assert all(r["status"] == "ok" and r["peak_requested_bytes"] > r["baseline_bytes"] for r in records)
 
 
-def test_a_prediction_with_mtp_depths(tmp_path: Path) -> None:
+def test_a_prediction_with_mtp_depths(tmp_path: Path, run: Run) -> None:
     small = {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "kv_lora_rank": 16, "q_lora_rank": None}
     path = tiny(tmp_path, "deepseek-v3", num_key_value_heads=4, **small)
-    assert run(tmp_path, "profile", "new", "--from-hf", path.name, "-o", "d.toml", "--approximate").returncode == 0
-    predicted = run(tmp_path, "predict", "--profile", "d.toml", "--strategies", "sequential", "--json")
+    assert run("profile", "new", "--from-hf", path.name, "-o", "d.toml", "--approximate").returncode == 0
+    predicted = run("predict", "--profile", "d.toml", "--strategies", "sequential", "--json")
     assert [r["n"] for r in json.loads(predicted.stdout)["records"]] == [1, 2]
 
 
-def test_new_on_stdout_and_as_json(tmp_path: Path) -> None:
+def test_new_on_stdout_and_as_json(tmp_path: Path, run: Run) -> None:
     source = str(CONFIGS / "qwen2-7b.json")
     plain, document = (
-        run(tmp_path, "profile", "new", "--from-hf", source),
-        json.loads(run(tmp_path, "profile", "new", "--from-hf", source, "--json").stdout),
+        run("profile", "new", "--from-hf", source),
+        json.loads(run("profile", "new", "--from-hf", source, "--json").stdout),
     )
     assert tomllib.loads(plain.stdout)["model"]["ffn_dim"] == 18944
     assert document["toml"] == plain.stdout
@@ -292,13 +313,7 @@ def test_new_on_stdout_and_as_json(tmp_path: Path) -> None:
         (["--sequence", "0"], "workload.sequence = 0: must be at least 1"),
     ],
 )
-def test_bad_input_is_one_line(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    args: list[str],
-    words: str,
-) -> None:
+def test_bad_input_is_one_line(tmp_path: Path, run: Run, args: list[str], words: str) -> None:
     changed(tmp_path, "llama-3-8b")
     (tmp_path / "broken.json").write_text('{"model_type": ')
     (tmp_path / "list.json").write_text("[1, 2]")
@@ -306,30 +321,29 @@ def test_bad_input_is_one_line(
     (tmp_path / "there.toml").write_text("mine")
     before = sorted(p.name for p in tmp_path.iterdir())
     source = [] if "--from-hf" in args else ["--from-hf", "config.json"]
-    monkeypatch.chdir(tmp_path)
-    assert main(["profile", "new", *source, *args]) == 2
-    found = capsys.readouterr()
-    assert words in found.err
-    assert found.err.count("\n") == 1
-    assert found.out == ""
+    found = run("profile", "new", *source, *args)
+    assert found.returncode == 2
+    assert words in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert found.stdout == ""
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     assert (tmp_path / "there.toml").read_text() == "mine"
 
 
-def test_force_replaces(tmp_path: Path) -> None:
+def test_force_replaces(tmp_path: Path, run: Run) -> None:
     (tmp_path / "there.toml").write_text("mine")
     source = str(CONFIGS / "llama-3-8b.json")
-    assert run(tmp_path, "profile", "new", "--from-hf", source, "-o", "there.toml", "--force").returncode == 0
+    assert run("profile", "new", "--from-hf", source, "-o", "there.toml", "--force").returncode == 0
     assert load_profile(str(tmp_path / "there.toml")).model.dim == 4096
 
 
-def test_check(tmp_path: Path) -> None:
-    shown = run(tmp_path, "profile", "check", "llama3-8b")
+def test_check(run: Run) -> None:
+    shown = run("profile", "check", "llama3-8b")
     assert shown.returncode == 0
     for words in ("8,030,261,248", "1,050,673,152 a head (N V), 3.91 GiB", "15.0 GiB", "possible n  1 to 32"):
         assert words in shown.stdout
     for args in (("profile", "--json", "check", "mtp-7b-bytes"), ("profile", "check", "mtp-7b-bytes", "--json")):
-        document = json.loads(run(tmp_path, *args).stdout)
+        document = json.loads(run(*args).stdout)
         rows = document["cases"]
         assert [row["n"] for row in rows] == [1, 8, 16, 32]
         assert rows[1]["parameters"] - rows[0]["parameters"] == 7 * 256 * 4096  # replicated unembeddings
@@ -361,27 +375,27 @@ sequence = 8
         ("= 300", f"= {10**18}", "no model of this shape can be made"),
     ],
 )
-def test_check_names_mistakes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], before: str, after: str, words: str
-) -> None:
+def test_check_names_mistakes(tmp_path: Path, run: Run, before: str, after: str, words: str) -> None:
     path = tmp_path / "p.toml"
     path.write_text(CHECKED)
-    assert main(["profile", "check", str(path)]) == 0
-    assert capsys.readouterr().err == ""
+    good = run("profile", "check", "p.toml")
+    assert (good.returncode, good.stderr) == (0, "")
     path.write_text(CHECKED.replace(before, after))
-    assert main(["profile", "check", str(path)]) == 2
-    found = capsys.readouterr()
-    assert words in found.err
-    assert (found.err.count("\n"), found.out) == (1, "")
+    found = run("profile", "check", "p.toml")
+    assert found.returncode == 2
+    assert words in found.stderr
+    assert (found.stderr.count("\n"), found.stdout) == (1, "")
 
 
-def test_check_says_what_does_not_run_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_says_what_does_not_run_everywhere(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "p.toml"
     text = CHECKED.replace("dim = 32", "dim = 576").replace("sequence = 8", "sequence = 8\ndtype = 'bf16'")
     path.write_text(text)
-    assert main(["profile", "check", str(path)]) == 0
-    assert "note: D / heads = 288: flash attention on CUDA takes at most 256" in capsys.readouterr().err
+    found = run("profile", "check", "p.toml")
+    assert found.returncode == 0
+    assert found.stderr == "note: D / heads = 288: flash attention on CUDA takes at most 256\n"
     if "liger" not in loadable():
         path.write_text(f"{text}[sweep]\nstrategies = ['liger', 'naive']\n")
-        assert main(["profile", "check", str(path)]) == 0
-        assert "note: liger cannot run here: " in capsys.readouterr().err
+        found = run("profile", "check", "p.toml")
+        assert found.returncode == 0
+        assert "note: liger cannot run here: " in found.stderr

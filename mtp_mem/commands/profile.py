@@ -50,7 +50,8 @@ def new(args: argparse.Namespace) -> int:
         sequence=args.sequence,
         approximate=args.approximate,
     )
-    size = f"{made.parameters:,} parameters by the config, {made.written:,} here at n = 1"
+    here = "as many here" if made.parameters == made.written else f"{made.written:,} here at n = 1"
+    size = f"{made.parameters:,} parameters by the config, {here}"
     texts = [difference.text for difference in made.differences]
     origin = f"From the config.json of a {made.model_type} by `mtp-mem profile new`: {size}."
     heading = ["What the model there has and the model here does otherwise:"] if texts else []
