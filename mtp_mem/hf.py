@@ -93,7 +93,7 @@ def _convert(keys: Keys, name: str, workload: Workload, sweep: Sweep | None, app
     model_type, family = _family(keys)
     model = _model(keys, family)
     depths = keys.whole("num_nextn_predict_layers") or 0 if family.deepseek else 0
-    possible = (1, 1 + depths) if depths else tuple(k for k in HEADS if k <= model.n_layers or not model.match_layers)
+    possible = (1, 1 + depths) if depths else tuple(k for k in HEADS if k <= model.n_layers)
     found = differences(keys, family, model, workload)
     if not approximate and (weighty := [d.text for d in found if d.weighty]):
         raise BadInput(
