@@ -4,6 +4,7 @@ Symbols used throughout: B sequences of S tokens (N = B*S), D model width, V voc
 """
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -59,6 +60,10 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"model.{name} = {value}: must be at least 1")
+        if not 0 < self.rope_theta < math.inf:
+            raise BadInput(f"model.rope_theta = {self.rope_theta}: must be positive and finite")
+        if not 0 <= self.norm_eps < math.inf:
+            raise BadInput(f"model.norm_eps = {self.norm_eps}: must be at least 0 and finite")
         _one_of("model.head", self.head, HeadKind)
         _one_of("model.unembedding", self.unembedding, Unembedding)
         if self.dim % self.n_attention_heads or self.dim // self.n_attention_heads % 2:
@@ -118,7 +123,7 @@ class Workload:
         for name in ("batch", "sequence"):
             if getattr(self, name) < 1:
                 raise BadInput(f"workload.{name} = {getattr(self, name)}: must be at least 1")
-        if self.clip_norm <= 0:
+        if not self.clip_norm > 0:  # nan is not
             raise BadInput(f"workload.clip_norm = {self.clip_norm}: must be positive")
         _one_of("workload.dtype", self.dtype, Dtype)
         _one_of("workload.tokenizer", self.tokenizer, Tokenizer)
@@ -235,12 +240,21 @@ def from_table(cls: type[T], table: dict[str, Any], where: str = "") -> T:
     values = {}
     for key, value in table.items():
         if key not in fields:
-            raise unknown("key", f"{where}{key}", [where + name for name in fields])
+            raise _unknown_key(key, where, list(fields))
         values[key] = _convert(hints[key], value, f"{where}{key}")
     for name, f in fields.items():
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise BadInput(f"key {where}{name} is missing (expected {_describe(hints[name])})")
     return cls(**values)
+
+
+def _unknown_key(key: str, where: str, valid: list[str]) -> BadInput:
+    tables = {"model.": ModelConfig, "workload.": Workload, "sweep.": Sweep}
+    if where in ("", *tables):
+        for table, cls in tables.items():
+            if key in (f.name for f in dataclasses.fields(cls)):
+                return BadInput(f"key {where}{key} stands in the wrong table: it belongs to [{table[:-1]}]")
+    return unknown("key", f"{where}{key}", [where + name for name in valid])
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -57,6 +57,15 @@ def make_batch(tokens: Tensor, n_future: int) -> Batch:
     return Batch(tokens, targets)
 
 
+def check_vocabulary(workload: Workload, vocab_size: int) -> None:
+    """Raises BadInput for a vocabulary smaller than the workload's tokens need."""
+    if workload.tokenizer != "uniform" and vocab_size < 256:
+        raise BadInput(
+            f"model.vocab_size = {vocab_size} is smaller than the 256 byte tokens that tokenizer"
+            f" {workload.tokenizer!r} needs; valid: 256 or more, or tokenizer = 'uniform'"
+        )
+
+
 def load_corpus(workload: Workload, vocab_size: int, text: Path | None = None) -> Corpus:
     """Tokenise the text as the workload says.
 
@@ -72,11 +81,7 @@ def load_corpus(workload: Workload, vocab_size: int, text: Path | None = None) -
         if text is not None:
             raise BadInput(f"--text {text}: this profile draws ids uniformly (workload.tokenizer = 'uniform')")
         return Corpus(None, "uniform random ids")
-    if vocab_size < 256:
-        raise BadInput(
-            f"model.vocab_size = {vocab_size} is smaller than the 256 byte tokens that tokenizer"
-            f" {workload.tokenizer!r} needs; valid: 256 or more, or tokenizer = 'uniform'"
-        )
+    check_vocabulary(workload, vocab_size)
     content, source = _read(text)
     if workload.tokenizer == "bytes":
         ids = torch.frombuffer(bytearray(content.encode()), dtype=torch.uint8).long()

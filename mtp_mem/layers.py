@@ -26,6 +26,9 @@ class Factory(TypedDict):
 Attention = Literal["sdpa", "flash"]
 """How attention runs: torch's choice for the device, or the flash-attention operator by name."""
 
+FLASH_CHANNELS = 256
+"""The most channels, D/H, that flash attention on CUDA takes (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
+
 
 class Layer(nn.Module):
     """One pre-norm transformer layer, (B, S, D) -> (B, S, D)."""

@@ -27,7 +27,7 @@ def case_options(sub: argparse.ArgumentParser, profile: str, dtypes: str) -> Non
     )
     sub.add_argument("--strategies", type=names, metavar="A,B", help="instead of the profile's; name[:option=value]...")
     sub.add_argument("--strategy", action="append", metavar="SPEC", help="one more: a name or package.module:Class")
-    sub.add_argument("--n", type=_numbers, metavar="1,2,4", help="numbers of heads, instead of the profile's")
+    sub.add_argument("--n", type=numbers, metavar="1,2,4", help="numbers of heads, instead of the profile's")
     sub.add_argument("--dtype", help=f"{dtypes}, instead of the profile's")
     sub.add_argument("--out", type=Path, metavar="DIR", help="where results go; default under results/")
 
@@ -105,7 +105,8 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
+    """`1,2,4` as an argument."""
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError:

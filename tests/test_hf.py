@@ -1,0 +1,401 @@
+"""Profiles from Hugging Face configs: the right shape, every difference named with its size, nothing half-written."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtp_mem.cli import main
+from mtp_mem.config import Profile, from_table, load_profile
+from mtp_mem.errors import BadInput
+from mtp_mem.hf import FAMILIES, Conversion, convert
+from mtp_mem.parameters import parameters
+from mtp_mem.profile_file import to_toml, write_new
+from mtp_mem.strategy import loadable
+
+CONFIGS = Path(__file__).parent / "hf"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.json"))
+
+PUBLISHED = {
+    "deepseek-v3": 671_026_419_200,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2b": 2_506_172_416,
+    "llama-3-8b": 8_030_261_248,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "qwen2-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+}
+WEIGHTY = {"deepseek-v3", "gemma-2-2b", "qwen3-0.6b"}
+
+
+def made(name: str, **options: Any) -> Conversion:
+    return convert(CONFIGS / f"{name}.json", name=name, **{"approximate": name in WEIGHTY} | options)
+
+
+def changed(tmp_path: Path, name: str, **changes: Any) -> Path:
+    """A config with some keys changed, or left out where the value is `...`."""
+    table = json.loads((CONFIGS / f"{name}.json").read_text()) | changes
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({key: value for key, value in table.items() if value is not ...}))
+    return path
+
+
+def texts(path: Path, **options: Any) -> str:
+    found = convert(path, name="x", approximate=True, **options).differences
+    return "\n".join(difference.text for difference in found)
+
+
+def tiny(tmp_path: Path, name: str, **changes: Any) -> Path:
+    """A config whose step is quick to predict."""
+    small = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 2048,
+    }
+    return changed(tmp_path, name, **small | changes)
+
+
+def test_every_family_has_a_config() -> None:
+    assert {json.loads((CONFIGS / f"{name}.json").read_text())["model_type"] for name in NAMES} == set(FAMILIES)
+    assert set(PUBLISHED) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_written_and_what_is_named_add_up_to_the_published_parameters(name: str) -> None:
+    found = made(name)
+    written = sum(parameters(found.profile.model).values())
+    assert written + sum(difference.parameters for difference in found.differences) == PUBLISHED[name]
+    assert (found.parameters, found.written) == (PUBLISHED[name], written)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_round_trip(name: str, tmp_path: Path) -> None:
+    found = made(name)
+    path = tmp_path / f"{name}.toml"
+    write_new(path, to_toml(found.profile, [difference.text for difference in found.differences]))
+    assert load_profile(str(path)) == found.profile
+    comments = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    for difference in found.differences:
+        assert difference.text in comments
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_llama_is_the_shipped_profile() -> None:
+    found, shipped = made("llama-3-8b", sequence=8192).profile, load_profile("llama3-8b")
+    assert found.model.rope_theta == 500_000  # the shipped one has the default: no byte depends on it
+    assert (found.workload, found.sweep) == (shipped.workload, shipped.sweep)
+    assert (
+        to_toml(found).replace("rope_theta = 500000.0\n", "").split("[model]")[1]
+        == (to_toml(shipped).split("[model]")[1])
+    )
+    assert made("llama-3-8b").differences == ()
+
+
+def test_tied_and_shared() -> None:
+    unembeddings = {name: made(name).profile.model.unembedding for name in NAMES}
+    assert {name for name, kind in unembeddings.items() if kind == "tied"} == {"gemma-2b", "gemma-2-2b", "qwen3-0.6b"}
+    assert set(unembeddings.values()) == {"tied", "shared"}
+
+
+def test_mtp_depths_become_heads(tmp_path: Path) -> None:
+    found = made("deepseek-v3").profile
+    assert (found.model.head, found.model.match_layers, found.sweep.n) == ("deepseek", False, (1, 2))
+    assert found.model.with_n(2).trunk_layers == 60  # head 1 is the main model's last layer
+    assert found.model.ffn_dim == 9 * 2048
+    path = changed(tmp_path, "deepseek-v3", num_nextn_predict_layers=0)
+    plain = convert(path, name="x", approximate=True).profile
+    assert (plain.model.head, plain.model.match_layers, plain.sweep.n) == ("parallel", True, (1, 2, 4, 8))
+
+
+def test_step_and_heads_asked_for(tmp_path: Path) -> None:
+    assert made("llama-3-8b").profile.workload.sequence == 4096
+    asked = made("llama-3-8b", n=(1, 32), batch=2, sequence=16384)
+    assert (asked.profile.sweep.n, asked.profile.workload.batch) == ((1, 32), 2)
+    assert "max_position_embeddings = 8192: S = 16384 goes beyond it" in asked.differences[0].text
+    short = convert(changed(tmp_path, "llama-3-8b", max_position_embeddings=512, num_hidden_layers=3), name="x").profile
+    assert (short.workload.sequence, short.sweep.n) == (512, (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("llama-3-8b", {"attention_bias": True}, "q, k, v and o have biases there and none here: 10240 parameters"),
+        ("llama-3-8b", {"mlp_bias": True}, "gate, up and down have biases there and none here: 32768 parameters"),
+        ("llama-3-8b", {"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling = 'llama3'"),
+        ("llama-3-8b", {"rope_theta": ..., "rope_parameters": {"rope_theta": 5e5, "rope_type": "yarn"}}, "'yarn'"),
+        ("llama-3-8b", {"hidden_act": "gelu"}, "gate of 'gelu': it is SiLU here; the bytes are the same"),
+        ("llama-3-8b", {"torch_dtype": "float16"}, 'torch_dtype = "float16"'),
+        ("llama-3-8b", {"attention_dropout": 0.1}, "attention_dropout = 0.1: no dropout here"),
+        ("llama-3-8b", {"tie_word_embeddings": ..., "residual_scale\n": 2}, "not looked at: 'residual_scale\\n'"),
+        ("mistral-7b-v0.1", {"sliding_window": ...}, "as transformers has it: sliding_window = 4096"),
+        ("qwen2-7b", {"use_sliding_window": True}, "sliding_window = 131072"),
+        ("qwen2-7b", {}, "q, k and v have biases there and none here: 4608 parameters a layer"),
+        ("qwen3-8b", {}, "256 parameters a layer, and 40.6 MiB"),
+        ("gemma-2b", {"tie_word_embeddings": ...}, "as transformers has it: tie_word_embeddings = true"),
+        ("gemma-2-2b", {}, "final_logit_softcapping = 30.0"),
+        ("gemma-2-2b", {"final_logit_softcapping": ...}, "final_logit_softcapping = 30.0"),
+        ("gemma-2-2b", {}, "attn_logit_softcapping = 50.0"),
+        ("gemma-2-2b", {}, "sliding_window = 4096"),
+        ("gemma-2-2b", {}, "the 16 heads here have D / H = 144 channels"),  # 288 are too many for flash attention
+        ("deepseek-v3", {"attention_bias": True}, "the projections to low rank and o have biases"),
+        ("deepseek-v3", {"moe_layer_freq": 2}, "moe_layer_freq = 2"),
+        ("deepseek-v3", {}, "n_routed_experts = 256"),
+        ("deepseek-v3", {}, "quantization_config"),
+    ],
+)
+def test_what_differs_is_named(tmp_path: Path, name: str, changes: dict[str, Any], words: str) -> None:
+    assert words in texts(changed(tmp_path, name, **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mistral-7b-v0.1", {"sliding_window": None}),
+        ("qwen2-7b", {"use_sliding_window": False}),
+        ("gemma-2-2b", {"final_logit_softcapping": None, "attn_logit_softcapping": None, "sliding_window": None}),
+    ],
+)
+def test_what_a_config_switches_off_is_not_named(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    found = texts(changed(tmp_path, name, **changes))
+    assert "softcapping" not in found
+    assert "sliding_window" not in found
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("qwen3-0.6b", {}, ["head_dim = 128"]),
+        ("gemma-2-2b", {"head_dim": 288}, ["final_logit_softcapping", "1.95 GiB"]),
+        ("deepseek-v3", {}, ["kv_lora_rank = 512", "n_routed_experts = 256"]),
+        ("llama-3-8b", {"hidden_act": "relu"}, ["gate of 'relu'"]),
+        ("gemma-2b", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+    ],
+)
+def test_another_model_is_refused(tmp_path: Path, name: str, changes: dict[str, Any], words: list[str]) -> None:
+    path = changed(tmp_path, name, **changes)
+    with pytest.raises(BadInput) as error:
+        convert(path, name="x")
+    for word in [str(path), "--approximate", *words]:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+    assert convert(path, name="x", approximate=True).profile.description.endswith("approximated")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"model_type": "mixtral"},
+            "unknown model_type 'mixtral'; did you mean 'mistral'? Valid: llama, mistral, qwen2",
+        ),
+        ({"model_type": ...}, "key model_type is missing (expected one of llama, mistral"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "has no logits; expected LlamaForCausalLM"),
+        ({"architectures": [1]}, "expected a list of strings"),
+        ({"vocab_size": ...}, "key vocab_size is missing (expected a whole number)"),
+        ({"max_position_embeddings": ...}, "key max_position_embeddings is missing"),
+        ({"hidden_size": "4096"}, 'hidden_size = "4096": expected a whole number'),
+        ({"hidden_size": 4096.0}, "hidden_size = 4096.0: expected a whole number"),
+        ({"num_hidden_layers": None}, "num_hidden_layers = null: expected a whole number of at least 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers = 0: expected a whole number of at least 1"),
+        ({"num_hidden_layers": True}, "num_hidden_layers = true: expected a whole number"),
+        ({"head_dim": -1}, "head_dim = -1: expected a whole number of at least 0"),
+        ({"tie_word_embeddings": "no"}, 'tie_word_embeddings = "no": expected true or false'),
+        ({"rope_theta": float("inf")}, "rope_theta = inf: must be positive and finite"),
+        ({"rope_scaling": [1]}, "rope_scaling = [1]: expected a JSON object"),
+        ({"num_attention_heads": 33}, "must be an even multiple of n_attention_heads = 33"),
+        ({"vocab_size": 10**30}, "no model of this shape can be made"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    path = changed(tmp_path, "llama-3-8b", **changes)
+    with pytest.raises(BadInput) as error:
+        convert(path, name="x")
+    assert str(error.value).startswith(f"{path}: ")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_profile_of_any_text_is_toml() -> None:
+    profile = load_profile("quick")
+    table = {"name": "odd", "description": 'a "b" \\ \n \x7f \U0001f600', "model": {}, "workload": {}}
+    table["model"] = {"vocab_size": 67, "dim": 32, "n_layers": 4, "n_attention_heads": 2, "match_layers": False}
+    table["workload"] = {"batch": profile.workload.batch, "sequence": 8}
+    odd = from_table(Profile, table)
+    assert from_table(Profile, {"name": "odd", **tomllib.loads(to_toml(odd, ["one\ntwo"]))}) == odd
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command in an empty folder, in this process: starting one takes longer than most commands."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def call(*args: str) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        code = main(args)
+        return subprocess.CompletedProcess(args, code, *capsys.readouterr())
+
+    return call
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mtp_mem", "profile", "new", "--from-hf", str(CONFIGS / "llama-3-8b.json")]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "note: 8,030,261,248 parameters by the config, as many here\n")
+    assert found.stdout.startswith(
+        "# From the config.json of a llama by `mtp-mem profile new`: 8,030,261,248 parameters"
+    )
+    assert found.stdout.endswith(to_toml(made("llama-3-8b").profile))
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "gemma-2-2b", "qwen3-8b"])
+def test_what_is_written_can_be_predicted(tmp_path: Path, run: Run, name: str) -> None:
+    tiny(tmp_path, name)
+    options = ("-o", "tiny.toml", "--n", "1,2", "--sequence", "128", "--batch", "2", "--approximate")
+    written = run("profile", "new", "--from-hf", "config.json", *options)
+    assert written.returncode == 0, written.stderr
+    assert written.stderr.startswith("note: ")
+    predicted = run("predict", "--profile", "tiny.toml", "--strategies", "naive,sequential", "--json")
+    assert predicted.returncode == 0, predicted.stderr
+    records = json.loads(predicted.stdout)["records"]
+    assert [r["n"] for r in records] == [1, 1, 2, 2]
+    assert all(r["status"] == "ok" and r["peak_requested_bytes"] > r["baseline_bytes"] for r in records)
+
+
+def test_a_prediction_with_mtp_depths(tmp_path: Path, run: Run) -> None:
+    small = {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "kv_lora_rank": 16, "q_lora_rank": None}
+    path = tiny(tmp_path, "deepseek-v3", num_key_value_heads=4, **small)
+    assert run("profile", "new", "--from-hf", path.name, "-o", "d.toml", "--approximate").returncode == 0
+    predicted = run("predict", "--profile", "d.toml", "--strategies", "sequential", "--json")
+    assert [r["n"] for r in json.loads(predicted.stdout)["records"]] == [1, 2]
+
+
+def test_new_on_stdout_and_as_json(tmp_path: Path, run: Run) -> None:
+    source = str(CONFIGS / "qwen2-7b.json")
+    plain, document = (
+        run("profile", "new", "--from-hf", source),
+        json.loads(run("profile", "new", "--from-hf", source, "--json").stdout),
+    )
+    assert tomllib.loads(plain.stdout)["model"]["ffn_dim"] == 18944
+    assert document["toml"] == plain.stdout
+    assert document["parameters"]["config"] == PUBLISHED["qwen2-7b"]
+    assert all(f"note: {text}" in plain.stderr for text in document["notes"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--from-hf", "none.json"], "none.json: cannot be read: No such file"),
+        (["--from-hf", "."], ".: cannot be read: Is a directory"),
+        (["--from-hf", "broken.json"], "broken.json: is not valid JSON"),
+        (["--from-hf", "list.json"], "list.json: is not a Hugging Face config: expected a JSON object"),
+        (["--from-hf", "latin1.json"], "latin1.json: is not valid JSON"),
+        (["-o", "there.toml"], "-o there.toml: is there already; --force replaces it"),
+        (["-o", "new.txt"], "-o new.txt: a profile's file must end in .toml"),
+        (["-o", "nowhere/new.toml"], "-o nowhere/new.toml: cannot be written: No such file"),
+        (["--n", "1,33"], "n = 33 heads need 33 of the model's layers"),
+        (["--n", "0"], "sweep.n = [0]"),
+        (["--batch", "0"], "workload.batch = 0: must be at least 1"),
+        (["--sequence", "0"], "workload.sequence = 0: must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, run: Run, args: list[str], words: str) -> None:
+    changed(tmp_path, "llama-3-8b")
+    (tmp_path / "broken.json").write_text('{"model_type": ')
+    (tmp_path / "list.json").write_text("[1, 2]")
+    (tmp_path / "latin1.json").write_bytes('{"a": "ä"}'.encode("latin-1"))
+    (tmp_path / "there.toml").write_text("mine")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    source = [] if "--from-hf" in args else ["--from-hf", "config.json"]
+    found = run("profile", "new", *source, *args)
+    assert found.returncode == 2
+    assert words in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert found.stdout == ""
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert (tmp_path / "there.toml").read_text() == "mine"
+
+
+def test_force_replaces(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "there.toml").write_text("mine")
+    source = str(CONFIGS / "llama-3-8b.json")
+    assert run("profile", "new", "--from-hf", source, "-o", "there.toml", "--force").returncode == 0
+    assert load_profile(str(tmp_path / "there.toml")).model.dim == 4096
+
+
+def test_check(run: Run) -> None:
+    shown = run("profile", "check", "llama3-8b")
+    assert shown.returncode == 0
+    for words in ("8,030,261,248", "1,050,673,152 a head (N V), 3.91 GiB", "15.0 GiB", "possible n  1 to 32"):
+        assert words in shown.stdout
+    for args in (("profile", "--json", "check", "mtp-7b-bytes"), ("profile", "check", "mtp-7b-bytes", "--json")):
+        document = json.loads(run(*args).stdout)
+        rows = document["cases"]
+        assert [row["n"] for row in rows] == [1, 8, 16, 32]
+        assert rows[1]["parameters"] - rows[0]["parameters"] == 7 * 256 * 4096  # replicated unembeddings
+        assert all(row["weight_bytes"] == 2 * row["parameters"] == 2 * sum(row["parts"].values()) for row in rows)
+        assert document["logits"] == {"shape": [8192, 256], "values": 8192 * 256, "bytes": 8192 * 256 * 4}
+        assert document["largest_n"] == 32
+
+
+CHECKED = """
+[model]
+vocab_size = 300
+dim = 32
+n_layers = 8
+n_attention_heads = 2
+[workload]
+batch = 1
+sequence = 8
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ("batch = 1", "batch = 1\nhidden = 3", "unknown key 'workload.hidden'"),
+        ("batch = 1", "btach = 1", "unknown key 'workload.btach'; did you mean 'workload.batch'?"),
+        ("sequence = 8", "sequence = 8\n[sweep]\nstrategies = ['sequental']", "did you mean 'sequential'?"),
+        ("batch = 1", "batch = 1\ndtype = 'fp16'", "unknown value 'fp16'"),
+        ("= 300", "= 67", "model.vocab_size = 67 is smaller than the 256 byte tokens"),
+        ("= 300", f"= {10**18}", "no model of this shape can be made"),
+    ],
+)
+def test_check_names_mistakes(tmp_path: Path, run: Run, before: str, after: str, words: str) -> None:
+    path = tmp_path / "p.toml"
+    path.write_text(CHECKED)
+    good = run("profile", "check", "p.toml")
+    assert (good.returncode, good.stderr) == (0, "")
+    path.write_text(CHECKED.replace(before, after))
+    found = run("profile", "check", "p.toml")
+    assert found.returncode == 2
+    assert words in found.stderr
+    assert (found.stderr.count("\n"), found.stdout) == (1, "")
+
+
+def test_check_says_what_does_not_run_everywhere(tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "p.toml"
+    text = CHECKED.replace("dim = 32", "dim = 576").replace("sequence = 8", "sequence = 8\ndtype = 'bf16'")
+    path.write_text(text)
+    found = run("profile", "check", "p.toml")
+    assert found.returncode == 0
+    assert found.stderr == "note: D / heads = 288: flash attention on CUDA takes at most 256\n"
+    if "liger" not in loadable():
+        path.write_text(f"{text}[sweep]\nstrategies = ['liger', 'naive']\n")
+        found = run("profile", "check", "p.toml")
+        assert found.returncode == 0
+        assert "note: liger cannot run here: " in found.stderr
