@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from mtp_mem import __version__
-from mtp_mem.commands import compare, listing, predict, timeline, verify
+from mtp_mem.commands import compare, listing, predict, report, timeline, verify
 from mtp_mem.commands.common import note
 from mtp_mem.errors import MtpMemError
 
-COMMANDS = (compare, verify, predict, timeline, listing)
+COMMANDS = (compare, verify, predict, timeline, report, listing)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
