@@ -1,5 +1,6 @@
 """Peak memory against the number of heads: one chart, or one panel for each shape or backend."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def memory_vs_n(records: Sequence[Record], out: Path, gpu: GPU | None = None) ->
         grid(axes, "y", f" {unit_name}")
         label_ends(axes, _lines(axes, records, unit, gpu))
         if any(line.get_label() == FORMULA_LABEL for line in axes.lines):
-            axes.legend(loc="lower left" if gpu else "upper left", frameon=False, fontsize=8.5)
+            axes.legend(loc="lower left" if gpu else "best", frameon=False, fontsize=8.5)
         rows = [
             [*(getattr(r, column) for column in COLUMNS), formula_bytes(r.strategy, r.model, r.workload)]
             for r in records
@@ -97,7 +98,8 @@ def memory_small_multiples(panels: Mapping[str, Sequence[Record]], out: Path) ->
             heads_axis(axes, sorted({r.n for r in records}))
             grid(axes, "y", f" {unit_name}")
             label_ends(axes, _lines(axes, records, unit, None))
-            axes.set_title(f"{name}, {HOW[_done(records)[0].exactness]}", loc="left", size=9.5)
+            words = textwrap.fill(f"{name}, {HOW[_done(records)[0].exactness]}", 56)
+            axes.set_title(words, loc="left", size=9)
         for axes in list(grids)[len(panels) :]:
             axes.set_visible(False)
         rows = [[name, *(getattr(r, c) for c in COLUMNS)] for name, records in panels.items() for r in records]

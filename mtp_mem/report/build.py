@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mtp_mem import charts
-from mtp_mem.charts.style import HOW
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.reading import Located, groups, machine, read
 from mtp_mem.memory.record import Record, writable
@@ -132,5 +131,4 @@ def _facts(record: Record) -> dict[str, Any]:
         "tokens": f"{workload['batch']} x {workload['sequence']:,} tokens",
         "dtype": workload["dtype"],
         "machine": machine(record),
-        "how": HOW[record.exactness].partition(",")[0],
     }

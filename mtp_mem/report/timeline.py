@@ -107,12 +107,12 @@ def drawing(timeline: Timeline) -> dict[str, Any]:
     """What the page needs to draw the bands without a script, and the data for the script.
 
     Returns:
-        `bands`: name, colour, hatch and polygon points, bottom first; `phases`: name and left and right end; `peak`: x,
+        `bands`: name, colour, hatch and outline, bottom first; `phases`: name and left and right end; `peak`: x,
         y and words; `at_peak`: bytes by category; `largest`: the tensors at the peak; `data`: for timeline.js.
     """
     totals, peak = timeline.totals, timeline.peak
     kept = _thin(totals)
-    top = 1.12 * max(max(totals), 1)
+    top = 1.35 * max(max(totals), 1)
     order = sorted(range(len(timeline.categories)), key=lambda c: _rank(timeline.categories[c]))
 
     def x(i: int) -> float:
@@ -125,12 +125,12 @@ def drawing(timeline: Timeline) -> dict[str, Any]:
     bands = []
     for c in order:
         ceiling = [below + timeline.rows[i][c] for below, i in zip(floor, kept, strict=True)]
-        outline = [(x(i), y(v)) for i, v in zip(kept, ceiling, strict=True)]
-        outline += [(x(i), y(v)) for i, v in zip(reversed(kept), reversed(floor), strict=True)]
+        right = [x(i) for i in [*kept[1:], kept[-1]]]  # what is live after an event stays until the next
         name = timeline.categories[c]
         colour, hatch = COLOURS.get(name, COLOURS["other"])  # type: ignore[call-overload]
-        points = " ".join(f"{a:.2f},{b:.2f}" for a, b in outline)
-        bands.append({"name": name, "colour": colour, "hatch": bool(hatch), "points": points})
+        path = f"M0 {y(floor[0]):.1f}{_steps([x(i) for i in kept], [y(v) for v in ceiling])}H{WIDTH}"
+        path += _steps(right[::-1], [y(v) for v in floor[::-1]]) + "Z"
+        bands.append({"name": name, "colour": colour, "hatch": bool(hatch), "path": path})
         floor = ceiling
     origins = list(dict.fromkeys(zip(timeline.phases, timeline.ops, strict=True)))
     number = {origin: i for i, origin in enumerate(origins)}
@@ -164,6 +164,16 @@ def drawing(timeline: Timeline) -> dict[str, Any]:
         "height": HEIGHT,
         "data": data,
     }
+
+
+def _steps(xs: Sequence[float], ys: Sequence[float]) -> str:
+    """SVG path commands of a line that changes its height only at the given places."""
+    words, last = [], ""
+    for x, y in zip(xs, ys, strict=True):
+        if (height := f"{y:.1f}") != last:
+            words.append(f"H{x:.2f}V{height}")
+            last = height
+    return "".join(words)
 
 
 def _thin(totals: Sequence[int]) -> list[int]:
