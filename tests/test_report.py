@@ -157,6 +157,7 @@ def test_recorded_results_of_two_kinds(tmp_path: Path, capsys: pytest.CaptureFix
     assert "mtp-mem compare --profile quick --device cpu" in page.text
     assert "mtp-mem predict --profile llama3-8b --gpu h200" in page.text
     assert "Time and gradients were not predicted." in page.text
+    assert "In all at n = 8: naive 127.7 GiB, sequential 94.3 GiB" in page.text  # as in README
     assert (tmp_path / "c" / "memory-vs-n-panels.svg").is_file()
 
 

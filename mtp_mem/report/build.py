@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mtp_mem import charts
+from mtp_mem.advice import peak_bytes
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.reading import Located, groups, machine, read
 from mtp_mem.memory.record import Record, writable
@@ -93,7 +94,10 @@ def _draw(records: Sequence[Record], out: Path) -> tuple[Chart, ...]:
     """The charts of one group that its records allow, in the folder `out`."""
     gpu = gpu_of(records[0]) if records[0].exactness == "predicted" else None
     drawn = (
-        (charts.memory_vs_n(records, out, gpu), f"Peak memory against the number of heads. {_ends(records)}"),
+        (
+            charts.memory_vs_n(records, out, gpu),
+            f"Peak memory against the number of heads. {_ends(records, whole=gpu is not None)}",
+        ),
         (charts.composition(records, out), "What the peak of each case consists of, by category."),
         (charts.throughput_vs_memory(records, out), "Tokens per second against memory, with the Pareto front."),
         (charts.time_vs_n(records, out), "Time of a step relative to naive, at the same n and at the smallest n."),
@@ -101,12 +105,13 @@ def _draw(records: Sequence[Record], out: Path) -> tuple[Chart, ...]:
     return tuple(Chart(svg=files[1], png=files[0], alt=alt) for files, alt in drawn if files)
 
 
-def _ends(records: Sequence[Record]) -> str:
-    """The largest n in words, for those who cannot see the chart."""
+def _ends(records: Sequence[Record], *, whole: bool) -> str:
+    """The right end of the chart's lines, for those who cannot see it: `whole` peaks, or peaks over the baseline."""
     n = max(r.n for r in records)
-    over = [(r.strategy, r.peak_over_baseline_bytes) for r in records if r.n == n and r.status == "ok"]
-    words = ", ".join(f"{strategy} {show_bytes(nbytes)}" for strategy, nbytes in over if nbytes is not None)
-    return f"Over the baseline at n = {n}: {words}." if words else ""
+    here = [r for r in records if r.n == n and r.status == "ok"]
+    found = [(r.strategy, peak_bytes(r) if whole else r.peak_over_baseline_bytes) for r in here]
+    words = ", ".join(f"{strategy} {show_bytes(nbytes)}" for strategy, nbytes in found if nbytes is not None)
+    return f"{'In all' if whole else 'Over the baseline'} at n = {n}: {words}." if words else ""
 
 
 def _panels(apart: Sequence[Sequence[Record]], folder: Path) -> Chart | None:

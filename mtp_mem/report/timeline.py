@@ -112,7 +112,7 @@ def drawing(timeline: Timeline) -> dict[str, Any]:
     """
     totals, peak = timeline.totals, timeline.peak
     kept = _thin(totals)
-    top = 1.35 * max(max(totals), 1)
+    top = 1.45 * max(max(totals), 1)
     order = sorted(range(len(timeline.categories)), key=lambda c: _rank(timeline.categories[c]))
 
     def x(i: int) -> float:
