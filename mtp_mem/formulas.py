@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mtp_mem.strategy import load_strategy
+from mtp_mem.errors import MtpMemError
+from mtp_mem.strategy import BUILTIN, load_strategy
 from mtp_mem.token_chunks import SOFTMAX_BLOCK, WIDE_ROWS, default_chunk
 
 VALUE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
@@ -125,6 +126,20 @@ def peak_over_baseline(spec: str, shape: Shape) -> int | None:
         heads = max(heads, above + shape.V * shape.D * shape.loss_value)
     trunk_backward = shape.trunk + above + 2 * shape.N * shape.F * shape.value if shape.trunk_layers else 0
     return max(shape.trunk + heads, trunk_backward, shape.gradients)
+
+
+def formula_bytes(spec: str, model: dict[str, Any], workload: dict[str, Any], *, cuda: bool) -> int | None:
+    """`peak_over_baseline` of a record's fields; None where there is no formula.
+
+    Nothing is imported for a strategy that is not built in: a results file may come from anywhere.
+    """
+    shape = Shape.of(model, workload, cuda)
+    if shape is None or spec.partition(":")[0] not in BUILTIN:
+        return None
+    try:
+        return peak_over_baseline(spec, shape)
+    except MtpMemError:  # an option that this version does not know, a kernel that is not installed
+        return None
 
 
 def heads_peak(spec: str, shape: Shape) -> int | None:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mtp_mem.advice import peak_bytes
 from mtp_mem.config import GPU
-from mtp_mem.formulas import Shape, peak_over_baseline, slope
+from mtp_mem.formulas import formula_bytes, slope
 from mtp_mem.memory.record import Record
 from mtp_mem.memory.trace import Category
 from mtp_mem.scenarios import ALL_DTYPES
@@ -140,26 +140,36 @@ def comparison(records: Sequence[Record], console: Console) -> Table:
     return _fitting(COLUMNS, records, console)
 
 
+SLOPE_TITLES = ("bytes per further head", "fitted", "by formula", "formula is off by")
+
+
 def slopes(records: Sequence[Record]) -> Table | None:
     """Bytes per further head, fitted to what was found and to the formula; None with a single n."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", title_justify="left")
-    for title in ("bytes per further head", "fitted", "by formula", "formula is off by"):
+    for title in SLOPE_TITLES:
         table.add_column(title, justify="left" if table.columns == [] else "right", no_wrap=True)
-    rows: dict[str, list[tuple[int, int, int | None]]] = {}
+    for row in slope_rows(records):
+        table.add_row(*row)
+    return table if table.row_count else None
+
+
+def slope_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
+    """The rows of `slopes`, a cell for each of SLOPE_TITLES."""
+    points: dict[str, list[tuple[int, int, int | None]]] = {}
     for r in records:
         if r.status == "ok" and r.peak_over_baseline_bytes is not None:
-            shape = Shape.of(r.model, r.workload)
-            formula = peak_over_baseline(r.strategy, shape) if shape else None
-            rows.setdefault(r.strategy, []).append((r.n, r.peak_over_baseline_bytes, formula))
-    for strategy, points in rows.items():
-        fitted = slope([(n, found) for n, found, _ in points])
-        known = [(n, found, formula) for n, found, formula in points if formula is not None]
+            formula = formula_bytes(r.strategy, r.model, r.workload, cuda=r.backend != "cpu")
+            points.setdefault(r.strategy, []).append((r.n, r.peak_over_baseline_bytes, formula))
+    rows = []
+    for strategy, found in points.items():
+        fitted = slope([(n, nbytes) for n, nbytes, _ in found])
+        known = [(n, nbytes, formula) for n, nbytes, formula in found if formula is not None]
         predicted = slope([(n, formula) for n, _, formula in known])
-        off = max((formula / found - 1 for _, found, formula in known), key=abs, default=None)
+        off = max((formula / nbytes - 1 for _, nbytes, formula in known if nbytes), key=abs, default=None)
         if fitted is not None:
             cells = ("-" if value is None else show_bytes(round(value)) for value in (fitted, predicted))
-            table.add_row(strategy, *cells, "-" if off is None else f"{off:+.2%}")
-    return table if table.row_count else None
+            rows.append((strategy, *cells, "-" if off is None else f"{off:+.2%}"))
+    return rows
 
 
 def _fitting(columns: Sequence[Column], records: Sequence[Record], console: Console) -> Table:

@@ -9,22 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from mtp_mem.charts import RC, save, unit_for
+from mtp_mem.charts.style import COLOURS, RC, save, unit_for
 from mtp_mem.memory.trace import CATEGORIES, Category, Storage, Trace
 from mtp_mem.units import show_bytes
 
-# Light to dark and hatched in turn, so that neighbouring bands differ without colour too.
-COLOURS: dict[Category, tuple[str, str]] = {
-    "parameters": ("#444444", ""),
-    "optimizer": ("#999999", ""),
-    "other": ("#cccccc", ""),
-    "gradients": ("#CC79A7", "//"),
-    "trunk activations": ("#0072B2", ""),
-    "head activations": ("#56B4E9", "\\\\"),
-    "hidden-state gradients": ("#F0E442", ""),
-    "logits": ("#D55E00", ""),
-    "workspace": ("#009E73", "xx"),
-}
 LARGEST = 10
 
 

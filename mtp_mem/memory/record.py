@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -74,8 +75,10 @@ class Record:
         Raises:
             BadInput: another schema version, or no record at all.
         """
-        if found.get("schema") != SCHEMA:
-            raise BadInput(f"schema {found.get('schema')!r}; this version reads schema {SCHEMA}")
+        schema = found.get("schema")
+        if schema != SCHEMA:
+            newer = "; update mtp_mem" if isinstance(schema, int) and schema > SCHEMA else ""
+            raise BadInput(f"schema {schema!r}; this version reads schema {SCHEMA}{newer}")
         names = {f.name for f in dataclasses.fields(Record)}
         known = {key: value for key, value in found.items() if key in names}
         if known.get("gradient_error") == "inf":
@@ -112,6 +115,22 @@ def writable(out: Path) -> Path:
         raise BadInput(f"--out {out}: cannot be written: {e.strerror}") from None
 
 
+def read_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
+    """Each record of a results file with the number of its line; lines that are none are skipped, and named in `notes`.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, Record.from_json(json.loads(line))
+        except (BadInput, ValueError, AttributeError, RecursionError) as e:
+            why = str(e) if isinstance(e, BadInput) else "not a whole JSON object (cut off?)"
+            notes.append(f"{path}:{number}: skipped: {why}")
+
+
 class ResultsFile:
     """A `results.jsonl` in the folder `out`: reading it skips what is damaged, and says so in `notes`.
 
@@ -134,15 +153,7 @@ class ResultsFile:
         """All records that can be read, oldest first; of records of one case only the last."""
         records: dict[str, Record] = {}
         self.notes = []
-        for number, line in enumerate(self.path.read_bytes().split(b"\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                record = Record.from_json(json.loads(line))
-            except (BadInput, ValueError, AttributeError) as e:
-                why = "not a whole JSON object (cut off?)" if isinstance(e, ValueError) else str(e)
-                self.notes.append(f"{self.path}:{number}: skipped: {why}")
-                continue
+        for _, record in read_lines(self.path, self.notes):
             records[record.case] = record
         return list(records.values())
 

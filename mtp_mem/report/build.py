@@ -1,0 +1,139 @@
+"""From results files to a report: read, group, draw, write."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mtp_mem import charts
+from mtp_mem.advice import peak_bytes
+from mtp_mem.errors import BadInput
+from mtp_mem.memory.reading import Located, groups, machine, read
+from mtp_mem.memory.record import Record, writable
+from mtp_mem.report.content import gpu_of, section
+from mtp_mem.report.page import Chart, Group, to_html, to_markdown
+from mtp_mem.report.timeline import drawing, read_timeline
+from mtp_mem.units import show_bytes
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written, and what could not be used."""
+
+    files: tuple[Path, ...]
+    groups: tuple[Group, ...]
+    notes: tuple[str, ...]
+
+
+def build(
+    results: Sequence[Path],
+    out: Path,
+    form: Literal["html", "markdown"] = "html",
+    timelines: Sequence[Path] = (),
+    charts_folder: Path | None = None,
+) -> Report:
+    """Write the report `out`, and its charts as PNG, SVG and CSV under `charts_folder`.
+
+    Args:
+        results: results files, or folders that hold some.
+        out: the page; replaced if it is there, whole or not at all.
+        form: an HTML page with its charts inside, or Markdown that links to them.
+        timelines: more timeline.csv than those that lie in the folders of the results.
+        charts_folder: where the charts stay; without it an HTML page keeps none, Markdown in OUT's name + "-charts".
+
+    Raises:
+        BadInput: a path cannot be read or written, no usable record, `out` is one of the results.
+    """
+    notes: list[str] = []
+    found = read(results, notes)
+    if out.is_dir() or any(out.resolve() == one.path.resolve() for one in found):
+        raise BadInput(f"--output {out}: is {'a folder' if out.is_dir() else 'one of the results'}")
+    pictures = []
+    for path in _timelines(results, found, timelines):
+        try:
+            pictures.append({"path": str(path), **drawing(read_timeline(path))})
+        except BadInput as e:
+            if path in timelines:
+                raise
+            notes.append(f"skipped: {e}")
+    apart = groups(found, notes)
+    writable(out.parent)
+    if form == "markdown":
+        charts_folder = charts_folder or out.with_name(f"{out.stem}-charts")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = writable(charts_folder) if charts_folder else Path(scratch)
+        folders = [folder / f"group-{i}" for i in range(1, len(apart) + 1)] if len(apart) > 1 else [folder]
+        sections = tuple(Group(section(g), _draw(g, writable(at))) for g, at in zip(apart, folders, strict=True))
+        panels = _panels(apart, folder)
+        if form == "html":
+            text = to_html(sections, panels, pictures, notes)
+        else:
+            text = to_markdown(sections, panels, pictures, notes, out.parent)
+        drawn = [chart for group in sections for chart in group.charts] + ([panels] if panels else [])
+        kept = (
+            [c.png.with_suffix(suffix) for c in drawn for suffix in (".png", ".svg", ".csv")] if charts_folder else []
+        )
+    partial = out.with_name(f".{out.name}.tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(out)
+    except OSError as e:
+        raise BadInput(f"--output {out}: cannot be written: {e.strerror}") from None
+    return Report((out, *(kept if charts_folder else ())), sections, tuple(notes))
+
+
+def _timelines(results: Sequence[Path], found: Sequence[Located], given: Sequence[Path]) -> list[Path]:
+    """The given ones, those beside a used results file, and those below the given folders."""
+    beside = [path for one in found if (path := one.path.with_name("timeline.csv")).is_file()]
+    below = [path for folder in results if folder.is_dir() for path in sorted(folder.rglob("timeline.csv"))]
+    return list(dict.fromkeys([*given, *beside, *below]))
+
+
+def _draw(records: Sequence[Record], out: Path) -> tuple[Chart, ...]:
+    """The charts of one group that its records allow, in the folder `out`."""
+    gpu = gpu_of(records[0]) if records[0].exactness == "predicted" else None
+    drawn = (
+        (
+            charts.memory_vs_n(records, out, gpu),
+            f"Peak memory against the number of heads. {_ends(records, whole=gpu is not None)}",
+        ),
+        (charts.composition(records, out), "What the peak of each case consists of, by category."),
+        (charts.throughput_vs_memory(records, out), "Tokens per second against memory, with the Pareto front."),
+        (charts.time_vs_n(records, out), "Time of a step relative to naive, at the same n and at the smallest n."),
+    )
+    return tuple(Chart(svg=files[1], png=files[0], alt=alt) for files, alt in drawn if files)
+
+
+def _ends(records: Sequence[Record], *, whole: bool) -> str:
+    """The right end of the chart's lines, for those who cannot see it: `whole` peaks, or peaks over the baseline."""
+    n = max(r.n for r in records)
+    here = [r for r in records if r.n == n and r.status == "ok"]
+    found = [(r.strategy, peak_bytes(r) if whole else r.peak_over_baseline_bytes) for r in here]
+    words = ", ".join(f"{strategy} {show_bytes(nbytes)}" for strategy, nbytes in found if nbytes is not None)
+    return f"{'In all' if whole else 'Over the baseline'} at n = {n}: {words}." if words else ""
+
+
+def _panels(apart: Sequence[Sequence[Record]], folder: Path) -> Chart | None:
+    """All groups beside each other, each panel named by what tells it from the others."""
+    facts = [_facts(group[0]) for group in apart]
+    differing = [name for name in facts[0] if len({fact[name] for fact in facts}) > 1]
+    titles = [", ".join(fact[name] for name in differing) for fact in facts]
+    named = {title or f"group {i}": group for i, (title, group) in enumerate(zip(titles, apart, strict=True), 1)}
+    files = charts.memory_small_multiples(named, folder)
+    alt = "Memory over the baseline against the number of heads, a panel for each group."
+    return Chart(svg=files[1], png=files[0], alt=alt) if files else None
+
+
+def _facts(record: Record) -> dict[str, Any]:
+    model, workload = record.model, record.workload
+    return {
+        "V": f"V = {model['vocab_size']:,}",
+        "D": f"D = {model['dim']:,}",
+        "layers": f"{model['n_layers']} layers",
+        "head": f"{model['head']} heads",
+        "unembedding": f"{model['unembedding']} unembedding",
+        "tokens": f"{workload['batch']} x {workload['sequence']:,} tokens",
+        "dtype": workload["dtype"],
+        "machine": machine(record),
+    }

@@ -1,0 +1,161 @@
+"""What a report says of one group of records: the answer, tables, the gradients, the machine. Plain text throughout."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mtp_mem import tables
+from mtp_mem.advice import advise, choose, peak_bytes, saving, slowdown
+from mtp_mem.charts.style import HOW
+from mtp_mem.config import GPU, load_gpus
+from mtp_mem.memory.reading import code_versions, machine
+from mtp_mem.memory.record import Record
+from mtp_mem.report.reproduce import command
+from mtp_mem.units import show_bytes
+
+HIDDEN = ("code", "torch_git", "variables")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: titles, rows of as many cells, and which columns are words (set left)."""
+
+    titles: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """All of one group but its charts."""
+
+    title: str
+    how: str
+    answer: str
+    figures: tuple[tuple[str, str], ...]  # what the answer rests on: (name, value)
+    cases: Grid
+    slopes: Grid | None
+    gradients: str
+    failures: tuple[str, ...]
+    machine: Grid
+    command: str
+
+
+def gpu_of(record: Record) -> GPU | None:
+    """The GPU that a record predicts for, if this version knows it."""
+    return next((g for g in load_gpus().values() if g.name == record.environment.get("target")), None)
+
+
+def section(records: Sequence[Record]) -> Section:
+    """The content of one group's section.
+
+    Args:
+        records: of one group (mtp_mem/memory/reading.py); at least one.
+    """
+    first = records[0]
+    model, workload = first.model, first.workload
+    title = (
+        f"V = {model['vocab_size']:,}, D = {model['dim']:,}, {model['n_layers']} layers,"
+        f" {workload['batch']} x {workload['sequence']:,} tokens, {workload['dtype']}, on {machine(first)}"
+    )
+    answer, figures = _predicted(records) if first.exactness == "predicted" else _measured(records)
+    slopes = tables.slope_rows(records)
+    versions = code_versions(records)
+    return Section(
+        title=title,
+        how=HOW[first.exactness] + (f", by {len(versions)} versions of the code" if len(versions) > 1 else ""),
+        answer=answer,
+        figures=figures,
+        cases=_cases(records),
+        slopes=Grid(tables.SLOPE_TITLES, tuple(slopes), (True, *[False] * 3)) if slopes else None,
+        gradients=_verdict(records),
+        failures=tuple(f"{r.strategy}, n = {r.n}: {r.status}: {r.error or 'no reason recorded'}" for r in records
+                       if r.status != "ok"),
+        machine=_machine(records),
+        command=command(records),
+    )  # fmt: skip
+
+
+def _measured(records: Sequence[Record]) -> tuple[str, tuple[tuple[str, str], ...]]:
+    sentence, choice = advise(records), choose(records)
+    if choice is None:
+        return sentence, ()
+    best, naive = choice.best, choice.naive
+    figures = [(f"use at n = {choice.n}", best.strategy)]
+    if naive is not None and naive is not best:
+        saved = (naive.peak_over_baseline_bytes or 0) - (best.peak_over_baseline_bytes or 0)
+        figures.append(("saves against naive", f"{show_bytes(saved)} ({saving(best, naive)})"))
+        if best.step_ms and naive.step_ms:
+            figures.append(("time of a step, to naive's", slowdown(best, naive)))
+    figures.append(("gradients", best.gradient))
+    return sentence, tuple(figures)
+
+
+def _predicted(records: Sequence[Record]) -> tuple[str, tuple[tuple[str, str], ...]]:
+    done = [r for r in records if r.status == "ok" and peak_bytes(r) is not None]
+    if not done:
+        return "No case could be predicted.", ()
+    n = max(r.n for r in done)
+    here = {r.strategy: peak_bytes(r) or 0 for r in done if r.n == n}
+    best = min(here, key=lambda name: here[name])
+    sentence = f"At n = {n}, {best} is predicted to need {show_bytes(here[best])} in all"
+    figures = [(f"least memory at n = {n}", best)]
+    if "naive" in here and best != "naive":
+        saved = here["naive"] - here[best]
+        percent = f"{-saved / here['naive']:+.0%}" if here["naive"] else "-"
+        sentence += f" where naive needs {show_bytes(here['naive'])} ({percent})"
+        figures.append(("saves against naive", f"{show_bytes(saved)} ({percent})"))
+    gpu = gpu_of(records[0])
+    if gpu:
+        fitting = [name for name, nbytes in here.items() if nbytes <= gpu.total_bytes]
+        sentence += f"; of {show_bytes(gpu.total_bytes)} on {gpu.name}, "
+        sentence += "every strategy fits" if len(fitting) == len(here) else f"{', '.join(fitting) or 'none'} fits"
+        figures.append((f"fit {gpu.name}", f"{len(fitting)} of {len(here)} strategies"))
+    return f"{sentence}. Time and gradients were not predicted.", (*figures, ("time, gradients", "not predicted"))
+
+
+def _cases(records: Sequence[Record]) -> Grid:
+    """The columns of `compare`'s table that hold anything."""
+    records = sorted(records, key=lambda r: r.n)  # stable: strategies keep their order
+    naive = {r.n: r for r in records if r.strategy == "naive"}
+    cells = [[c.cell(r, naive.get(r.n)) for c in tables.COLUMNS] for r in records]
+    used = [i for i in range(len(tables.COLUMNS)) if any(row[i] != "-" for row in cells)]
+    return Grid(
+        tuple(tables.COLUMNS[i].title.strip() for i in used),
+        tuple(tuple(row[i] for i in used) for row in cells),
+        tuple(tables.COLUMNS[i].left for i in used),
+    )
+
+
+def _verdict(records: Sequence[Record]) -> str:
+    """How many gradients were checked against what, and the worst."""
+    done = [r for r in records if r.status == "ok"]
+    checked = [r for r in done if r.gradient != "unchecked"]
+    if not checked:
+        return "The gradients were not checked here; mtp-mem verify holds every strategy against an fp64 oracle."
+    words = [
+        f"{verdict} {count}"
+        for verdict in ("bit-identical", "within bound", "differs")
+        if (count := sum(r.gradient == verdict for r in checked))
+    ]
+    against = ", ".join(dict.fromkeys(r.gradient_reference or "naive" for r in checked))
+    text = f"Of {len(done)} cases {len(checked)} were held against {against}: {', '.join(words)}."
+    worst = max(checked, key=lambda r: r.gradient_error or 0.0)
+    if worst.gradient_error:
+        text += f" The largest error is {worst.gradient_error:.0e} ({worst.strategy}, n = {worst.n}"
+        text += f", {worst.gradient_group})." if worst.gradient_group else ")."
+    return text
+
+
+def _machine(records: Sequence[Record]) -> Grid:
+    """The environment, a row each; several values where the records do not agree."""
+    seen: dict[str, dict[str, None]] = {}
+    for record in records:
+        facts = {**record.environment, **dict(record.environment.get("variables") or {})}
+        for name, value in facts.items():
+            if name not in HIDDEN and value is not None:
+                text = show_bytes(value) if name.endswith("_bytes") and isinstance(value, int) else str(value)
+                seen.setdefault(name, {})[text] = None
+    dates = sorted(r.created_at for r in records)
+    span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    rows = [("recorded", span), *((name, ", ".join(values)) for name, values in seen.items())]
+    return Grid(("what", "value"), tuple(rows), (True, True))

@@ -1,0 +1,71 @@
+"""The command that makes a group of records again."""
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from mtp_mem.config import ModelConfig, Profile, Workload, builtin_profiles, load_gpus, load_profile
+from mtp_mem.memory.record import Record
+
+DEFAULT_TEXT = "CPython's pydoc_data.topics"
+
+
+def command(records: Sequence[Record]) -> str:
+    """Shell lines; a profile that does not ship is written out first. What a record does not hold is said in a comment.
+
+    Args:
+        records: of one group (mtp_mem/memory/reading.py).
+    """
+    first = records[0]
+    ns = list(dict.fromkeys(r.n for r in records))
+    specs = list(dict.fromkeys(r.strategy for r in records))
+    env = first.environment
+    commit = f", commit {env['commit']}" if env["commit"] else ""
+    lines = [f"# mtp_mem {env['mtp_mem']}{commit}, torch {env['torch']}"]
+    predicted = first.exactness == "predicted"
+    shipped = next((p for name in builtin_profiles() if _same(p := load_profile(name), first)), None)
+    if shipped is None:
+        lines += ["cat > profile.toml <<'END'", *_toml(first), "END"]
+    words = ["mtp-mem", "predict" if predicted else "compare", "--profile", shipped.name if shipped else "profile.toml"]
+    if shipped is None or tuple(ns) != shipped.sweep.n:
+        words += ["--n", ",".join(map(str, ns))]
+    if shipped is None or tuple(specs) != shipped.sweep.strategies:
+        listed = [s for s in specs if "," not in s]
+        words += ["--strategies", ",".join(listed)] if listed else []
+        words += [word for s in specs if "," in s for word in ("--strategy", s)]
+    if shipped is not None and shipped.workload.dtype != first.workload["dtype"]:
+        words += ["--dtype", first.workload["dtype"]]
+    if predicted:
+        gpu = next((name for name, gpu in load_gpus().items() if gpu.name == env.get("target")), None)
+        words += ["--gpu", gpu] if gpu else []
+        if gpu is None:
+            lines.append(f"# --gpu: {_line(env.get('target'))} is none of this version's GPUs")
+    else:
+        words += ["--device", first.backend]
+        if first.workload.get("tokenizer") != "uniform" and first.workload["source"] != DEFAULT_TEXT:
+            lines.append(f"# add --text FILE: {_line(first.workload['source'])}")
+    return "\n".join([*lines, shlex.join(words)])
+
+
+def _same(profile: Profile, record: Record) -> bool:
+    """Whether the record could come from this profile, at any n, with any strategy and dtype."""
+    mine, workload = dataclasses.asdict(profile.model), dataclasses.asdict(profile.workload)
+    defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}  # a record may be older than a field
+    return all(record.model.get(k, defaults[k]) == v for k, v in mine.items() if k != "n_future") and all(
+        record.workload.get(k, v) == v for k, v in workload.items() if k != "dtype"
+    )
+
+
+def _toml(record: Record) -> list[str]:
+    model = {f.name: record.model.get(f.name) for f in dataclasses.fields(ModelConfig) if f.name != "n_future"}
+    workload = {f.name: record.workload.get(f.name) for f in dataclasses.fields(Workload)}
+    rows = []
+    for title, table in (("model", model), ("workload", workload)):
+        rows += [f"[{title}]", *(f"{k} = {json.dumps(v)}" for k, v in table.items() if v is not None)]
+    return rows
+
+
+def _line(value: Any) -> str:
+    return " ".join(str(value).split())

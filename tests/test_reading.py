@@ -1,0 +1,118 @@
+"""Reading results for a report: what is damaged is named by file and line, the rest is used, nothing is written."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixed import ENVIRONMENT, MODEL, record, records
+
+from mtp_mem.errors import BadInput
+from mtp_mem.memory.reading import groups, machine, read, what_is_wrong
+
+
+def line(**changes: Any) -> str:
+    return json.dumps({**record().to_json(), **changes})
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_damaged_lines_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
+    whole = line()
+    results = write(tmp_path / "results.jsonl", line(schema=2), whole, "[1]", "", whole[:80])
+    notes: list[str] = []
+    found = read([results], notes)
+    assert [(one.path, one.line) for one in found] == [(results, 2)]
+    assert notes == [
+        f"{results}:1: skipped: schema 2; this version reads schema 1; update mtp_mem",
+        f"{results}:3: skipped: not a whole JSON object (cut off?)",
+        f"{results}:5: skipped: not a whole JSON object (cut off?)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"n": "4"}, "n = '4': not int"),
+        ({"n": 0}, "n = 0: not a number of heads"),
+        ({"peak_requested_bytes": -1}, "peak_requested_bytes = -1"),
+        ({"peak_requested_bytes": True}, "peak_requested_bytes = True"),
+        ({"step_ms": float("nan")}, "step_ms = nan"),
+        ({"status": "fine"}, "status = 'fine'"),
+        ({"bytes_at_peak": {"logits": "many"}}, "bytes_at_peak = {'logits': 'many'}"),
+        ({"environment": {}}, "environment.mtp_mem is missing"),
+        ({"environment": {**ENVIRONMENT, "cpu": 7}}, "environment.cpu is 7"),
+        ({"model": MODEL}, "model.n_future is missing"),
+        ({"model": {**MODEL, "n_future": 1, "dim": 0}}, "model.dim is 0"),
+        ({"model": {**MODEL, "n_future": True}}, "model.n_future is True"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    results = write(tmp_path / "results.jsonl", line(), line(case="other", **changes))
+    notes: list[str] = []
+    assert len(read([results], notes)) == 1
+    assert len(notes) == 1
+    assert notes[0].startswith(f"{results}:2: skipped: {words}")
+
+
+def test_sound_records_pass() -> None:
+    recorded = Path(__file__).parent.parent / "profiles" / "recorded"
+    notes: list[str] = []
+    found = read([recorded], notes)
+    assert len(found) >= 32
+    assert not [note for note in notes if "skipped" in note]
+    assert what_is_wrong(record(gradient="differs", gradient_error=float("inf"))) is None
+
+
+@pytest.mark.parametrize("content", ["", "\n", "not json\n", line(schema=2) + "\n"])
+def test_no_usable_record(tmp_path: Path, content: str) -> None:
+    results = tmp_path / "results.jsonl"
+    results.write_text(content)
+    with pytest.raises(BadInput, match="no usable record") as e:
+        read([results], [])
+    assert str(results) in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"none\.jsonl: cannot be read: No such file"):
+        read([tmp_path / "none.jsonl"], [])
+    with pytest.raises(BadInput, match=r"holds no results\.jsonl"):
+        read([tmp_path], [])
+
+
+def test_nothing_is_written(tmp_path: Path) -> None:
+    results = write(tmp_path / "a" / "results.jsonl", line())
+    before = (results.stat().st_mtime_ns, sorted(os.listdir(tmp_path / "a")))
+    results.chmod(0o444)
+    (tmp_path / "a").chmod(0o555)
+    try:
+        assert len(read([tmp_path], [])) == 1
+    finally:
+        (tmp_path / "a").chmod(0o755)
+    assert (results.stat().st_mtime_ns, sorted(os.listdir(tmp_path / "a"))) == before
+
+
+def test_machines_models_and_predictions_stand_apart(tmp_path: Path) -> None:
+    there = {**ENVIRONMENT, "device": "NVIDIA H200"}
+    results = write(
+        tmp_path / "results.jsonl",
+        *(json.dumps(r.to_json()) for r in records()),
+        line(case="gpu", environment=there, backend="cuda", exactness="measured"),
+        line(case="wide", model={**MODEL, "n_future": 1, "vocab_size": 16384}),
+        line(case="again", step_ms=7.0),
+    )
+    notes: list[str] = []
+    found = groups(read([results], notes), notes)
+    assert [len(group) for group in found] == [16, 1, 1]
+    assert [machine(group[0]) for group in found] == ["A CPU", "NVIDIA H200", "A CPU"]
+    assert next(r.step_ms for r in found[0] if (r.strategy, r.n) == ("naive", 1)) == 7.0
+    assert notes == [
+        f"{results}:1: replaced by {results}:19: naive at n = 1",
+        f"{results}: records of 2 machines, shown apart: A CPU from line 1; NVIDIA H200 from line 17",
+    ]

@@ -1,0 +1,310 @@
+"""The report: one whole page without any address elsewhere, the right words, exit codes; and it works in a browser."""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixed import MODEL, WORKLOAD, record, records
+
+from mtp_mem.cli import main
+from mtp_mem.config import load_profile
+from mtp_mem.memory.record import Record
+from mtp_mem.report import timeline as timeline_module
+from mtp_mem.report.reproduce import command
+from mtp_mem.report.timeline import read_timeline
+
+RECORDED = Path(__file__).parent.parent / "profiles" / "recorded"
+TIMELINE = RECORDED / "cpu-2-cores" / "timeline-quick-sequential" / "timeline.csv"
+EVIL = "<script>alert('x')</script>|`&\"]("
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks as it reads: every element is closed in turn; collects ids, references, addresses and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references: set[str] = set()
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self.handle_startendtag(tag, attrs)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            value = value or ""
+            assert not name.startswith("on"), (tag, name)
+            if name == "id":
+                self.ids.append(value)
+            if name in ("href", "src", "xlink:href", "action", "data"):
+                (self.references.add(value[1:]) if value.startswith("#") else self.addresses.append(value))
+            self.references |= set(re.findall(r"url\(#([^)]+)\)", value))
+            if "://" in value:
+                self.addresses.append(value)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def write(path: Path, found: list[Record]) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "results.jsonl").write_text("".join(json.dumps(r.to_json()) + "\n" for r in found))
+    return path
+
+
+def check(text: str) -> Page:
+    page = Page(text)
+    assert page.addresses == []
+    assert "@import" not in text
+    assert "http://" not in text
+    assert "https://" not in text
+    assert len(page.ids) == len(set(page.ids))
+    assert page.references <= set(page.ids)
+    assert text.startswith("<!DOCTYPE html>")
+    return page
+
+
+def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "r.html"
+    results = write(tmp_path / "results", [*records(), record("sequential", 16, status="oom", error="no room")])
+    shutil.copy(TIMELINE, results)
+    assert main(["report", str(results), "-o", str(out), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["files"] == [str(out)]
+    text = out.read_text(encoding="utf-8")
+    page = check(text)
+    assert page.tags.count("svg") > 5  # four charts, the timeline, its legend
+    answer = "At n = 8 use sequential: it needs 103.0 MiB over the baseline where naive needs 356.0 MiB (-71%)"
+    assert document["groups"][0]["answer"].startswith(answer)
+    assert page.text.index(answer) < page.text.index("Memory of a training step")  # the answer comes first
+    for words in (
+        "253.0 MiB (-71%)",
+        "0.90x",
+        "sequential, n = 16: oom: no room",
+        "Of 16 cases 16 were held against naive: bit-identical 12, within bound 4. The largest error is 3e-07",
+        "# add --text FILE: a text\nmtp-mem compare --profile quick --n 1,2,4,8,16 --device cpu",
+        "A CPU",
+        "peak 153.0 MiB in head 1 loss",
+    ):
+        assert words in page.text, words
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.html", "results"]
+    assert sorted(p.name for p in results.iterdir()) == ["results.jsonl", "timeline.csv"]
+    again = out.read_bytes()
+    assert main(["report", str(results), "-o", str(out)]) == 0
+    assert out.read_bytes() == again
+
+
+def test_names_from_a_file_are_text(tmp_path: Path) -> None:
+    evil = [
+        record(strategy, 2, case=strategy, workload={**WORKLOAD, "source": EVIL}, peak_phase=EVIL, error=EVIL, **more)
+        for strategy, more in (("naive", {}), (EVIL, {}), ("other", {"status": "error"}))  # type: ignore[var-annotated]
+    ]
+    results = write(tmp_path / "results", evil)
+    (results / "timeline.csv").write_text(
+        f"event,phase,op,logits,{EVIL.replace(',', '')[:-4]},total\n0,,,1,0,1\n1,<b>,</script>,5,2,7\n".replace('"', "")
+    )
+    out = tmp_path / "r.html"
+    assert main(["report", str(results), "-o", str(out)]) == 0
+    page = check(out.read_text(encoding="utf-8"))
+    assert page.tags.count("script") == 2  # the timeline's data and its script
+    assert "b" not in page.tags
+    assert EVIL in page.text
+    assert main(["report", str(results), "-o", str(tmp_path / "r.md")]) == 0
+    markdown = (tmp_path / "r.md").read_text(encoding="utf-8")
+    assert not [row for row in markdown.splitlines() if "<script" in row and not row.startswith("    ")]  # but code
+    rows = [row for row in markdown.splitlines() if row.startswith("| 2 |")]
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+
+
+def test_markdown_links_to_charts_that_are_there(tmp_path: Path) -> None:
+    results = write(tmp_path / "results", records())
+    assert main(["report", str(results), "-o", str(tmp_path / "r.md")]) == 0
+    text = (tmp_path / "r.md").read_text(encoding="utf-8")
+    links = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert links == [
+        f"r-charts/{name}.png" for name in ("memory-vs-n", "peak-composition", "throughput-vs-memory", "time-vs-n")
+    ]
+    assert all((tmp_path / link).is_file() for link in links)
+    assert len(list((tmp_path / "r-charts").iterdir())) == 12
+    assert "**At n = 8 use sequential" in text
+
+
+def test_recorded_results_of_two_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What this repository recorded: a comparison, a prediction, a timeline, on one page."""
+    out = tmp_path / "r.html"
+    assert main(["report", str(RECORDED), "-o", str(out), "--charts", str(tmp_path / "c")]) == 0
+    page = check(out.read_text(encoding="utf-8"))
+    assert "mtp-mem compare --profile quick --device cpu" in page.text
+    assert "mtp-mem predict --profile llama3-8b --gpu h200" in page.text
+    assert "Time and gradients were not predicted." in page.text
+    assert "In all at n = 8: naive 127.7 GiB, sequential 94.3 GiB" in page.text  # as in README
+    assert (tmp_path / "c" / "memory-vs-n-panels.svg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["none.jsonl"], "none.jsonl: cannot be read: No such file or directory"),
+        (["empty"], "nothing to report: no usable record"),
+        (["cut"], "results.jsonl:1: skipped: not a whole JSON object (cut off?)"),
+        (["good", "-o", "good"], "--output good: is a folder"),
+        (["good", "-o", "good/results.jsonl"], "is one of the results"),
+        (["good", "-o", "/proc/nowhere/r.html"], "/proc/nowhere: cannot be written"),
+        (["good", "--timeline", "cut/results.jsonl"], "no timeline.csv: expected event,phase,op"),
+        (["good", "--timeline", "t.csv"], "t.csv:3: not 6 fields with whole bytes (cut off?)"),
+    ],
+)
+def test_bad_input(
+    args: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("good"), records())
+    write(Path("empty"), [])
+    write(Path("cut"), [])
+    Path("cut/results.jsonl").write_text('{"schema": 1, "case"')
+    Path("t.csv").write_text("event,phase,op,logits,other,total\n0,,,1,0,1\n1,a,b,5\n")
+    before = sorted(map(str, tmp_path.rglob("*")))
+    assert main(["report", *args]) == 2
+    said = capsys.readouterr()
+    assert words in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+def test_a_damaged_line_is_named_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = write(tmp_path / "results", records())
+    with (results / "results.jsonl").open("a") as file:
+        file.write('{"schema": 99}\n{"schema": 1, "ca')
+    (results / "timeline.csv").write_text("event,phase\n")
+    out = tmp_path / "r.html"
+    assert main(["report", str(results), "-o", str(out)]) == 0
+    err, text = capsys.readouterr().err, html.unescape(out.read_text(encoding="utf-8"))
+    for words in ("results.jsonl:17: skipped: schema 99", "results.jsonl:18: skipped: not a whole", "no timeline.csv"):
+        assert words in err
+        assert words in text
+
+
+def test_the_command_to_run_again() -> None:
+    quick = load_profile("quick")
+    made = [record(s, n) for n in quick.sweep.n for s in quick.sweep.strategies]
+    text = command([_as("CPython's pydoc_data.topics", r) for r in made])
+    assert text == "# mtp_mem 0.1.0, commit 1234567, torch 2.13.0\nmtp-mem compare --profile quick --device cpu"
+    assert command([_as("CPython's pydoc_data.topics", made[4])]).endswith(
+        "--profile quick --n 2 --strategies naive --device cpu"
+    )
+    other = command([record("chunked_vocab:chunk=3", 2, model={**MODEL, "dim": 32, "n_future": 2})])
+    assert "dim = 32" in other
+    assert "--strategies chunked_vocab:chunk=3" in other
+    assert "# add --text FILE: a text" in other
+    assert "'a b;c'" in command([record("a b;c")])
+
+
+def _as(source: str, found: Record) -> Record:
+    return record(found.strategy, found.n, workload={**WORKLOAD, "source": source})
+
+
+def test_tensors_are_read_back_from_a_timeline() -> None:
+    """At every event the tensors that were read back add up to what the file says is live, but for the start's."""
+    found = read_timeline(TIMELINE)
+    assert found.totals[found.peak] == max(found.totals)
+    for category in range(len(found.categories)):
+        change = [0] * (len(found.rows) + 1)
+        for tensor in found.tensors:
+            if tensor.category == category:
+                change[tensor.born] += tensor.nbytes
+                change[tensor.died] -= tensor.nbytes
+        live = found.rows[0][category]
+        for i, row in enumerate(found.rows):
+            live += change[i]
+            assert live == row[category], (found.categories[category], i)
+    largest = found.largest(found.peak)[0]
+    assert (largest.nbytes, found.categories[largest.category], largest.phase) == (2**25, "logits", "head 1 loss")
+
+
+def test_a_long_timeline_keeps_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timeline_module, "MOST_COLUMNS", 100)
+    found = read_timeline(TIMELINE)
+    drawn = timeline_module.drawing(found)
+    assert 50 < drawn["moments"] <= 100
+    assert max(sum(row) for row in drawn["data"]["rows"]) == max(found.totals)
+
+
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "chromium-headless-shell",
+    "google-chrome",
+    "chrome-headless-shell",
+    "chrome",
+)
+BROWSER = os.environ.get("MTP_MEM_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
+PROBE = """<script>
+const problems = [];
+addEventListener("error", (e) => problems.push(e.message));
+addEventListener("securitypolicyviolation", (e) => problems.push(e.blockedURI));
+addEventListener("load", () => {
+  const said = {problems};
+  const figure = document.querySelector("figure.timeline"), svg = figure.querySelector("svg");
+  const box = svg.getBoundingClientRect(), tip = figure.querySelector(".tip");
+  const point = (x, y) => svg.dispatchEvent(new PointerEvent("pointermove",
+    {clientX: box.left + box.width * x, clientY: box.top + box.height * y, bubbles: true}));
+  said.before = tip.textContent;
+  point(0.3, 0.999); said.bottom = tip.textContent;
+  point(PEAK, 0.5); said.peak = tip.textContent;
+  svg.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowLeft"})); said.left = tip.textContent;
+  said.overflow = document.documentElement.scrollWidth - innerWidth;
+  const pre = document.createElement("pre");
+  pre.id = "said"; pre.textContent = JSON.stringify(said); document.body.append(pre);
+});
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is here; MTP_MEM_BROWSER may name one")
+def test_in_a_browser(tmp_path: Path) -> None:
+    """The page runs without an error, and pointing at a band says what it is, how large, and where it was made."""
+    assert BROWSER is not None
+    results = write(tmp_path / "results", records())
+    out = tmp_path / "r.html"
+    assert main(["report", str(results), "--timeline", str(TIMELINE), "-o", str(out)]) == 0
+    found = read_timeline(TIMELINE)
+    probe = PROBE.replace("PEAK", repr(found.peak / (len(found.rows) - 1)))
+    probed = tmp_path / "probed.html"
+    probed.write_text(out.read_text(encoding="utf-8").replace("<head>", f"<head>{probe}", 1), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--window-size=800,2000"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    done = subprocess.run(
+        [BROWSER, *flags, profile, "--dump-dom", probed.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    match = re.search(r'<pre id="said">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert match, done.stderr[-2000:]
+    said: dict[str, Any] = json.loads(html.unescape(match[1]))
+    assert said["problems"] == []
+    assert said["before"] == ""
+    assert said["bottom"].startswith("parameters: 5.88 MiB of ")
+    assert "in what was live before the step" in said["bottom"]
+    assert said["peak"].startswith("logits: 96.0 MiB of 153.0 MiB32.0 MiB  made by ")
+    assert "in head 1 loss" in said["peak"]
+    assert f"event {found.peak}:" in said["peak"]
+    assert f"event {found.peak - 1}:" in said["left"]
+    assert said["overflow"] <= 0  # 800 pixels are enough: wide tables scroll by themselves
