@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from mtp_mem import __version__
-from mtp_mem.commands import compare, listing, predict, timeline, verify
+from mtp_mem.commands import compare, listing, plan, predict, timeline, verify
 from mtp_mem.commands.common import note
 from mtp_mem.errors import MtpMemError
 
-COMMANDS = (compare, verify, predict, timeline, listing)
+COMMANDS = (compare, verify, predict, plan, timeline, listing)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from mtp_mem.bench import Progress
 from mtp_mem.config import GPU, Profile
@@ -28,6 +28,13 @@ def check_predictable(profile: Profile) -> None:
             f"workload.dtype = {profile.workload.dtype!r} cannot be predicted: only bf16 runs flash attention on CUDA"
             " and is modelled; valid: bf16"
         )
+
+
+def verdict(allocated: int, reserved: int, limit: int) -> Literal["yes", "tight", "no"]:
+    """Do these predicted peaks fit into `limit` bytes? `tight` where only the segments' unused part is too much."""
+    if allocated > limit:
+        return "no"
+    return "tight" if reserved > limit else "yes"
 
 
 def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
