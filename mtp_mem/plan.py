@@ -1,10 +1,10 @@
 """What fits on a GPU: for each strategy the largest batch, the largest sequence and the largest n.
 
-A step fits where its predicted reserved peak, the segments the caching allocator holds, stays within the limit; that is
-what `predict` calls "yes" and not "tight", so the allocator never has to give segments back and try again. Every
-answer has been probed, and so has the next larger one, which does not fit; or the answer is the model's own limit.
-Between, the peak is taken to grow. Segments can leave holes, and a still larger step may then fit by luck: it is not
-searched for.
+A step fits where its predicted allocated peak stays within the limit: `predict`'s "yes" and "tight". What it reserves
+decides between those two, but not the answer: the unused parts of segments jump by gigabytes from one sequence to the
+next, so a step may reserve less than a smaller one and "the largest" would depend on where the search began.
+
+Every answer has been probed, and so has the next larger one, which does not fit; or it is the model's own limit.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from typing import Literal
 
 from mtp_mem.config import ModelConfig, Profile
 from mtp_mem.errors import MtpMemError
+from mtp_mem.prediction import Verdict, verdict
 from mtp_mem.probes import Figures, Point, Prober
 from mtp_mem.units import show_bytes
 
@@ -55,7 +56,7 @@ class Plan:
     """The answers, strategy by strategy and axis by axis.
 
     Attributes:
-        limit: bytes that the reserved peak may not exceed.
+        limit: bytes that the allocated peak may not exceed.
         base: the batch, sequence and n from which each axis is varied.
         answers: of the strategies that can be predicted.
         left_out: the others, each with the reason.
@@ -71,8 +72,12 @@ class Plan:
         return [answer for answer in self.answers if answer.axis == axis]
 
     def left(self, answer: Answer) -> int:
-        """Bytes between the answer's reserved peak and the limit; negative if nothing fits."""
-        return self.limit - answer.figures.reserved
+        """Bytes between the answer's allocated peak and the limit; negative if nothing fits."""
+        return self.limit - answer.figures.allocated
+
+    def verdict(self, figures: Figures) -> Verdict:
+        """`predict`'s word for these peaks, under this limit."""
+        return verdict(figures.allocated, figures.reserved, self.limit)
 
     def recommended(self) -> Answer | None:
         """The largest batch that fits; of equal ones the one without recomputation, then the one that leaves most.
@@ -92,7 +97,7 @@ def plan(prober: Prober, profile: Profile, base: Point, limit: int, specs: Seque
         prober: answers for this profile and GPU.
         profile: whose model bounds n.
         base: batch, sequence and n from which each axis is varied.
-        limit: bytes that the reserved peak may not exceed.
+        limit: bytes that the allocated peak may not exceed.
         specs: the strategies, in the order of the answers.
     """
     top = largest_n(profile.model)
@@ -125,7 +130,7 @@ def search(spec: str, axis: Axis, base: Point, limit: int, top: int | None) -> G
         spec: the strategy, for the answer.
         axis: what varies.
         base: what the other two are, and where to begin.
-        limit: bytes that the reserved peak may not exceed.
+        limit: bytes that the allocated peak may not exceed.
         top: the model's own limit of n, if it has one.
     """
     unit = SEQUENCE_STEP if axis == "sequence" else 1
@@ -140,12 +145,12 @@ def search(spec: str, axis: Axis, base: Point, limit: int, top: int | None) -> G
     k = top or start  # more heads may need less, for the trunk has then fewer layers: look at the end first
     while True:
         known[k] = yield at(k)
-        low = max((k for k, figures in known.items() if figures.reserved <= limit), default=0)
+        low = max((k for k, figures in known.items() if figures.allocated <= limit), default=0)
         high = min((k for k in known if k > low), default=None)
         if low == top or high == low + 1:
             break
         k = _guess(known, limit, low, high, proportional=axis == "n") if start in known else start
-    best = low or min(known, key=lambda k: known[k].reserved)
+    best = low or min(known, key=lambda k: known[k].allocated)
     beyond = high if low else None
     return Answer(
         strategy=spec,
@@ -166,13 +171,13 @@ def _guess(known: dict[int, Figures], limit: int, low: int, high: int | None, *,
     lowest, highest = low + 1, LEAP * max(low, 1) if high is None else high - 1
     if high is not None and len(known) > GUESSES:
         return (low + high) // 2
-    a, *others = sorted(known, key=lambda k: abs(known[k].reserved - limit))
+    a, *others = sorted(known, key=lambda k: abs(known[k].allocated - limit))
     b = others[0] if others else 0
-    at_b = known[b].reserved if others else 0 if proportional else known[a].fixed
-    slope = (known[a].reserved - at_b) / (a - b)
+    at_b = known[b].allocated if others else 0 if proportional else known[a].fixed
+    slope = (known[a].allocated - at_b) / (a - b)
     if slope <= 0:
         return lowest if low == 0 else min(2 * low, highest)
-    return min(max(a + math.floor((limit - known[a].reserved) / slope), lowest), highest)
+    return min(max(a + math.floor((limit - known[a].allocated) / slope), lowest), highest)
 
 
 def largest_n(model: ModelConfig) -> int | None:

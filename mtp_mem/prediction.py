@@ -16,6 +16,9 @@ from mtp_mem.memory.record import Record, as_floor, fingerprint
 from mtp_mem.memory.trace import Trace
 from mtp_mem.strategy import load_strategy
 
+Verdict = Literal["yes", "tight", "no"]
+"""Whether a step fits; `tight`: what it allocates does, the segments it reserves with their unused parts do not."""
+
 
 def check_predictable(profile: Profile) -> None:
     """Refuse what the fake instrument does not model, before any work.
@@ -30,8 +33,8 @@ def check_predictable(profile: Profile) -> None:
         )
 
 
-def verdict(allocated: int, reserved: int, limit: int) -> Literal["yes", "tight", "no"]:
-    """Do these predicted peaks fit into `limit` bytes? `tight` where only the segments' unused part is too much."""
+def verdict(allocated: int, reserved: int, limit: int) -> Verdict:
+    """Do these predicted peaks fit into `limit` bytes?"""
     if allocated > limit:
         return "no"
     return "tight" if reserved > limit else "yes"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mtp_mem.plan import Answer, Plan
     from mtp_mem.strategy import Strategy
 
+TIGHT = "*"
 LARGEST_HEADROOM = 90  # per cent; beyond that no model is left to plan for
 
 
@@ -119,14 +120,13 @@ def document(found: "Plan", profile: "Profile", gpu: "GPU", headroom: str) -> di
     """The plan as JSON: one list a question, a row a strategy; bytes are integers."""
     from mtp_mem.environment import environment
     from mtp_mem.plan import AXES, advice, largest_n
-    from mtp_mem.prediction import verdict
 
     def row(answer: "Answer") -> dict[str, Any]:
         figures, beyond = answer.figures, answer.next_figures
         return {
             "strategy": answer.strategy,
             **dataclasses.asdict(answer.point),
-            "fits": answer.fits,
+            "fits": found.verdict(figures),
             "peak_allocated_bytes": figures.allocated,
             "peak_reserved_bytes": figures.reserved,
             "left_bytes": found.left(answer),
@@ -134,7 +134,7 @@ def document(found: "Plan", profile: "Profile", gpu: "GPU", headroom: str) -> di
             if beyond is None or answer.next_point is None
             else {
                 **dataclasses.asdict(answer.next_point),
-                "fits": verdict(beyond.allocated, beyond.reserved, found.limit),
+                "fits": found.verdict(beyond),
                 "peak_allocated_bytes": beyond.allocated,
                 "peak_reserved_bytes": beyond.reserved,
             },
@@ -166,7 +166,7 @@ def show(found: "Plan", profile: "Profile", gpu: "GPU", headroom: str) -> None:
 
     screen, base = console(), found.base
     screen.print(
-        f"{profile.name} on {gpu.name}: a step may reserve {show_bytes(found.limit)} of {show_bytes(gpu.total_bytes)},"
+        f"{profile.name} on {gpu.name}: a step may allocate {show_bytes(found.limit)} of {show_bytes(gpu.total_bytes)},"
         f" headroom {headroom}. A column varies one of batch {base.batch}, sequence {base.sequence}, n = {base.n}.\n",
         markup=False,
     )
@@ -178,6 +178,12 @@ def show(found: "Plan", profile: "Profile", gpu: "GPU", headroom: str) -> None:
             screen.print(f"No {axis} fits: {needs}.", markup=False)
     if any(answer.fits and answer.next_point is None for answer in found.of("n")):
         screen.print(f"n = {largest_n(profile.model)}: every layer is a head, the model's own limit.", markup=False)
+    if any(found.verdict(answer.figures) == "tight" for answer in found.answers):
+        screen.print(
+            f"{TIGHT} tight: with the unused parts of its segments it reserves more than that, and the allocator may"
+            " have to give segments back and try again.",
+            markup=False,
+        )
     for spec, reason in found.left_out.items():
         screen.print(f"{spec} is left out: {reason}", markup=False)
     screen.print(advice(found), markup=False)
@@ -205,9 +211,9 @@ def table(found: "Plan", screen: "Console") -> "Table":
     for answer in found.answers:
         beyond = answer.next_figures
         cells = [
-            str(answer.value) if answer.fits else "none",
+            f"{answer.value}{TIGHT * (found.verdict(answer.figures) == 'tight')}" if answer.fits else "none",
             show_bytes(found.left(answer)),
-            "-" if beyond is None else show_bytes(beyond.reserved - found.limit),
+            "-" if beyond is None else show_bytes(beyond.allocated - found.limit),
         ]
         rows.setdefault(answer.strategy, []).extend(cells[: 3 if wide else 2])
     for spec, cells in rows.items():
