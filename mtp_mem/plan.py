@@ -107,11 +107,10 @@ def plan(prober: Prober, profile: Profile, base: Point, limit: int, specs: Seque
     left_out: dict[str, str] = {}
     while wanted:
         for point in dict.fromkeys(wanted.values()):
-            for key in [key for key, other in wanted.items() if other == point]:
+            for key in [key for key, other in wanted.items() if other == point and key[0] not in left_out]:
                 figures = prober.probe(key[0], point)
                 if isinstance(figures, MtpMemError):
                     left_out[key[0]] = str(figures)
-                    del wanted[key]
                     continue
                 try:
                     wanted[key] = searches[key].send(figures)
@@ -200,7 +199,7 @@ def advice(found: Plan) -> str:
     reference = next((answer for answer in others if answer.strategy == "naive"), others[0] if others else best)
     sentence = f"Use {best.strategy}: {best.axis} {best.value} fits"
     if reference not in (best, *equal):
-        stops = f"stops at {reference.value}" if reference.fits else "fits none"
+        stops = f"stops at {reference.value}" if reference.fits else "has none"
         sentence += f" where {reference.strategy} {stops}"
     if recomputes(best.strategy):
         sentence += ", at 4/3 of the heads' FLOPs"

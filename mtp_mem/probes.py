@@ -102,7 +102,6 @@ class Prober:
         self._cache, self._progress = cache, progress
         self._rehearsal: tuple[Point, Rehearsal] | None = None
         self._answers: dict[tuple[str, Point], Figures | MtpMemError] = {}
-        self.run = 0  # probes that were not known
 
     def probe(self, spec: str, point: Point) -> Figures | MtpMemError:
         """The strategy's figures at a point, or why they cannot be predicted.
@@ -123,7 +122,6 @@ class Prober:
         if ours and (known := self._cache.get(key)) is not None:
             return known
         self._progress(f"{spec}: batch {point.batch}, sequence {point.sequence}, n = {point.n}")
-        self.run += 1
         try:
             if self._rehearsal is None or self._rehearsal[0] != point:
                 self._rehearsal = point, Rehearsal(model, workload, gpu=self._gpu)

@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     from mtp_mem.probes import Point, ProbeCache, Prober
 
     gpu = load_gpu(args.gpu)
-    limit = int(gpu.total_bytes * (1 - headroom(args.headroom) / 100))
+    percent = headroom(args.headroom)
+    limit = int(gpu.total_bytes * (1 - percent / 100))
     profile = load_profile(args.profile)
     if args.dtype:
         profile = dataclasses.replace(profile, workload=dataclasses.replace(profile.workload, dtype=args.dtype))
@@ -60,10 +61,12 @@ def run(args: argparse.Namespace) -> int:
         prober = Prober(profile, gpu, strategies, ProbeCache(fresh=args.fresh), begin)
         found = plan(prober, profile, base, limit, list(strategies))
     found = dataclasses.replace(found, left_out={**left_out, **found.left_out})
+    if not found.answers:
+        raise BadInput("no strategy can be predicted: " + "; ".join(found.left_out.values()))
     if args.json:
-        print(json.dumps(document(found, profile, gpu, args.headroom), indent=1))
+        print(json.dumps(document(found, profile, gpu, float(percent)), indent=1))
     else:
-        show(found, profile, gpu, args.headroom)
+        show(found, profile, gpu, float(percent))
     return 0
 
 
@@ -116,7 +119,7 @@ def loaded(specs: tuple[str, ...]) -> "tuple[dict[str, Strategy], dict[str, str]
     return strategies, left_out
 
 
-def document(found: "Plan", profile: "Profile", gpu: "GPU", headroom: str) -> dict[str, Any]:
+def document(found: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> dict[str, Any]:
     """The plan as JSON: one list a question, a row a strategy; bytes are integers."""
     from mtp_mem.environment import environment
     from mtp_mem.plan import AXES, advice, largest_n
@@ -148,7 +151,7 @@ def document(found: "Plan", profile: "Profile", gpu: "GPU", headroom: str) -> di
         "model": dataclasses.asdict(profile.model.with_n(found.base.n)),
         "workload": dataclasses.asdict(profile.workload),
         "gpu": dataclasses.asdict(gpu),
-        "headroom": headroom,
+        "headroom_percent": percent,
         "limit_bytes": found.limit,
         "model_limit_n": largest_n(profile.model),
         **{f"largest_{axis}": [row(answer) for answer in found.of(axis)] for axis in AXES},
@@ -159,7 +162,7 @@ def document(found: "Plan", profile: "Profile", gpu: "GPU", headroom: str) -> di
     }
 
 
-def show(found: "Plan", profile: "Profile", gpu: "GPU", headroom: str) -> None:
+def show(found: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None:
     """The plan for a terminal."""
     from mtp_mem.plan import AXES, advice, largest_n
     from mtp_mem.units import show_bytes
@@ -167,7 +170,7 @@ def show(found: "Plan", profile: "Profile", gpu: "GPU", headroom: str) -> None:
     screen, base = console(), found.base
     screen.print(
         f"{profile.name} on {gpu.name}: a step may allocate {show_bytes(found.limit)} of {show_bytes(gpu.total_bytes)},"
-        f" headroom {headroom}. A column varies one of batch {base.batch}, sequence {base.sequence}, n = {base.n}.\n",
+        f" headroom {percent:g}%. A column varies one of batch {base.batch}, sequence {base.sequence}, n = {base.n}.\n",
         markup=False,
     )
     screen.print(table(found, screen))
