@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from mtp_mem import __version__
-from mtp_mem.commands import compare, listing, predict, profile, report, timeline, verify
+from mtp_mem.commands import compare, listing, plan, predict, profile, report, timeline, verify
 from mtp_mem.commands.common import note
 from mtp_mem.errors import MtpMemError
 
-COMMANDS = (compare, verify, predict, timeline, report, profile, listing)
+COMMANDS = (compare, verify, predict, plan, timeline, report, profile, listing)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

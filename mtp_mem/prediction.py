@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from mtp_mem.bench import Progress
 from mtp_mem.config import GPU, Profile
@@ -14,6 +14,9 @@ from mtp_mem.memory.allocator import replay
 from mtp_mem.memory.record import Record, as_floor, fingerprint
 from mtp_mem.memory.trace import Trace
 from mtp_mem.strategy import load_strategy
+
+Verdict = Literal["yes", "tight", "no"]
+"""Whether a step fits; `tight`: what it allocates does, the segments it reserves with their unused parts do not."""
 
 
 def check_predictable(profile: Profile) -> None:
@@ -27,6 +30,13 @@ def check_predictable(profile: Profile) -> None:
             f"workload.dtype = {profile.workload.dtype!r} cannot be predicted: only bf16 runs flash attention on CUDA"
             " and is modelled; valid: bf16"
         )
+
+
+def verdict(allocated: int, reserved: int, limit: int) -> Verdict:
+    """Do these predicted peaks fit into `limit` bytes?"""
+    if allocated > limit:
+        return "no"
+    return "tight" if reserved > limit else "yes"
 
 
 def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:

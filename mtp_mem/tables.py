@@ -12,6 +12,7 @@ from mtp_mem.config import GPU
 from mtp_mem.formulas import formula_bytes, slope
 from mtp_mem.memory.record import Record
 from mtp_mem.memory.trace import Category
+from mtp_mem.prediction import verdict
 from mtp_mem.scenarios import ALL_DTYPES
 from mtp_mem.testing.broken import Broken
 from mtp_mem.units import show_bytes
@@ -130,9 +131,7 @@ def proof(broken: Sequence[type[Broken]], caught: Mapping[str, Sequence[Check]],
 
 def fits(record: Record, gpu: GPU) -> str:
     """`yes`; `tight` where only the cached, unused part of the segments is too much; `no`."""
-    if (record.peak_allocated_bytes or 0) > gpu.total_bytes:
-        return "no"
-    return "tight" if (record.peak_reserved_bytes or 0) > gpu.total_bytes else "yes"
+    return verdict(record.peak_allocated_bytes or 0, record.peak_reserved_bytes or 0, gpu.total_bytes)
 
 
 def comparison(records: Sequence[Record], console: Console) -> Table:

@@ -65,8 +65,10 @@ def console() -> Console:
 
 
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr for a person, nothing in a pipe. Ctrl-C or a termination signal ends the block.
+def progress(total: int | None) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr for a person, nothing in a pipe; None: nobody knows yet how many units of work there are.
+
+    Ctrl-C or a termination signal ends the block.
 
     The signal is only noted, and acted on when the next unit of work begins: an exception raised at any moment may be
     raised inside a finalizer, and Python drops it there. A second signal interrupts at once.
