@@ -22,6 +22,8 @@ from mtp_mem.step import forward_backward
 from mtp_mem.strategy import Strategy, load_strategy
 
 Progress = Callable[[str], None]
+LAST_PLACE: dict[Dtype, float] = {"fp64": 2**-52, "fp32": 2**-23, "bf16": 2**-7, "bf16-mixed": 2**-7}
+"""What `rounds_loss` allows a loss's value: one unit in the last place of what the kernel returns it in."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def verify_problem(problem: Problem, dtype: Dtype, strategies: dict[str, Strateg
         except Exception as e:
             yield Check(name, scenario.name, dtype, False, scenario.exact, broken=_told(e))
             continue
-        rounding = 2**-7 if getattr(strategy, "rounds_loss", False) and dtype.startswith("bf16") else 0.0
+        rounding = LAST_PLACE[dtype] if getattr(strategy, "rounds_loss", False) else 0.0
         parts = tuple(_parts(problem.model, dtype, found, naive, exact, rounding))
         yield Check(name, scenario.name, dtype, _identical(found, naive), scenario.exact, parts)
 
