@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp_mem import load_strategy, token_chunks
 from mtp_mem.errors import BadInput
+from mtp_mem.heads import Heads
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.step import forward_backward
 from mtp_mem.token_chunks import UnembeddingGradient, default_chunk, head_loss
@@ -139,6 +140,15 @@ def test_main_grad_takes_the_gradient_and_leaves_grad_alone() -> None:
     model.zero_grad(set_to_none=True)
     forward_backward(model, batch, load_strategy("chunked_tokens:chunk=13"))
     assert torch.equal(weight.main_grad.bfloat16(), weight.grad)  # type: ignore[union-attr, arg-type, operator]
+
+
+def test_heads_are_on_the_cpu_unless_told() -> None:
+    model, batch = build(tiny(n_future=2), "bf16")
+    own = model.heads(batch.tokens)
+    heads = Heads(own.roots, own.norm, own.autocast, own.phase, own.n)
+    cut = model.trunk(batch.tokens).detach().requires_grad_()
+    losses = load_strategy("chunked_tokens").backward(cut, heads, batch.targets, torch.ones(2))
+    assert torch.isfinite(losses).all()
 
 
 def test_the_default_chunk() -> None:
