@@ -88,17 +88,14 @@ class _ChunkedVocab(torch.autograd.Function):
         count = valid.sum().clamp(min=1)
         ctx.save_for_backward(hidden, unembedding, targets, normaliser, valid.to(acc) / count)
         ctx.chunk = chunk  # type: ignore[attr-defined]
-        ctx.set_materialize_grads(False)
         return torch.where(valid, normaliser - target_logit, 0).sum() / count
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, unembedding, targets, normaliser, row_share = ctx.saved_tensors  # type: ignore[attr-defined]
         want_hidden, want_unembedding = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
         chunk: int = ctx.chunk  # type: ignore[attr-defined]
-        if grad is None:
-            return None, None, None, None
         acc = normaliser.dtype
         # Row weights go onto the (N, D) sides of the products, never onto the (N, chunk) slab.
         row = (row_share * grad)[:, None]  # (N, 1)

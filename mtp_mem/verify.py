@@ -8,27 +8,22 @@ and of the losses: fp64 1e-12; fp32 1e-5 and twice naive's own error + 1e-7; bf1
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp_mem.config import Dtype
 from mtp_mem.data import Batch
 from mtp_mem.gradients import relative_error
-from mtp_mem.heads import Heads
-from mtp_mem.losses import loss_dtype
 from mtp_mem.model import MTPModel
+from mtp_mem.protocol import BrokenContract, Watched, unchanged
 from mtp_mem.scenarios import ALL_DTYPES, SCENARIOS, Outcome, Problem, Scenario, build, oracle, run, with_chunk
 from mtp_mem.step import forward_backward
 from mtp_mem.strategy import Strategy, load_strategy
 
 Progress = Callable[[str], None]
-
-
-class BrokenContract(Exception):
-    """A strategy does what the protocol forbids, or leaves undone what it asks for."""
+LAST_PLACE: dict[Dtype, float] = {"fp64": 2**-52, "fp32": 2**-23, "bf16": 2**-7, "bf16-mixed": 2**-7}
+"""What `rounds_loss` allows a loss's value: one unit in the last place of what the kernel returns it in."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +114,12 @@ def verify(
         device: where the strategies run; the oracle runs on the CPU.
         progress: told each scenario and dtype as it begins.
     """
-    named = {
-        s if isinstance(s, str) else type(s).__name__: load_strategy(s) if isinstance(s, str) else s for s in strategies
-    }
+    named: dict[str, Strategy] = {}
+    for s in strategies:
+        name = s if isinstance(s, str) else type(s).__name__
+        if name in named and not isinstance(s, str):
+            name = f"{name} {sum(isinstance(other, type(s)) for other in named.values()) + 1}"
+        named[name] = load_strategy(s) if isinstance(s, str) else s
     device = torch.device(device)
     checks = [check for name, strategy in named.items() if (check := _contract(name, strategy, device)).broken]
     for scenario in scenarios:
@@ -137,15 +135,11 @@ def verify_problem(problem: Problem, dtype: Dtype, strategies: dict[str, Strateg
     exact, naive = oracle(problem), run(problem, _stepper(problem, load_strategy("naive")))
     for name, strategy in strategies.items():
         try:
-            found = run(problem, _stepper(problem, _Watched(with_chunk(strategy, scenario.chunk))))
-        except BrokenContract as e:
-            yield Check(name, scenario.name, dtype, False, scenario.exact, broken=str(e))
-            continue
+            found = _watched(problem, strategy)
         except Exception as e:
-            told = str(e).split("\n")[0]
-            yield Check(name, scenario.name, dtype, False, scenario.exact, broken=f"raised {type(e).__name__}: {told}")
+            yield Check(name, scenario.name, dtype, False, scenario.exact, broken=_told(e))
             continue
-        rounding = 2**-7 if getattr(strategy, "rounds_loss", False) and dtype.startswith("bf16") else 0.0
+        rounding = LAST_PLACE[dtype] if getattr(strategy, "rounds_loss", False) else 0.0
         parts = tuple(_parts(problem.model, dtype, found, naive, exact, rounding))
         yield Check(name, scenario.name, dtype, _identical(found, naive), scenario.exact, parts)
 
@@ -226,61 +220,30 @@ def _host(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.cpu()
 
 
-@dataclass(frozen=True)
-class _Watched:
-    """A strategy whose every call is held against the protocol."""
-
-    inner: Strategy
-
-    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
-        losses: Any = self.inner.backward(cut, heads, targets, weights)
-        if not isinstance(losses, Tensor) or losses.shape != weights.shape:
-            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise BrokenContract(f"returns {shape}, not the n losses {tuple(weights.shape)}")
-        if losses.requires_grad:
-            raise BrokenContract("returns losses that are not detached")
-        if losses.dtype != loss_dtype(cut.dtype):
-            raise BrokenContract(f"returns losses in {losses.dtype}, not in {loss_dtype(cut.dtype)}")
-        if cut.requires_grad and cut.grad is None:
-            raise BrokenContract("leaves cut.grad empty")
-        if not cut.requires_grad and cut.grad is not None:
-            raise BrokenContract("fills cut.grad of a cut that requires none")
-        return losses
-
-
-class _NoSync(TorchDispatchMode):
-    """Raises at the first operator that would wait for the device."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        aten = torch.ops.aten
-        waits = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
-        by_mask = func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default) and any(
-            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
-        )
-        if func in waits or by_mask:
-            raise BrokenContract(f"synchronises with the device ({func})")
-        return func(*args, **(kwargs or {}))
-
-
 def _contract(name: str, strategy: Strategy, device: torch.device) -> Check:
-    """Does it synchronise, and does it keep anything from one step to the next?"""
+    """Does it wait for the device, and does it keep anything from one step to the next?"""
     scenario = Scenario(name="protocol")
     problem = build(scenario, "fp32", device)
     other = build(Scenario(name="protocol", batches=(1,)), "fp32", device)
-    step = _stepper(problem, _Watched(with_chunk(strategy, scenario.chunk)))
     broken = ""
     try:
-        with _NoSync():  # type: ignore[no-untyped-call]
-            run(problem, step)
-        first = run(problem, step)
-        run(other, step)
-        if not _identical(run(problem, step), first):
+        _watched(problem, strategy, may_sync=False)
+        first = _watched(problem, strategy)
+        _watched(other, strategy)
+        if not _identical(_watched(problem, strategy), first):
             broken = "keeps state: the same step again gives another gradient"
-    except BrokenContract as e:
-        broken = str(e)
     except Exception as e:
-        told = str(e).split("\n")[0]
-        broken = f"raised {type(e).__name__}: {told}"
+        broken = _told(e)
     return Check(name, scenario.name, "fp32", False, True, broken=broken)
+
+
+def _watched(problem: Problem, strategy: Strategy, *, may_sync: bool = True) -> Outcome:
+    """The problem's outcome with this strategy, held to the protocol."""
+    watched = Watched(with_chunk(strategy, problem.scenario.chunk), may_sync)
+    with unchanged(dict(problem.model.named_parameters())):
+        return run(problem, _stepper(problem, watched))
+
+
+def _told(e: Exception) -> str:
+    """The broken contract, or what was raised, in one line."""
+    return str(e) if isinstance(e, BrokenContract) else f"raised {type(e).__name__}: {e}".split("\n")[0]

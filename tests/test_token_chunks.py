@@ -3,17 +3,20 @@
 import pytest
 import torch
 from small import build, gradients, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtp_mem import load_strategy
+from mtp_mem import load_strategy, token_chunks
 from mtp_mem.errors import BadInput
+from mtp_mem.heads import Heads
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.step import forward_backward
 from mtp_mem.token_chunks import UnembeddingGradient, default_chunk, head_loss
 
 
+@pytest.mark.parametrize("chunk", [16, 96, 200])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_bytes_counted_by_hand(dtype: torch.dtype) -> None:
-    N, V, D, c, b = 96, 2053, 64, 16, dtype.itemsize
+def test_bytes_counted_by_hand(dtype: torch.dtype, chunk: int) -> None:
+    N, V, D, c, b = 96, 2053, 64, min(chunk, 96), dtype.itemsize
     rows, weight = torch.randn(N, D, dtype=dtype), torch.randn(V, D, dtype=dtype, requires_grad=True)
     targets, upstream = torch.randint(V, (N,)), torch.ones((), dtype=dtype)
     tracker = Tracker(V, D, [])
@@ -21,11 +24,74 @@ def test_bytes_counted_by_hand(dtype: torch.dtype) -> None:
     tracker.resident("other", inputs)
     with torch.no_grad(), tracker:
         gradient = UnembeddingGradient(weight, "fp32", cuda=False)
-        head_loss(rows, weight.detach(), targets, upstream, gradient, chunk=c, keep_rows=False)
+        head_loss(rows, weight.detach(), targets, upstream, gradient, chunk=chunk, keep_rows=False)
     over = tracker.trace.peak().nbytes - tracker.trace.baseline
     counted = V * D * b + c * V * b + c * D * b  # the gradient, a chunk of logits, the chunk's rows scaled
     assert 0 <= over - counted <= N * (1 + 2 * b + 2 * 8) + c * D * b  # a few numbers a row; scaling makes two of them
     assert over <= 1.01 * (V * D * b + c * V * b) + 2 * c * D * b
+
+
+def test_low_precision_keeps_few_rows_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 5 rows of logits in fp32 for the softmax, 100 rows of the unembedding for its product: never a wide copy of all.
+    N, V, D, c = 96, 2053, 64, 48
+    monkeypatch.setattr(token_chunks, "SOFTMAX_BLOCK", 5 * V * 4 + 1)
+    monkeypatch.setattr(token_chunks, "WIDE_ROWS", 100)
+    rows, weight = torch.randn(N, D).bfloat16(), torch.randn(V, D).bfloat16().requires_grad_()
+    tracker = Tracker(V, D, [])
+    tracker.resident("other", [("rows", rows), ("weight", weight)])
+    with torch.no_grad(), tracker:
+        gradient = UnembeddingGradient(weight, "fp32", cuda=False)
+        head_loss(rows, weight.detach(), torch.randint(V, (N,)), torch.ones(()), gradient, chunk=c, keep_rows=False)
+    over = tracker.trace.peak().nbytes - tracker.trace.baseline
+    logits, products = V * D * 4 + c * V * 2, c * D * (2 + 4) + 100 * c * 4  # the gradient and a chunk; rows, a block
+    softmax = 5 * V * 4
+    assert 0 <= over - logits - max(softmax, products) <= N * (1 + 2 * 4 + 2 * 8) + 2 * c * D * 4
+
+
+@pytest.mark.parametrize(("softmax_rows", "wide_rows"), [(1, 1), (5, 20), (7, 517), (1000, 1000)])
+def test_blocks_of_low_precision_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, softmax_rows: int, wide_rows: int
+) -> None:
+    model, batch = build(tiny(n_future=2), "bf16")
+    strategy = load_strategy("chunked_tokens:chunk=23")
+    expected = gradients(model, lambda: forward_backward(model, batch, strategy))
+    monkeypatch.setattr(token_chunks, "SOFTMAX_BLOCK", softmax_rows * 517 * 4)
+    monkeypatch.setattr(token_chunks, "WIDE_ROWS", wide_rows)
+    found = gradients(model, lambda: forward_backward(model, batch, strategy))
+    for name, right in expected.items():
+        torch.testing.assert_close(found[name], right)
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.products: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if "mm" in str(func):
+            self.products.append(str(func).removeprefix("aten."))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "dtype", "products"),
+    [
+        (True, torch.bfloat16, ["mm.dtype_out", "addmm.dtype_out"]),
+        (False, torch.bfloat16, ["mm.out", "addmm_.default"]),
+        (True, torch.float32, ["mm.out", "addmm_.default"]),
+    ],
+)
+def test_which_product_sums_the_unembedding_s_gradient(cuda: bool, dtype: torch.dtype, products: list[str]) -> None:
+    weight = torch.empty(300, 8, dtype=dtype, device="meta", requires_grad=True)
+    gradient = UnembeddingGradient(weight, "fp32", cuda=cuda)
+    with torch.no_grad(), Recorder() as recorder:
+        for _ in range(2):
+            gradient.add(torch.empty(5, 300, dtype=dtype, device="meta"), torch.empty(5, 8, dtype=dtype, device="meta"))
+    assert recorder.products == products
+    with torch.no_grad():
+        gradient.finish()
+    assert weight.grad is not None
+    assert weight.grad.dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -76,11 +142,22 @@ def test_main_grad_takes_the_gradient_and_leaves_grad_alone() -> None:
     assert torch.equal(weight.main_grad.bfloat16(), weight.grad)  # type: ignore[union-attr, arg-type, operator]
 
 
+def test_heads_are_on_the_cpu_unless_told() -> None:
+    model, batch = build(tiny(n_future=2), "bf16")
+    own = model.heads(batch.tokens)
+    heads = Heads(own.roots, own.norm, own.autocast, own.phase, own.n)
+    cut = model.trunk(batch.tokens).detach().requires_grad_()
+    losses = load_strategy("chunked_tokens").backward(cut, heads, batch.targets, torch.ones(2))
+    assert torch.isfinite(losses).all()
+
+
 def test_the_default_chunk() -> None:
     assert default_chunk(8192, 128256, 2, cuda=True) == 2048
     assert default_chunk(8192, 256000, 2, cuda=True) == 1024
     assert default_chunk(8192, 32000, 2, cuda=True) == 4096
     assert default_chunk(8192, 10**7, 2, cuda=True) == 512
+    assert default_chunk(8192, 2**30, 2, cuda=True) == 512
+    assert default_chunk(300, 32000, 2, cuda=True) == 300
     assert default_chunk(100, 32000, 4, cuda=False) == 100
     assert default_chunk(8192, 32000, 4, cuda=False) == 512
 

@@ -220,6 +220,27 @@ def test_phases_come_in_the_order_of_the_step() -> None:
     ]
 
 
+JOINT = ["head 1 forward", "head 1 loss", "head 2 forward", "head 2 loss", "heads backward"]
+TURNS = [f"head {i} {part}" for i in (2, 1) for part in ("forward", "loss", "backward")]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("naive", JOINT),
+        ("sequential", TURNS),
+        ("chunked_vocab", TURNS),
+        ("chunked_tokens", TURNS),
+        ("checkpointed", [*JOINT, "head 2 forward", "head 2 loss", "head 1 forward", "head 1 loss"]),
+    ],
+)
+def test_every_strategy_says_where_it_is(spec: str, expected: list[str]) -> None:
+    model, batch = build(tiny(n_future=2))
+    phases: list[str] = []
+    forward_backward(model, batch, load_strategy(spec), phase=phases.append)
+    assert phases == ["trunk forward", *expected, "trunk backward"]
+
+
 @pytest.mark.parametrize("spec", ["naive", "sequential", "chunked_vocab", "checkpointed"])
 def test_a_step_leaves_nothing_for_the_garbage_collector(spec: str) -> None:
     model, batch = build(tiny(n_future=2))

@@ -4,20 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from mtp_mem import load_strategy
 from mtp_mem.scenarios import ALL_DTYPES, SCENARIOS, Scenario, build, oracle, run
-from mtp_mem.testing import check_strategy
+from mtp_mem.strategy import loadable
 from mtp_mem.testing.broken import BROKEN
 from mtp_mem.verify import allowed, verify
 
-USUAL = [scenario for scenario in SCENARIOS if scenario.name == "n = 3"]
-RIGHT = ["naive", "sequential", "chunked_vocab", "checkpointed", "naive:loss=chunked_vocab"]
+RIGHT = [*loadable(), "naive:loss=chunked_vocab"]
 
 
 @pytest.fixture(scope="module")
@@ -44,71 +41,15 @@ def test_every_broken_strategy_is_caught_by_the_scenario_made_for_it() -> None:
     assert len({broken.__name__ for broken in BROKEN}) == len(BROKEN) == 14
 
 
-@dataclass
-class Changed:
-    """naive with one thing wrong about the call itself."""
-
-    how: str
-    calls: int = 0
-
-    def backward(self, cut, heads, targets, weights):  # type: ignore[no-untyped-def]
-        losses = load_strategy("naive").backward(cut, heads, targets, weights)
-        self.calls += 1
-        if self.how == "shape":
-            return losses[:-1]
-        if self.how == "no tensor":
-            return losses.sum().detach().numpy()
-        if self.how == "graph":
-            return losses.requires_grad_()
-        if self.how == "dtype":
-            return losses.to(torch.float16)
-        if self.how == "cut":
-            cut.grad = None
-        if self.how == "item":
-            losses[0].item()
-        if self.how == "mask":
-            targets[targets > 0]
-        if self.how == "state" and self.calls > 2 and cut.grad is not None:
-            cut.grad *= 1.5
-        if self.how == "raise":
-            raise ValueError("a clear reason\nand more")
-        if self.how == "frozen cut" and cut.grad is None:
-            cut.grad = torch.zeros_like(cut)
-        return losses
-
-
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [
-        ("shape", "returns (2,), not the n losses (3,)"),
-        ("no tensor", "returns ndarray, not the n losses (3,)"),
-        ("graph", "returns losses that are not detached"),
-        ("dtype", "returns losses in torch.float16, not in torch.float32"),
-        ("cut", "leaves cut.grad empty"),
-        ("item", "synchronises with the device (aten._local_scalar_dense.default)"),
-        ("mask", "synchronises with the device (aten.index.Tensor)"),
-        ("state", "keeps state: the same step again gives another gradient"),
-        ("raise", "raised ValueError: a clear reason"),
-    ],
-)
-def test_a_broken_contract_is_named(how: str, words: str) -> None:
-    found = verify([Changed(how)], dtypes=["fp32"], scenarios=USUAL)
-    assert found.failures[0].explain() == f"Changed: protocol, fp32: {words}"
-
-
-def test_a_gradient_for_a_cut_that_needs_none() -> None:
-    frozen = [scenario for scenario in SCENARIOS if scenario.name == "frozen trunk"]
-    found = verify([Changed("frozen cut")], dtypes=["fp32"], scenarios=frozen)
-    assert found.failures[0].broken == "fills cut.grad of a cut that requires none"
-
-
-def test_check_strategy_says_what_is_wrong() -> None:
-    check_strategy("sequential", scenarios=USUAL)
-    check_strategy(load_strategy("chunked_vocab"), scenarios=USUAL)
-    with pytest.raises(AssertionError) as caught:
-        check_strategy(BROKEN[0](), scenarios=USUAL)
-    assert "4 of 4 checks failed" in str(caught.value)
-    assert "RetainGraph: n = 3, fp64: gradient of trunk: 2 times the right one" in str(caught.value)
+def test_one_thread_sums_otherwise_and_is_right() -> None:
+    # With one thread native's fp32 loss of n = 1 is 1.9e-7 off, more than the rule allows one that is not rounded.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = verify(loadable(), dtypes=["fp32"], scenarios=[s for s in SCENARIOS if s.name in ("n = 1", "n = 8")])
+    finally:
+        torch.set_num_threads(threads)
+    assert [check.explain() for check in found.failures] == []
 
 
 def test_the_oracle_is_right_about_a_gradient_that_can_be_written_down() -> None:

@@ -7,7 +7,7 @@ import torch
 from mtp_mem.config import Dtype
 from mtp_mem.scenarios import ALL_DTYPES, SCENARIOS, Scenario
 from mtp_mem.strategy import Strategy
-from mtp_mem.verify import verify
+from mtp_mem.verify import Check, verify
 
 SHOWN = 10
 
@@ -32,7 +32,14 @@ def check_strategy(
     """
     found = verify([strategy], dtypes=dtypes, scenarios=scenarios, device=device)
     if found.failures:
-        lines = [check.explain() for check in found.failures[:SHOWN]]
-        if len(found.failures) > SHOWN:
-            lines.append(f"... and {len(found.failures) - SHOWN} more")
+        # What is broken alike everywhere is said once: ten times the same exception hides the other failures.
+        alike: dict[str, list[Check]] = {}
+        for check in found.failures:
+            alike.setdefault(check.broken or check.explain(), []).append(check)
+        told = [
+            f"{same[0].explain()}{f' (and {len(same) - 1} more alike)' * (len(same) > 1)}" for same in alike.values()
+        ]
+        lines = told[:SHOWN]
+        if len(told) > SHOWN:
+            lines.append(f"... and {len(told) - SHOWN} more")
         raise AssertionError("\n".join([f"{len(found.failures)} of {len(found.checks)} checks failed:", *lines]))

@@ -1,0 +1,43 @@
+"""The losses' defaults and edges; their gradients are held by test_equivalence.py and test_properties.py."""
+
+import pytest
+import torch
+
+from mtp_mem import IGNORE
+from mtp_mem.errors import BadInput
+from mtp_mem.losses import VOCAB_CHUNK, chunked_vocab, full, named
+from mtp_mem.units import MiB
+
+
+def test_the_default_slab_is_what_the_documentation_says() -> None:
+    assert 64 * MiB == 8192 * VOCAB_CHUNK * 4
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+@pytest.mark.parametrize("name", ["full", "chunked_vocab"])
+def test_a_slab_has_a_width(name: str, chunk: int) -> None:
+    with pytest.raises(BadInput, match=f"chunk = {chunk}: expected a whole number of at least 1"):
+        named(name, chunk)  # type: ignore[arg-type]
+    assert named(name, 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_softmax_and_loss_have_the_precision_that_is_promised(dtype: torch.dtype) -> None:
+    # Logits that the dtype holds exactly: whatever is off afterwards was lost in softmax or loss.
+    hidden, unembedding = torch.eye(8, dtype=dtype)[None], torch.randn(300, 8).bfloat16().to(dtype)
+    targets = torch.randint(300, (1, 8))
+    targets[0, 3] = IGNORE
+    right = torch.nn.functional.cross_entropy(unembedding.T.double(), targets[0], ignore_index=IGNORE)
+    for loss in (full, named("chunked_vocab", 7), named("chunked_vocab", 300)):
+        found = loss(hidden, unembedding, targets)
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(found.double(), right, rtol=1e-14 if dtype == torch.float64 else 1e-6, atol=0)
+
+
+def test_only_the_gradients_that_are_asked_for() -> None:
+    targets = torch.randint(30, (1, 5))
+    for wants in ((True, False), (False, True), (True, True)):
+        hidden = torch.randn(1, 5, 4, requires_grad=wants[0])
+        unembedding = torch.randn(30, 4, requires_grad=wants[1])
+        chunked_vocab(hidden, unembedding, targets, chunk=7).backward()
+        assert (hidden.grad is not None, unembedding.grad is not None) == wants
