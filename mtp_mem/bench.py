@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mtp_mem.choice import settled
 from mtp_mem.config import ModelConfig, Profile
 from mtp_mem.data import Corpus, corpus_batch
 from mtp_mem.errors import Missing
@@ -50,7 +51,7 @@ class Bench:
         self.model.load_state_dict(self.initial)
         if self.reference is None:
             self.reference, self.reference_name = self._reference()
-        mine, losses = self._gradients(strategy)
+        mine, losses = self._gradients(self.settled(strategy)[0])
         verdict = compare(mine, self.reference, self.profile.workload.dtype)
         return {
             "losses": tuple(losses),
@@ -62,12 +63,13 @@ class Bench:
 
     def measure(self, strategy: Strategy) -> dict[str, Any]:
         """Bytes of one step: tracked on the CPU, the caching allocator's on CUDA."""
-        step = self.step(strategy)
+        step, chosen = self.step(strategy), self.settled(strategy)[1]
         with sampled_rss() as rss:
             for _ in range(WARM_UP[self.device.type]):
                 step()
         facts: dict[str, Any] = {
             "status": "ok",
+            "chosen": chosen,
             "host_rss_bytes": rss.nbytes,
             "steps_before": WARM_UP[self.device.type],
         }
@@ -127,7 +129,12 @@ class Bench:
 
     def step(self, strategy: Strategy) -> TrainingStep:
         """The training step with this strategy."""
+        strategy = self.settled(strategy)[0]
         return TrainingStep(self.model, self.optimizer, self.batch, strategy, self.profile.workload.clip_norm)
+
+    def settled(self, strategy: Strategy) -> tuple[Strategy, str | None]:
+        """The strategy that runs, and what was chosen and why where it depends on the step."""
+        return settled(strategy, self.model.config, self.profile.workload, cuda=self.device.type == "cuda")
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":

@@ -11,11 +11,22 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from mtp_mem import __version__
-from mtp_mem.commands import compare, listing, plan, predict, profile, report, timeline, verify
+from mtp_mem.commands import (
+    chart,
+    compare,
+    listing,
+    plan,
+    predict,
+    profile,
+    regressions,
+    report,
+    timeline,
+    verify,
+)
 from mtp_mem.commands.common import note
 from mtp_mem.errors import MtpMemError
 
-COMMANDS = (compare, verify, predict, plan, timeline, report, profile, listing)
+COMMANDS = (compare, verify, predict, plan, timeline, report, chart, regressions, profile, listing)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -179,11 +179,13 @@ def _full_loss(s: Shape) -> int:
 def _slabs(s: Shape, chunk: int) -> int:
     """A slab of the backward and what it fills: d_hidden in the loss dtype, dW, and the weighted rows.
 
-    The slab is in the loss dtype; in low precision in the model's as well, and a product (N, D) awaits its addition.
+    The slab is in the loss dtype; in low precision in the model's as well, and a product awaits its addition: (N, D) of
+    the hidden gradient, or (chunk, D) of the unembedding's.
     """
     narrow = s.value != s.loss_value
     slab = s.loss_value + narrow * s.value
-    return s.N * chunk * slab + s.N * s.D * s.loss_value + (1 + narrow) * s.hidden + s.unembedding
+    product = narrow * max(s.N, chunk) * s.D * s.value
+    return s.N * chunk * slab + s.N * s.D * s.loss_value + s.hidden + product + s.unembedding
 
 
 def _is_chunked_tokens(spec: str) -> bool:

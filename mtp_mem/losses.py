@@ -115,7 +115,11 @@ class _ChunkedVocab(torch.autograd.Function):
                 else:
                     d_hidden += slab @ weight
             if d_unembedding is not None and weighted is not None:
-                torch.mm(slab.T, weighted, out=d_unembedding[start : start + chunk])
+                part = d_unembedding[start : start + chunk]
+                if acc == hidden.dtype:
+                    torch.mm(slab.T, weighted, out=part)
+                else:  # under autocast the gradient is wider than the product
+                    part.copy_(slab.T @ weighted)
         return None if d_hidden is None else d_hidden.mul_(row).to(hidden.dtype), d_unembedding, None, None
 
 
@@ -124,9 +128,9 @@ class _Slabs:
 
     def __init__(self, hidden: Tensor, chunk: int) -> None:
         self._hidden = hidden
-        self._product = hidden.new_empty(hidden.shape[0] * chunk)
+        self._product = hidden.new_empty(hidden.shape[0], chunk)
         acc = loss_dtype(hidden.dtype)
-        self._wide = None if acc == hidden.dtype else hidden.new_empty(hidden.shape[0] * chunk, dtype=acc)
+        self._wide = None if acc == hidden.dtype else hidden.new_empty(hidden.shape[0], chunk, dtype=acc)
 
     def logits(self, weight: Tensor) -> Tensor:
         """(N, D) x (C, D) -> logits (N, C) in the loss dtype, in a buffer that may be overwritten."""
@@ -140,7 +144,7 @@ class _Slabs:
 
     def _view(self, buffer: Tensor, width: int) -> Tensor:
         N = self._hidden.shape[0]
-        return buffer[: N * width].view(N, width)
+        return buffer.view(-1)[: N * width].view(N, width)
 
 
 def _place(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:

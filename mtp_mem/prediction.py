@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from mtp_mem.bench import Progress
+from mtp_mem.choice import settled
 from mtp_mem.config import GPU, Profile
 from mtp_mem.environment import environment
 from mtp_mem.errors import BadInput, MtpMemError
@@ -52,7 +53,8 @@ def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
                 progress(f"n={n} {spec}")
                 facts: dict[str, Any] = {"status": "ok"}
                 try:
-                    facts |= predicted(rehearsal.trace(load_strategy(spec)), gpu)
+                    strategy, chosen = settled(load_strategy(spec), config, profile.workload, cuda=True, gpu=gpu)
+                    facts |= {"chosen": chosen, **predicted(rehearsal.trace(strategy), gpu)}
                 except MtpMemError as e:
                     facts |= {"status": "error", "error": str(e)}
                 shape, workload = dataclasses.asdict(config), dataclasses.asdict(profile.workload)

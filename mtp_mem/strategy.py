@@ -22,6 +22,7 @@ BUILTIN = {
     "chunked_vocab": "mtp_mem.strategies.chunked_vocab:ChunkedVocab",
     "chunked_tokens": "mtp_mem.strategies.chunked_tokens:ChunkedTokens",
     "checkpointed": "mtp_mem.strategies.checkpointed:Checkpointed",
+    "auto": "mtp_mem.strategies.auto:Auto",
     "native": "mtp_mem.strategies.native:Native",
     "liger": "mtp_mem.strategies.liger:Liger",
     "cce": "mtp_mem.strategies.cce:CCE",

@@ -48,6 +48,8 @@ class ChunkedTokens:
             with torch.no_grad():
                 dtype = heads.compute_dtype(normed)
                 rows = normed.detach().flatten(0, -2).to(dtype)  # (N, D); `normed` itself where dtypes agree
+                if normed._is_view():  # a norm that hands its input on: the cut itself must not be overwritten
+                    rows = rows.clone()
                 if unembedding.requires_grad and unembedding not in sums:
                     sums[unembedding] = UnembeddingGradient(unembedding, self.accumulate, heads.cuda)
                 N, V = rows.shape[0], unembedding.shape[0]

@@ -1,5 +1,7 @@
 """The token-chunked loss: its bytes counted by hand, its chunk sizes, its accumulators."""
 
+import dataclasses
+
 import pytest
 import torch
 from small import build, gradients, tiny
@@ -7,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp_mem import load_strategy, token_chunks
 from mtp_mem.errors import BadInput
+from mtp_mem.head_phase import HeadPhase, HeadShape
 from mtp_mem.heads import Heads
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.step import forward_backward
@@ -175,3 +178,18 @@ def test_bad_options(spec: str, words: str) -> None:
     with pytest.raises(BadInput) as caught:
         load_strategy(spec)
     assert words in str(caught.value)
+
+
+def test_a_norm_that_hands_its_input_on_is_not_overwritten() -> None:
+    phase = HeadPhase(HeadShape(N=24, D=16, V=101, n=3, dtype=torch.float64))
+    found = {}
+    for spec in ("naive", "chunked_tokens:chunk=7"):
+        phase.clear()
+        heads = dataclasses.replace(phase.heads(), norm=torch.nn.Identity())
+        before = phase.cut.detach().clone()
+        losses = load_strategy(spec).backward(phase.cut, heads, phase.targets, phase.weights)
+        assert torch.equal(phase.cut, before)
+        assert phase.cut.grad is not None
+        found[spec] = (losses, phase.cut.grad)
+    for mine, theirs in zip(*found.values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)

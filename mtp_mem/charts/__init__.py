@@ -2,6 +2,7 @@
 
 from mtp_mem.charts.batch import largest_batch
 from mtp_mem.charts.composition import composition
+from mtp_mem.charts.head_phase import head_phase
 from mtp_mem.charts.memory import memory_small_multiples, memory_vs_n
 from mtp_mem.charts.style import RC, save, styles, unit_for
 from mtp_mem.charts.time import time_vs_n
@@ -10,6 +11,7 @@ from mtp_mem.charts.tradeoff import throughput_vs_memory
 __all__ = [
     "RC",
     "composition",
+    "head_phase",
     "largest_batch",
     "memory_small_multiples",
     "memory_vs_n",

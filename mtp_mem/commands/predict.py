@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
             screen.print()
             screen.print(slopes)
         for record in records:
+            if record.chosen:
+                screen.print(f"n={record.n} {record.strategy}: {record.chosen}", markup=False)
             if record.error:
                 screen.print(f"n={record.n} {record.strategy}: {record.error}", markup=False)
         screen.print(f"\nrecords {results.path}, chart {out / 'memory-vs-n.png'} (.svg, .csv)", markup=False)

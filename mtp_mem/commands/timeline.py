@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
 
     from mtp_mem import bench, prediction
     from mtp_mem import timeline as chart
+    from mtp_mem.choice import settled
     from mtp_mem.config import load_gpu, load_profile
     from mtp_mem.environment import environment, footer
     from mtp_mem.memory import cpu, fake, history
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if args.gpu:
         gpu = load_gpu(args.gpu)
         prediction.check_predictable(profile)
+        strategy, _ = settled(strategy, config, profile.workload, cuda=True, gpu=gpu)
         trace, how = fake.trace_step(config, profile.workload, strategy, gpu=gpu), f"predicted for {gpu.name}"
     else:
         from mtp_mem.data import load_corpus

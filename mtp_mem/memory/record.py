@@ -29,6 +29,7 @@ class Record:
     strategy: str
     n: int
     status: Literal["ok", "oom", "error"]
+    chosen: str | None = None  # what a strategy that chooses by step ran, and why
     error: str | None = None
     baseline_bytes: int | None = None
     peak_requested_bytes: int | None = None

@@ -105,6 +105,11 @@ def _draw(records: Sequence[Record], out: Path) -> tuple[Chart, ...]:
     return tuple(Chart(svg=files[1], png=files[0], alt=alt) for files, alt in drawn if files)
 
 
+def draw_group(records: Sequence[Record], out: Path) -> list[Path]:
+    """The PNGs of one group's charts; SVG and CSV lie beside them."""
+    return [chart.png for chart in _draw(records, out)]
+
+
 def _ends(records: Sequence[Record], *, whole: bool) -> str:
     """The right end of the chart's lines, for those who cannot see it: `whole` peaks, or peaks over the baseline."""
     n = max(r.n for r in records)

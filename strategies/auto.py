@@ -1,0 +1,31 @@
+"""Lets the step decide: its bytes are rehearsed without data, and the logits get what the rest needs anyway.
+
+    choice = the strategy and chunk for which the logits do not define the step's peak     # mtp_mem/choice.py
+    choice.backward(...)
+
+`compare`, `predict` and `timeline` choose before they run, and say what and why. A trainer does the same once:
+`mtp_mem.choice.choose(config, workload, cuda=True).spec`. Where a step is run with `auto` itself there is no model to
+rehearse, and it is `chunked_tokens` with its default chunk.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mtp_mem.choice import Choice, choose
+from mtp_mem.config import GPU, ModelConfig, Workload
+from mtp_mem.heads import Heads
+from mtp_mem.strategies.chunked_tokens import ChunkedTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto:
+    """Chooses strategy and chunk so that the logits never define the step's peak, and says what it chose"""
+
+    def for_step(self, config: ModelConfig, workload: Workload, *, cuda: bool, gpu: GPU | None = None) -> Choice:
+        """See `mtp_mem.choice`."""
+        return choose(config, workload, cuda=cuda, gpu=gpu)
+
+    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
+        """See `mtp_mem.strategy.Strategy.backward`."""
+        return ChunkedTokens().backward(cut, heads, targets, weights)
