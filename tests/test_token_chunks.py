@@ -5,10 +5,12 @@ import torch
 from small import build, gradients, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtp_mem import TrainingStep, load_strategy, make_optimizer, token_chunks
+from mtp_mem import TrainingStep, Workload, load_strategy, make_optimizer, token_chunks
+from mtp_mem.config import load_gpu
 from mtp_mem.errors import BadInput
 from mtp_mem.heads import Heads
 from mtp_mem.memory.cpu import track
+from mtp_mem.memory.fake import trace_step
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.step import forward_backward
 from mtp_mem.token_chunks import UnembeddingGradient, default_chunk, head_loss
@@ -176,6 +178,13 @@ def test_the_default_chunk_is_that_of_the_step_s_tokens() -> None:
         step = TrainingStep(model, make_optimizer(model), batch, load_strategy("chunked_tokens"))
         step()
         assert {s.shape for s in track(step).storages.values() if s.category == "logits"} == {(chunk, 517)}
+
+
+def test_the_default_chunk_on_cuda_is_that_of_the_vocabulary() -> None:
+    config = tiny(vocab_size=256000, n_layers=2, n_future=1)
+    workload = Workload(batch=1, sequence=4096, dtype="bf16")
+    trace = trace_step(config, workload, load_strategy("chunked_tokens"), gpu=load_gpu("h200"))
+    assert {s.shape[0] for s in trace.storages.values() if s.category == "logits" and s.nbytes > 2**28} == {1024}
 
 
 def test_the_default_chunk() -> None:
