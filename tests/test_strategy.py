@@ -2,10 +2,13 @@
 
 import re
 from importlib.metadata import EntryPoint
+from typing import Any
 
 import pytest
+import torch.nn.functional as F
+from small import build, tiny
 
-from mtp_mem import load_strategy, strategy
+from mtp_mem import forward_backward, load_strategy, strategy
 from mtp_mem.errors import BadInput, Missing
 from mtp_mem.strategies.chunked_vocab import ChunkedVocab
 from mtp_mem.strategies.naive import Naive
@@ -60,6 +63,27 @@ def test_a_strategy_whose_package_is_missing(tmp_path: object, monkeypatch: pyte
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(Missing, match="needs the package 'not_installed_here'"):
         load_strategy("needy:Needy")
+
+
+def test_native_hands_its_options_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    library, given = F.linear_cross_entropy, []
+
+    def watched(*args: Any, options: Any, **others: Any) -> Any:
+        given.append((options.batch_chunk_size, options.acc_policy))
+        return library(*args, options=options, **others)
+
+    monkeypatch.setattr(F, "linear_cross_entropy", watched)
+    model, batch = build(tiny(n_future=2))
+    for spec in ("native", "native:tokens=5", "native:policy=accurate"):
+        forward_backward(model, batch, load_strategy(spec))
+    assert given == [(None, "auto")] * 2 + [(5, "auto")] * 2 + [(None, "accurate")] * 2
+
+
+def test_native_says_which_torch_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(F, "linear_cross_entropy")
+    with pytest.raises(Missing, match=r"strategy 'native' needs torch 2\.13 or newer; here is torch \d"):
+        load_strategy("native")
+    assert "native" not in strategy.loadable()
 
 
 def test_the_package_has_one_name(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:

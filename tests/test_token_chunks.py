@@ -7,10 +7,13 @@ import torch
 from small import build, gradients, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtp_mem import load_strategy, token_chunks
+from mtp_mem import TrainingStep, Workload, load_strategy, make_optimizer, token_chunks
+from mtp_mem.config import load_gpu
 from mtp_mem.errors import BadInput
 from mtp_mem.head_phase import HeadPhase, HeadShape
 from mtp_mem.heads import Heads
+from mtp_mem.memory.cpu import track
+from mtp_mem.memory.fake import trace_step
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.step import forward_backward
 from mtp_mem.token_chunks import UnembeddingGradient, default_chunk, head_loss
@@ -34,10 +37,11 @@ def test_bytes_counted_by_hand(dtype: torch.dtype, chunk: int) -> None:
     assert over <= 1.01 * (V * D * b + c * V * b) + 2 * c * D * b
 
 
-def test_low_precision_keeps_few_rows_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    # 5 rows of logits in fp32 for the softmax, 100 rows of the unembedding for its product: never a wide copy of all.
+@pytest.mark.parametrize("fit", [5, 1000])
+def test_low_precision_keeps_few_rows_in_fp32(monkeypatch: pytest.MonkeyPatch, fit: int) -> None:
+    # A block's rows of logits in fp32 for the softmax, 100 of the unembedding for its product: no wide copy of all.
     N, V, D, c = 96, 2053, 64, 48
-    monkeypatch.setattr(token_chunks, "SOFTMAX_BLOCK", 5 * V * 4 + 1)
+    monkeypatch.setattr(token_chunks, "SOFTMAX_BLOCK", fit * V * 4 + 1)
     monkeypatch.setattr(token_chunks, "WIDE_ROWS", 100)
     rows, weight = torch.randn(N, D).bfloat16(), torch.randn(V, D).bfloat16().requires_grad_()
     tracker = Tracker(V, D, [])
@@ -47,7 +51,7 @@ def test_low_precision_keeps_few_rows_in_fp32(monkeypatch: pytest.MonkeyPatch) -
         head_loss(rows, weight.detach(), torch.randint(V, (N,)), torch.ones(()), gradient, chunk=c, keep_rows=False)
     over = tracker.trace.peak().nbytes - tracker.trace.baseline
     logits, products = V * D * 4 + c * V * 2, c * D * (2 + 4) + 100 * c * 4  # the gradient and a chunk; rows, a block
-    softmax = 5 * V * 4
+    softmax = min(fit, c) * V * 4
     assert 0 <= over - logits - max(softmax, products) <= N * (1 + 2 * 4 + 2 * 8) + 2 * c * D * 4
 
 
@@ -63,6 +67,23 @@ def test_blocks_of_low_precision_change_nothing(
     found = gradients(model, lambda: forward_backward(model, batch, strategy))
     for name, right in expected.items():
         torch.testing.assert_close(found[name], right)
+
+
+def test_blocks_are_worth_a_kernel_and_small_beside_the_logits() -> None:
+    rows = token_chunks.SOFTMAX_BLOCK // (128256 * 4)  # of Llama-3's vocabulary
+    assert rows >= 32
+    assert 8 * token_chunks.SOFTMAX_BLOCK <= token_chunks.CUDA_LOGITS
+    assert 1024 <= token_chunks.WIDE_ROWS < 32000 / 4
+
+
+def test_sums_in_the_parameter_s_own_precision() -> None:
+    model, batch = build(tiny(n_future=2), "bf16")
+    name = "unembedding.weight"
+    sums = [load_strategy(f"chunked_tokens:chunk=7:accumulate={where}") for where in ("fp32", "parameter")]
+    fine, coarse = (gradients(model, lambda s=s: forward_backward(model, batch, s))[name] for s in sums)  # type: ignore[misc]
+    assert coarse.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert not torch.equal(coarse, fine)  # type: ignore[arg-type]
+    assert (coarse - fine).norm() < 0.03 * fine.norm()  # type: ignore[operator, union-attr]
 
 
 class Recorder(TorchDispatchMode):
@@ -152,6 +173,21 @@ def test_heads_are_on_the_cpu_unless_told() -> None:
     cut = model.trunk(batch.tokens).detach().requires_grad_()
     losses = load_strategy("chunked_tokens").backward(cut, heads, batch.targets, torch.ones(2))
     assert torch.isfinite(losses).all()
+
+
+def test_the_default_chunk_is_that_of_the_step_s_tokens() -> None:
+    for sequence, chunk in ((300, 512), (20, 40)):  # N = 600, 40
+        model, batch = build(tiny(n_layers=2, n_future=1), sequence=sequence)
+        step = TrainingStep(model, make_optimizer(model), batch, load_strategy("chunked_tokens"))
+        step()
+        assert {s.shape for s in track(step).storages.values() if s.category == "logits"} == {(chunk, 517)}
+
+
+def test_the_default_chunk_on_cuda_is_that_of_the_vocabulary() -> None:
+    config = tiny(vocab_size=256000, n_layers=2, n_future=1)
+    workload = Workload(batch=1, sequence=4096, dtype="bf16")
+    trace = trace_step(config, workload, load_strategy("chunked_tokens"), gpu=load_gpu("h200"))
+    assert {s.shape[0] for s in trace.storages.values() if s.category == "logits" and s.nbytes > 2**28} == {1024}
 
 
 def test_the_default_chunk() -> None:
