@@ -43,6 +43,12 @@ def tracked(run: Callable[[Tracker], object], parameters: list[tuple[str, torch.
     return tracker.trace
 
 
+def scratch(product: Callable[[], torch.Tensor]) -> int:
+    """Bytes that a product takes inside, besides its result."""
+    product()
+    return allocator_peak(product) - product().nbytes
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("n", [1, 3, 4])
 @pytest.mark.parametrize("spec", ["naive", "sequential", "chunked_vocab:chunk=1000", "checkpointed"])
@@ -54,7 +60,13 @@ def test_equals_the_allocator(spec: str, n: int, dtype: str) -> None:
     over_baseline = allocator_peak(step)
     trace = track(step)
     peak = trace.peak()
-    assert peak.nbytes - trace.baseline == over_baseline
+    inside = over_baseline - (peak.nbytes - trace.baseline)
+    if dtype == "bf16" and "chunked_vocab" in spec:
+        # At its peak stands a product of low precision for which the CPU's kernel takes scratch of its own.
+        slab, rows = torch.randn(128, 1000).bfloat16(), torch.randn(128, 64).bfloat16()
+        assert 0 < inside <= scratch(lambda: slab.T @ rows)
+    else:
+        assert inside == 0
     assert sum(peak.by_category.values()) == peak.nbytes
     assert max(trace.phase_peaks().values()) == peak.nbytes
     state = sum(v.nbytes for s in step.optimizer.state.values() for v in s.values())
@@ -132,8 +144,8 @@ def test_cross_entropy_counted_by_hand(dtype: torch.dtype) -> None:
     [
         ("sequential", {70}),
         ("checkpointed", {70}),
-        ("chunked_vocab:chunk=30", {30, 10}),
-        ("checkpointed:loss=chunked_vocab:chunk=30", {30, 10}),
+        ("chunked_vocab:chunk=30", {30}),
+        ("checkpointed:loss=chunked_vocab:chunk=30", {30}),
     ],
 )
 def test_only_logits_are_called_logits(spec: str, widths: set[int]) -> None:

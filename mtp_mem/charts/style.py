@@ -27,7 +27,7 @@ STYLES: tuple[tuple[str, str, Any], ...] = (
     ("#CC79A7", "v", (0, (3, 1, 1, 1, 1, 1))),
     ("#8C6D00", "P", (0, (8, 2))),
 )
-SECOND_ROUND = ("X", "<", ">", "p", "h", "*")
+MORE_MARKERS = (("X", "<", ">", "p", "h", "*"), ("d", "8", "1", "2", "3", "4"))
 """Markers of strategies that have to share a colour with an earlier one; their dash is the next colour's."""
 
 # Light to dark and hatched in turn, so that neighbouring bands differ without colour too.
@@ -82,7 +82,7 @@ def styles(strategies: Sequence[str]) -> dict[str, tuple[str, str, Any]]:
 def _style(place: int) -> tuple[str, str, Any]:
     rounds, i = divmod(place, len(STYLES))
     colour, marker, _ = STYLES[i]
-    return colour, SECOND_ROUND[i] if rounds % 2 else marker, STYLES[(i + rounds) % len(STYLES)][2]
+    return colour, MORE_MARKERS[(rounds - 1) % 2][i] if rounds else marker, STYLES[(i + rounds) % len(STYLES)][2]
 
 
 @contextmanager
