@@ -17,9 +17,10 @@ from mtp_mem.config import GPU, ModelConfig, Workload
 from mtp_mem.layers import Attention
 from mtp_mem.memory.fake import Rehearsal
 from mtp_mem.strategy import Strategy, load_strategy
+from mtp_mem.token_chunks import CPU_TOKENS, CUDA_TOKENS
 from mtp_mem.units import show_bytes
 
-SMALLEST = {False: 128, True: 512}  # tokens; by whether CUDA runs: smaller chunks starve the products
+SMALLEST = {False: CPU_TOKENS[0], True: CUDA_TOKENS[0]}  # tokens; by whether CUDA runs
 NEAR = 1.01
 
 

@@ -150,7 +150,7 @@ def heads_peak(spec: str, shape: Shape) -> int | None:
     if getattr(strategy, "loss", "full") == "chunked_vocab" or name == "chunked_vocab":
         return None if name == "naive" else _one_head(shape, _slabs(shape, chunk))
     if _is_chunked_tokens(spec):
-        tokens = getattr(strategy, "chunk", None) or default_chunk(shape.N, shape.V, shape.value, shape.cuda)
+        tokens = getattr(strategy, "chunk", None) or default_chunk(shape.N, shape.D, shape.V, shape.value, shape.cuda)
         more = shape.V * shape.D * (shape.loss_value - shape.value)  # a sum wider than the gradient
         alone = shape.unembedding if shape.n == 1 else 0  # with more heads it is among what the others left
         return _one_head(shape, _tokens(shape, min(tokens, shape.N)) + more + alone)

@@ -29,24 +29,22 @@ from mtp_mem.units import MiB
 Accumulate = Literal["fp32", "parameter", "main_grad"]
 CUDA_LOGITS = 512 * MiB
 CUDA_TOKENS = (512, 4096)
-CPU_TOKENS = 512
+CPU_TOKENS = (128, 1024)
 WIDE_ROWS = 4096
 SOFTMAX_BLOCK = 32 * MiB
 
 
-def default_chunk(N: int, V: int, value_bytes: int, cuda: bool) -> int:
-    """Tokens per chunk where none are asked for.
+def default_chunk(N: int, D: int, V: int, value_bytes: int, cuda: bool) -> int:
+    """Tokens per chunk where none are asked for: a power of two, or all tokens where they are fewer.
 
-    CUDA: the largest power of two whose logits fit 512 MiB, at least 512 (below that reading the unembedding again for
-    every chunk costs more than the products) and at most 4096. CPU: 512, where products of chunks were about as fast as
-    whole ones (V = 32000, D = 512). Never more than there are tokens. A number of tokens, not of chunks: memory then
-    does not grow with N.
+    CUDA: the largest whose logits fit 512 MiB, at least 512 (below that reading the unembedding again for every chunk
+    costs more than the products) and at most 4096; it does not grow with N. CPU: the largest whose logits take at most
+    twice what nobody avoids, the gradients of the unembedding and of the hidden states: c V <= 2 (V + N) D. At least
+    128; at most 1024, where products of chunks were as fast as whole ones (V = 32000, D = 512).
     """
-    if not cuda:
-        return min(N, CPU_TOKENS)
-    fits = max(1, CUDA_LOGITS // (V * value_bytes))
-    low, high = CUDA_TOKENS
-    return min(N, max(low, min(high, 1 << (fits.bit_length() - 1))))
+    fits = CUDA_LOGITS // (V * value_bytes) if cuda else 2 * (V + N) * D // V
+    low, high = CUDA_TOKENS if cuda else CPU_TOKENS
+    return min(N, max(low, min(high, 1 << (max(1, fits).bit_length() - 1))))
 
 
 @dataclass
@@ -165,11 +163,12 @@ def _softmax_minus_onehot(z: Tensor, column: Tensor, share: Tensor) -> Tensor:
 
 def _rows(z: Tensor, column: Tensor, share: Tensor) -> Tensor:
     # In place: documented for neither operator, and held by tests/test_token_chunks.py on every dtype.
-    torch.ops.aten._log_softmax.out(z, 1, False, out=z)
-    losses = z.gather(1, column)[:, 0]  # (c,), minus the losses
-    z.exp_()
+    top, wanted = z.amax(dim=1), z.gather(1, column)[:, 0]  # (c,), (c,)
+    torch.ops.aten._softmax.out(z, 1, False, out=z)
+    # The largest probability is at least 1 / V, so that its logarithm gives the normaliser back without underflow.
+    losses = top - z.amax(dim=1).log() - wanted  # (c,)
     z.scatter_add_(1, column, torch.full_like(column, -1, dtype=z.dtype))
-    return -torch.where(share > 0, losses * share, 0.0).sum()
+    return torch.where(share > 0, losses * share, 0.0).sum()
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, fresh: bool, cuda: bool) -> None:

@@ -52,14 +52,14 @@ class ChunkedTokens:
                     rows = rows.clone()
                 if unembedding.requires_grad and unembedding not in sums:
                     sums[unembedding] = UnembeddingGradient(unembedding, self.accumulate, heads.cuda)
-                N, V = rows.shape[0], unembedding.shape[0]
+                N, (V, D) = rows.shape[0], unembedding.shape
                 loss = head_loss(
                     rows,
                     unembedding.detach().to(dtype),
                     targets[head.index].flatten(),
                     weights[head.index],
                     sums.get(unembedding),
-                    chunk=self.chunk or default_chunk(N, V, dtype.itemsize, heads.cuda),
+                    chunk=self.chunk or default_chunk(N, D, V, dtype.itemsize, heads.cuda),
                     keep_rows=not normed.requires_grad,
                 )
             uses[unembedding] -= 1

@@ -176,7 +176,7 @@ def test_heads_are_on_the_cpu_unless_told() -> None:
 
 
 def test_the_default_chunk_is_that_of_the_step_s_tokens() -> None:
-    for sequence, chunk in ((300, 512), (20, 40)):  # N = 600, 40
+    for sequence, chunk in ((300, 256), (20, 40)):  # N = 600, 40
         model, batch = build(tiny(n_layers=2, n_future=1), sequence=sequence)
         step = TrainingStep(model, make_optimizer(model), batch, load_strategy("chunked_tokens"))
         step()
@@ -191,14 +191,17 @@ def test_the_default_chunk_on_cuda_is_that_of_the_vocabulary() -> None:
 
 
 def test_the_default_chunk() -> None:
-    assert default_chunk(8192, 128256, 2, cuda=True) == 2048
-    assert default_chunk(8192, 256000, 2, cuda=True) == 1024
-    assert default_chunk(8192, 32000, 2, cuda=True) == 4096
-    assert default_chunk(8192, 10**7, 2, cuda=True) == 512
-    assert default_chunk(8192, 2**30, 2, cuda=True) == 512
-    assert default_chunk(300, 32000, 2, cuda=True) == 300
-    assert default_chunk(100, 32000, 4, cuda=False) == 100
-    assert default_chunk(8192, 32000, 4, cuda=False) == 512
+    assert default_chunk(8192, 4096, 128256, 2, cuda=True) == 2048
+    assert default_chunk(8192, 4096, 256000, 2, cuda=True) == 1024
+    assert default_chunk(8192, 4096, 32000, 2, cuda=True) == 4096
+    assert default_chunk(8192, 4096, 10**7, 2, cuda=True) == 512
+    assert default_chunk(8192, 4096, 2**30, 2, cuda=True) == 512
+    assert default_chunk(300, 4096, 32000, 2, cuda=True) == 300
+    assert default_chunk(100, 512, 32000, 4, cuda=False) == 100
+    assert default_chunk(2048, 512, 32000, 4, cuda=False) == 1024
+    assert default_chunk(1024, 64, 8192, 4, cuda=False) == 128
+    assert default_chunk(1024, 8, 8192, 4, cuda=False) == 128
+    assert default_chunk(65536, 4096, 32000, 4, cuda=False) == 1024
 
 
 @pytest.mark.parametrize(
