@@ -1,0 +1,115 @@
+"""`mtp-mem regressions` and `mtp-mem chart`: both kinds of file, what got worse, what cannot be compared."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixed import record
+
+from mtp_mem.cli import main
+from mtp_mem.memory.record import Record
+
+BENCH: dict[str, Any] = {
+    "machine_info": {"mtp_mem": {"device": "cpu", "cpu": "A CPU", "torch": "2.13.0"}},
+    "benchmarks": [
+        {
+            "fullname": f"tests/benchmarks/test_head_phase.py::test_head_phase[{spec}]",
+            "group": "head phase, n=4 N=2048 D=512 V=32000 float32 cpu",
+            "stats": {"median": ratio},
+            "extra_info": {
+                "strategy": spec,
+                "n": 4,
+                "times_floor": ratio,
+                "times_floor_p20": ratio - 0.01,
+                "times_floor_p80": ratio + 0.02,
+                "peak_over_inputs_bytes": nbytes,
+                "lower_bound_bytes": 69_730_304,
+            },
+        }
+        for spec, ratio, nbytes in (("naive", 1.314, 1_700_000_000), ("chunked_tokens", 1.083, 203_000_000))
+    ],
+}
+
+
+def bench(path: Path, **changes: Any) -> Path:
+    found = copy.deepcopy(BENCH)
+    found["benchmarks"][1]["extra_info"] |= changes
+    path.write_text(json.dumps(found))
+    return path
+
+
+def results(path: Path, *records: Record) -> Path:
+    path.write_text("".join(json.dumps(r.to_json()) + "\n" for r in records))
+    return path
+
+
+def test_nothing_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = bench(tmp_path / "old.json")
+    assert main(["regressions", str(old), str(old)]) == 0
+    assert "2 cases compared, 0 figures changed, 0 got worse" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "code", "words"),
+    [
+        ({"peak_over_inputs_bytes": 203_000_001}, [], 1, "WORSE memory"),
+        ({"peak_over_inputs_bytes": 203_000_001}, ["--memory", "1%"], 0, "(+1 B)"),
+        ({"peak_over_inputs_bytes": 100}, [], 0, "0 got worse"),
+        ({"times_floor": 1.2}, [], 1, "WORSE time"),
+        ({"times_floor": 1.15}, [], 0, "+6.2%"),
+        ({"times_floor": 1.15}, ["--time", "5%"], 1, "WORSE time"),
+    ],
+)
+def test_changes(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    options: list[str],
+    code: int,
+    words: str,
+) -> None:
+    old, new = bench(tmp_path / "old.json"), bench(tmp_path / "new.json", **changes)
+    assert main(["regressions", str(old), str(new), *options]) == code
+    assert words in capsys.readouterr().out
+
+
+def test_a_gradient_that_is_wrong_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = results(tmp_path / "old.jsonl", record("naive"), record("sequential"))
+    new = results(tmp_path / "new.jsonl", record("naive"), record("sequential", gradient="differs"))
+    assert main(["regressions", str(old), str(new), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [(c["kind"], c["worse"]) for c in found["changes"]] == [("gradient", True)]
+    assert found["changes"][0]["case"].startswith("sequential n=")
+
+
+def test_other_machines_and_other_cases_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = bench(tmp_path / "old.json")
+    other = copy.deepcopy(BENCH)
+    other["machine_info"]["mtp_mem"]["cpu"] = "Another CPU"
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert main(["regressions", str(old), str(tmp_path / "other.json")]) == 2
+    assert "not comparable" in capsys.readouterr().err
+    first = results(tmp_path / "a.jsonl", record("naive"))
+    second = results(tmp_path / "b.jsonl", record("sequential"))
+    assert main(["regressions", str(first), str(second)]) == 2
+    assert "no case in common" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"benchmarks": [{}]}', '{"benchmarks": []}'])
+def test_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(text)
+    assert main(["regressions", str(path), str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_charts_of_both_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = bench(tmp_path / "bench.json")
+    ours = results(tmp_path / "results.jsonl", *(record(s, n) for s in ("naive", "sequential") for n in (1, 2)))
+    assert main(["chart", str(measured), str(ours), "--out", str(tmp_path / "out"), "--json"]) == 0
+    names = {Path(path).name for path in json.loads(capsys.readouterr().out)["files"]}
+    assert {"memory-vs-n.png", "head-phase-n-4-n-2048-d-512-v-32000-float32-cpu.png"} <= names
+    assert all((tmp_path / "out" / name).stat().st_size > 100 for name in names)
+    assert main(["chart", str(tmp_path / "none.jsonl")]) == 2
