@@ -8,6 +8,7 @@ from small import tiny
 from mtp_mem import ModelConfig, Workload, load_strategy
 from mtp_mem.floor import NoLogits
 from mtp_mem.formulas import Shape, peak_over_baseline, slope
+from mtp_mem.head_phase import HeadPhase, HeadShape
 from mtp_mem.memory.fake import trace_step
 
 WIDE = {"vocab_size": 4099, "n_layers": 6}  # logits larger than all else; no formula's moment is in doubt
@@ -92,3 +93,14 @@ def test_chunked_tokens_as_cuda_runs_it(n: int) -> None:
         assert formula is not None
         # Left out: scalars, and a few numbers for each row of the chunk.
         assert 0 <= trace.peak().nbytes - trace.baseline - formula <= 32 * n + 32 + 32 * chunk, dim
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_the_head_phase_of_chunked_tokens(n: int) -> None:
+    # Above the inputs: the lower bound (gradients of unembedding and hidden states) and one chunk, to the scalar.
+    N, D, V, chunk = 128, 64, 4099, 32
+    phase = HeadPhase(HeadShape(N=N, D=D, V=V, n=n))
+    over = phase.peak_over_inputs(load_strategy(f"chunked_tokens:chunk={chunk}"))
+    bound = phase.shape.lower_bound - (N * D * 4 if n == 1 else 0)  # the cut's gradient is made after the first head
+    rows = N * (8 + 1 + 4) + chunk * 4
+    assert 0 <= over - bound - chunk * (V + D) * 4 - rows <= 32 * n + 32

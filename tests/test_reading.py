@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from fixed import ENVIRONMENT, MODEL, record, records
 
+from mtp_mem.charts import memory_vs_n
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.reading import groups, machine, read, what_is_wrong
+from mtp_mem.report.content import gpu_of
 
 
 def line(**changes: Any) -> str:
@@ -67,6 +69,18 @@ def test_sound_records_pass() -> None:
     assert len(found) >= 32
     assert not [note for note in notes if "skipped" in note]
     assert what_is_wrong(record(gradient="differs", gradient_error=float("inf"))) is None
+
+
+RECORDED = sorted((Path(__file__).parent.parent / "profiles" / "recorded").rglob("results.jsonl"))
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.parent.name)
+def test_recorded_charts_are_drawn_from_recorded_figures(path: Path, tmp_path: Path) -> None:
+    records = [one.record for one in read([path], [])]
+    gpu = gpu_of(records[0])
+    memory_vs_n(records, tmp_path, gpu)
+    assert (tmp_path / "memory-vs-n.csv").read_text() == path.with_name("memory-vs-n.csv").read_text()
+    assert path.with_name("memory-vs-n.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("content", ["", "\n", "not json\n", line(schema=2) + "\n"])
