@@ -14,6 +14,7 @@ from mtp_mem import __version__
 from mtp_mem.commands import (
     chart,
     compare,
+    gpu,
     listing,
     plan,
     predict,
@@ -26,7 +27,7 @@ from mtp_mem.commands import (
 from mtp_mem.commands.common import note
 from mtp_mem.errors import MtpMemError
 
-COMMANDS = (compare, verify, predict, plan, timeline, report, chart, regressions, profile, listing)
+COMMANDS = (compare, verify, predict, plan, timeline, report, chart, regressions, profile, gpu, listing)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
