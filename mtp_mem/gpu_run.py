@@ -120,7 +120,7 @@ def _run_one(stage: Stage, out: Path, limit_s: float) -> Outcome:
     begun = time.monotonic()
     with (out / f"{stage.name}.out").open("w") as stdout, (out / f"{stage.name}.log").open("w") as stderr:
         child = subprocess.Popen(
-            [sys.executable, "-m", *stage.command],
+            [sys.executable, "-P", "-m", *stage.command],
             stdout=stdout,
             stderr=stderr,
             env={**os.environ, "COLUMNS": "120"},

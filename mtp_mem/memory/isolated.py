@@ -51,7 +51,8 @@ def measure(
     }
     try:
         child = subprocess.run(
-            [sys.executable, "-m", "mtp_mem.memory.isolated"],
+            # -P: not what lies in the working directory, a clone say, in the place of what is installed.
+            [sys.executable, "-P", "-m", "mtp_mem.memory.isolated"],
             input=json.dumps(request),
             env={**os.environ, **(environment or {})},
             capture_output=True,
@@ -75,6 +76,7 @@ def main() -> None:
     from mtp_mem.floor import NoLogits
     from mtp_mem.strategy import load_strategy
 
+    sys.path.append(os.getcwd())  # as in the command line: strategies that lie here, after what is installed
     # Ctrl-C reaches the whole group of processes; the parent decides what becomes of a half-measured case.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     request = json.load(sys.stdin)
