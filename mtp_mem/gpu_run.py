@@ -71,8 +71,8 @@ def stages(device: str, out: Path, *, quick: bool, tests: Path | None) -> list[S
         made.append(Stage(f"compare-{profile}", compare + where, 1 if quick else 6, "bytes, time, gradients of a step"))
     for dtype in ("fp32",) if quick else ("fp32", "bf16"):
         verify = ("mtp_mem", "verify", "--profile", "quick", "--dtype", dtype, "--device", device, "--json")
-        verify += ("--strategies", OWN) if quick else ()
-        made.append(Stage(f"verify-{dtype}", verify, 1, "gradients against the fp64 oracle, on this device"))
+        own = ("--strategies", OWN) if quick else ()
+        made.append(Stage(f"verify-{dtype}", (*verify, *own), 1, "gradients against the fp64 oracle, on this device"))
     check = ("mtp_mem.memory.check", "--out", str(out), *(["--quick"] if quick else []))
     made.append(Stage("check", check, 1 if quick else 5, "predicted bytes against measured ones"))
     for spec in ("sequential",) if quick else ("naive", "sequential"):
