@@ -194,17 +194,19 @@ def _is_chunked_tokens(spec: str) -> bool:
 
 
 def _tokens(s: Shape, chunk: int) -> int:
-    """A chunk of logits, and the larger of its softmax's fp32 rows and the rows (chunk, D) that its product takes.
+    """A chunk of logits, and in low precision its softmax's fp32 rows.
 
     Besides, in N rows: targets as columns (8), validity (1) and shares of the mean. A CPU has no product of low
     precision into fp32, and widens both sides.
     """
     rows = s.N * (8 + 1 + s.loss_value) + chunk * s.loss_value
+    softmax_row = 5 * s.loss_value + 1  # the largest logit, the target's, the loss, that times its share twice, a mask
     if s.value == s.loss_value:
-        return chunk * (s.V + s.D) * s.value + rows
-    softmax = min(chunk, max(1, SOFTMAX_BLOCK // (s.V * s.loss_value))) * s.V * s.loss_value
+        return chunk * (s.V * s.value + softmax_row) + rows
+    height = min(chunk, max(1, SOFTMAX_BLOCK // (s.V * s.loss_value)))
+    softmax = height * (s.V * s.loss_value + softmax_row)
     widened = 0 if s.cuda else chunk * (s.D + min(WIDE_ROWS, s.V)) * s.loss_value
-    return chunk * s.V * s.value + max(softmax, chunk * s.D * s.value + widened) + rows
+    return chunk * s.V * s.value + max(softmax, widened) + rows
 
 
 def _one_head(s: Shape, loss: int) -> int:

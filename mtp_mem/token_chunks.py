@@ -8,7 +8,6 @@ Bytes above the inputs, for one head of N rows and a chunk of c of them, b bytes
 
     c V b                 logits, turned in place into probabilities minus the one-hot targets
     V D a                 the unembedding's gradient, a bytes a value; `.grad` itself where a is its own size
-    c D b                 the chunk's rows, scaled
     r V 4                 low precision only: r rows of logits in fp32
 
 The hidden states' gradient overwrites the normed rows it was computed from. Scaling (loss weight, 1 / count, masks) is
@@ -136,8 +135,8 @@ def head_loss(
         z = logits[: x.shape[0]]
         torch.mm(x, unembedding.T, out=z)
         total += _softmax_minus_onehot(z, column[part], share[part])
-        if gradient is not None:
-            gradient.add(z, (x * weight).to(x.dtype))
+        if gradient is not None:  # the rows are needed no more, unless they are kept
+            gradient.add(z, (x * weight).to(x.dtype) if keep_rows else x.mul_(weight))
         if not keep_rows:
             torch.mm(z, unembedding, out=x)
             x.mul_(weight)
