@@ -79,7 +79,12 @@ def test_recorded_charts_are_drawn_from_recorded_figures(path: Path, tmp_path: P
     records = [one.record for one in read([path], [])]
     gpu = gpu_of(records[0])
     memory_vs_n(records, tmp_path, gpu)
-    assert (tmp_path / "memory-vs-n.csv").read_text() == path.with_name("memory-vs-n.csv").read_text()
+    # But for the formula, the last column, which may learn.
+    drawn, kept = (
+        [line.rpartition(",")[0] for line in file.read_text().splitlines()]
+        for file in (tmp_path / "memory-vs-n.csv", path.with_name("memory-vs-n.csv"))
+    )
+    assert drawn == kept
     assert path.with_name("memory-vs-n.png").stat().st_size > 10_000
 
 
