@@ -5,6 +5,7 @@ from mtp_mem.data import IGNORE, Batch, make_batch
 from mtp_mem.model import MTPModel
 from mtp_mem.step import TrainingStep, forward_backward, make_optimizer
 from mtp_mem.strategy import Strategy, load_strategy
+from mtp_mem.verification import Verification, verify
 
 __all__ = [
     "IGNORE",
@@ -15,11 +16,13 @@ __all__ = [
     "Strategy",
     "Sweep",
     "TrainingStep",
+    "Verification",
     "Workload",
     "forward_backward",
     "load_profile",
     "load_strategy",
     "make_batch",
     "make_optimizer",
+    "verify",
 ]
 __version__ = "0.1.0"

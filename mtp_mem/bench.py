@@ -41,14 +41,14 @@ class Bench:
         self.batch = dataclasses.replace(batch, tokens=batch.tokens.to(device), targets=batch.targets.to(device))
         self.optimizer = make_optimizer(self.model)
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        # Checks need the initial weights, and measured steps change them.
-        self.initial = {name: value.to("cpu", copy=True) for name, value in self.model.state_dict().items()}
         self.reference: Gradients | None = None
         self.reference_name = ""
 
     def check(self, strategy: Strategy) -> dict[str, Any]:
-        """The strategy's gradients against naive's, on the initial weights and from empty `.grad`."""
-        self.model.load_state_dict(self.initial)
+        """The strategy's gradients against naive's, from empty `.grad`; before any step, as steps change weights.
+
+        Naive's are kept in host memory: on the device they would leave less of it to every later case.
+        """
         if self.reference is None:
             self.reference, self.reference_name = self._reference()
         mine, losses = self._gradients(self.settled(strategy)[0])
@@ -91,21 +91,33 @@ class Bench:
             }
         return facts | explained(track(step))
 
-    def time(self, strategies: dict[str, Strategy], progress: Progress) -> dict[str, list[float]]:
-        """Seconds of untracked steps; the strategies take turns, a different one first in each round."""
+    def time(self, strategies: dict[str, Strategy], progress: Progress) -> dict[str, list[float] | Exception]:
+        """Seconds of untracked steps; the strategies take turns, a different one first in each round.
+
+        A strategy that fails here, for want of memory say, is out from then on, and its entry is how it failed.
+        """
         seconds: dict[str, list[float]] = {spec: [] for spec in strategies}
+        failed: dict[str, list[float] | Exception] = {}
         specs = list(strategies)
         for turn in range(self.profile.sweep.rounds):
             start = turn % len(specs) if specs else 0
             for spec in specs[start:] + specs[:start]:
                 progress(spec)
-                step = self.step(strategies[spec])
-                self._synchronise()
-                begin = time.perf_counter()
-                step()
-                self._synchronise()
-                seconds[spec].append(time.perf_counter() - begin)
-        return seconds
+                if spec in failed:
+                    continue
+                try:
+                    seconds[spec].append(self._seconds(self.step(strategies[spec])))
+                except Exception as e:
+                    failed[spec] = e
+                    self.recover()
+        return {**seconds, **failed}
+
+    def _seconds(self, step: TrainingStep) -> float:
+        self._synchronise()
+        begin = time.perf_counter()
+        step()
+        self._synchronise()
+        return time.perf_counter() - begin
 
     def recover(self) -> None:
         """Drop what a failed case left behind."""
@@ -115,17 +127,15 @@ class Bench:
     def _reference(self) -> tuple[Gradients, str]:
         for name in REFERENCES[:-1]:
             try:
-                return self._gradients(load_strategy(name))[0], name
+                return _on_host(self._gradients(load_strategy(name))[0]), name
             except (torch.OutOfMemoryError, MemoryError):
                 self.recover()
-        return self._gradients(load_strategy(REFERENCES[-1]))[0], REFERENCES[-1]
+        return _on_host(self._gradients(load_strategy(REFERENCES[-1]))[0]), REFERENCES[-1]
 
     def _gradients(self, strategy: Strategy) -> tuple[Gradients, list[float]]:
         self.optimizer.zero_grad(set_to_none=True)
         losses = forward_backward(self.model, self.batch, strategy)
-        taken = take(self.model.groups())
-        # To the host: on the device, naive's gradients would count in every later case's peak.
-        return {name: [None if g is None else g.cpu() for g in own] for name, own in taken.items()}, losses.tolist()
+        return take(self.model.groups()), losses.tolist()
 
     def step(self, strategy: Strategy) -> TrainingStep:
         """The training step with this strategy."""
@@ -192,6 +202,10 @@ def resolve_device(name: str) -> torch.device:
             raise Missing(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device)
     return device
+
+
+def _on_host(gradients: Gradients) -> Gradients:
+    return {name: [None if g is None else g.cpu() for g in own] for name, own in gradients.items()}
 
 
 def free(device: torch.device) -> None:

@@ -9,6 +9,7 @@ import tomllib
 import types
 import typing
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -139,7 +140,7 @@ class Sweep:
     """What to vary, and how often to time it."""
 
     n: tuple[int, ...] = (1, 2, 4, 8)
-    strategies: tuple[str, ...] = ("naive", "sequential", "chunked_vocab", "checkpointed")
+    strategies: tuple[str, ...] = ("naive", "sequential", "chunked_vocab", "chunked_tokens", "checkpointed")
     rounds: int = 5  # timed steps per case, interleaved over the strategies
 
     def __post_init__(self) -> None:
@@ -153,15 +154,22 @@ class Sweep:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """A named run: model, workload and sweep."""
+    """A named run: model, workload, sweep, and the GPUs it is planned for."""
 
     name: str
     model: ModelConfig
     workload: Workload
     description: str = ""
+    gpus: tuple[str, ...] = ("h200",)  # names in gpus.toml
     sweep: Sweep = field(default_factory=Sweep)
 
     def __post_init__(self) -> None:
+        known = load_gpus()
+        for name in self.gpus:
+            if name not in known:
+                raise unknown("GPU", name, known, "gpus")
+        if not self.gpus or len(set(self.gpus)) != len(self.gpus):
+            raise BadInput(f"gpus = {list(self.gpus)}: needs distinct GPUs, at least one")
         for n in self.sweep.n:
             self.model.with_n(n)  # raises where the layers do not allow it
 
@@ -190,6 +198,7 @@ def builtin_profiles() -> dict[str, Path]:
     return {path.stem: path for path in sorted(builtin_folder().glob("*.toml")) if path.stem != "gpus"}
 
 
+@cache
 def load_gpus() -> dict[str, GPU]:
     """The target GPUs of profiles/gpus.toml, by name."""
     table = tomllib.loads((builtin_folder() / "gpus.toml").read_text(encoding="utf-8"))

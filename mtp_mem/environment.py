@@ -13,6 +13,7 @@ import psutil
 import torch
 
 import mtp_mem
+from mtp_mem.determinism import numerics
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG", "OMP_NUM_THREADS")
 
@@ -32,8 +33,7 @@ def environment(device_type: str) -> dict[str, Any]:
         "host_bytes": psutil.virtual_memory().total,
         "torch": torch.__version__,
         "torch_git": torch.version.git_version,
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        **numerics(),
         "variables": {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ},
         "device": "cpu",
     }

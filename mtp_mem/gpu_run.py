@@ -4,19 +4,25 @@ A stage is a command of this package. What it printed and how it ended is kept i
 that is cut short has everything up to there, and the same call goes on with what is missing.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtp_mem.config import GPU, Profile, Sweep, load_profile
+from mtp_mem.estimate import Estimate, estimate
 from mtp_mem.memory.record import writable
 
 OWN = "naive,sequential,chunked_vocab,chunked_tokens,checkpointed"
+BITWISE = "naive,sequential,checkpointed"
+PAPER = "mtp-1.3b"  # its step times stand beside the paper's
+LARGE_VOCABULARY = ("llama3-8b", "llama3.2-1b")  # the first of which every case fits, or else the last
 DONE = (0, 1)  # 1: the stage ran, and says that a check failed
 
 
@@ -29,12 +35,14 @@ class Stage:
         command: after `python -m`.
         minutes: what it is expected to take, and a third of what it may.
         why: what it is for, a clause.
+        cases: of a comparison: what each is expected to take.
     """
 
     name: str
     command: tuple[str, ...]
     minutes: float
     why: str
+    cases: tuple[Estimate, ...] = ()
 
     @property
     def limit_s(self) -> float:
@@ -52,47 +60,95 @@ class Outcome:
     code: int | None = None
 
 
-def stages(device: str, out: Path, *, quick: bool, tests: Path | None) -> list[Stage]:
-    """The plan, most valuable first.
+@dataclass(frozen=True)
+class Plan:
+    """The stages, most valuable first, and the cases that cannot fit and are therefore in none: (profile, case)."""
+
+    stages: tuple[Stage, ...]
+    refused: tuple[tuple[str, Estimate], ...]
+
+
+def plan(gpu: GPU | None, out: Path, *, quick: bool, tests: Path | None, deterministic: bool = False) -> Plan:
+    """What to run.
 
     Args:
-        device: `cuda`, or `cpu` for the stand-in that runs the same path.
+        gpu: the CUDA device; None for the stand-in on a CPU that runs the same path.
         out: where results go.
         quick: small shapes and few cases.
         tests: the folder of the benchmark suite, if there is one.
+        deterministic: comparisons and verifications take deterministic kernels only.
     """
-    cuda = device != "cpu"
-    profiles = ["quick"] if quick or not cuda else ["mtp-1.3b", "llama3-8b"]
-    fewer = ["--n", "1,2", "--rounds", "1", "--strategies", "naive,sequential,chunked_tokens"] if quick else []
+    on = ("--device", "cpu" if gpu is None else "cuda")
+    how = (*on, "--require-deterministic") if deterministic else on
+    small = quick or gpu is None
     made = [Stage("environment", ("mtp_mem", "env", "--json"), 0.3, "machine, driver, clocks, other processes")]
-    for profile in profiles:
-        compare = ("mtp_mem", "compare", "--profile", profile, "--device", device, *fewer)
-        where = ("--out", str(out / f"compare-{profile}"))
-        made.append(Stage(f"compare-{profile}", compare + where, 1 if quick else 6, "bytes, time, gradients of a step"))
+    refused: list[tuple[str, Estimate]] = []
+    for profile in [load_profile("quick")] if small else [load_profile(PAPER), _large_vocabulary(gpu)]:
+        if quick:
+            sweep = Sweep(n=(1, 2), strategies=("naive", "sequential", "chunked_tokens"), rounds=1)
+            profile = dataclasses.replace(profile, sweep=sweep)
+        cases = estimate(profile, gpu)
+        made += comparisons(profile, cases, out, how)
+        refused += [(profile.name, case) for case in cases if not case.fits]
     for dtype in ("fp32",) if quick else ("fp32", "bf16"):
-        verify = ("mtp_mem", "verify", "--profile", "quick", "--dtype", dtype, "--device", device, "--json")
-        own = ("--strategies", OWN) if quick else ()
-        made.append(Stage(f"verify-{dtype}", (*verify, *own), 1, "gradients against the fp64 oracle, on this device"))
+        verify = ("mtp_mem", "verify", "--json", "--dtype", dtype, *how, "--strategies", OWN)
+        made.append(Stage(f"verify-{dtype}", verify, 1, "gradients against the fp64 oracle, on this device"))
+    if not small:
+        rest = ("mtp_mem", "verify", "--json", "--profile", "quick", "--dtype", "bf16", *how)
+        made.append(Stage("verify-kernels", rest, 1, "the same for whatever kernel is installed, on a model's shape"))
+        bits = ("mtp_mem", "verify", "--json", *on, "--require-deterministic", "--strategies", BITWISE)
+        made.append(Stage("verify-bits", bits, 2, "which are bit-identical with deterministic kernels"))
     check = ("mtp_mem.memory.check", "--out", str(out), *(["--quick"] if quick else []))
     made.append(Stage("check", check, 1 if quick else 5, "predicted bytes against measured ones"))
     for spec in ("sequential",) if quick else ("naive", "sequential"):
-        timeline = ("mtp_mem", "timeline", "--profile", "quick", "--strategy", spec, "--n", "4", "--device", device)
+        timeline = ("mtp_mem", "timeline", "--profile", "quick", "--strategy", spec, "--n", "4", *on)
         where = ("--out", str(out / f"timeline-{spec}"))
         made.append(Stage(f"timeline-{spec}", timeline + where, 0.5, "what is live during one step"))
     if tests is not None:
-        size = "small" if quick else ("cuda" if cuda else "cpu")
+        size = "small" if quick else ("cpu" if gpu is None else "cuda")
         suite = ("pytest", str(tests / "test_head_phase.py"), "-q", "-k", size, "-p", "no:cacheprovider")
         found = (*suite, f"--benchmark-json={out / 'benchmark.json'}")
         made.append(Stage("benchmark", found, 1 if quick else 8, "the head phase beside installed kernels"))
-    made.append(Stage("report", ("mtp_mem", "report", str(out), "-o", str(out / "report.html")), 0.5, "one page"))
-    return made
+    report = ("mtp_mem", "report", str(out), "-o", str(out / "report.html"), "--charts", str(out / "charts"))
+    made.append(Stage("report", report, 0.5, "one page"))
+    return Plan(tuple(made), tuple(refused))
 
 
-def run(plan: Sequence[Stage], out: Path, budget_s: float, begin: Callable[[Stage], None]) -> Iterator[Outcome]:
+def comparisons(profile: Profile, cases: Sequence[Estimate], out: Path, how: Sequence[str]) -> list[Stage]:
+    """A stage for each set of strategies that fit, with the n at which they do.
+
+    Args:
+        profile: a shipped one, with the sweep to run.
+        cases: what its cases take, and whether they fit.
+        out: results go to a folder in it.
+        how: options of every comparison.
+    """
+    fitting: dict[tuple[str, ...], list[int]] = {}
+    for n in profile.sweep.n:
+        specs = tuple(case.strategy for case in cases if case.n == n and case.fits)
+        if specs:
+            fitting.setdefault(specs, []).append(n)
+    found = []
+    for specs, ns in fitting.items():
+        numbers, here = ",".join(map(str, ns)), tuple(case for case in cases if case.n in ns and case.fits)
+        command = ("mtp_mem", "compare", "--profile", profile.name, "--n", numbers, "--strategies", ",".join(specs))
+        options = ("--rounds", str(profile.sweep.rounds), *how, "--out", str(out / f"compare-{profile.name}"))
+        name = f"compare-{profile.name}" + (f"-n{numbers}" if len(fitting) > 1 else "")
+        minutes = round(max(0.5, sum(case.seconds or 0.0 for case in here) / 60), 1)
+        found.append(Stage(name, (*command, *options), minutes, "bytes, time, gradients of a step", here))
+    return found
+
+
+def _large_vocabulary(gpu: GPU | None) -> Profile:
+    *larger, last = map(load_profile, LARGE_VOCABULARY)
+    return next((profile for profile in larger if all(case.fits for case in estimate(profile, gpu))), last)
+
+
+def run(stages: Sequence[Stage], out: Path, budget_s: float, begin: Callable[[Stage], None]) -> Iterator[Outcome]:
     """The stages in turn until the budget ends; the last one, the report, always gets its turn.
 
     Args:
-        plan: from `stages`.
+        stages: of a plan.
         out: a folder; NAME.log, NAME.out and stages.json are written there.
         budget_s: seconds for all stages together.
         begin: told each stage before it runs.
@@ -100,18 +156,18 @@ def run(plan: Sequence[Stage], out: Path, budget_s: float, begin: Callable[[Stag
     writable(out)
     before = _read(out / "stages.json")
     started = time.monotonic()
-    for stage in plan:
+    for stage in stages:
         old = before.get(stage.name)
-        if stage is not plan[-1] and old and old["command"] == list(stage.command) and old["code"] in DONE:
+        if stage is not stages[-1] and old and old["command"] == list(stage.command) and old["code"] in DONE:
             yield Outcome(stage.name, "done before", old["seconds"], old["code"])
             continue
         left = budget_s - (time.monotonic() - started)
-        if left <= 0 and stage is not plan[-1]:
+        if left <= 0 and stage is not stages[-1]:
             yield Outcome(stage.name, "no budget left")
             continue
         begin(stage)
-        outcome = _run_one(stage, out, stage.limit_s if stage is plan[-1] else min(stage.limit_s, left))
-        before[stage.name] = {**asdict(outcome), "command": list(stage.command)}
+        outcome = _run_one(stage, out, stage.limit_s if stage is stages[-1] else min(stage.limit_s, left))
+        before[stage.name] = {**dataclasses.asdict(outcome), "command": list(stage.command)}
         partial = out / ".stages.json.tmp"
         partial.write_text(json.dumps(before, indent=1) + "\n")
         partial.replace(out / "stages.json")

@@ -18,6 +18,8 @@ BOUNDS: dict[Dtype, float] = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 4 * 2**-7, "b
 of the last place; bf16 has 8 significant bits, so 4 units are 4 * 2**-7. The bf16 bound was set after seeing right
 strategies differ by up to 1.7e-2: it tells a broken gradient, not a slightly worse one."""
 
+BLOCK = 2**24  # elements that are compared at once: fp64 copies of whole gradients would not fit beside a large model
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -38,16 +40,16 @@ def take(groups: dict[str, list[nn.Parameter]]) -> Gradients:
 
 
 def compare(candidate: Gradients, reference: Gradients, dtype: Dtype) -> Comparison:
-    """Compare two sets of gradients of the same model on the same weights and batch."""
+    """Compare two sets of gradients of the same model on the same weights and batch, on the candidate's device."""
+    if all(_equal(candidate[name], reference[name]) for name in reference):
+        return Comparison("bit-identical", 0.0, next(iter(reference)))
     errors = {name: relative_error(candidate[name], reference[name]) for name in reference}
     worst = max(errors, key=errors.__getitem__)
-    if all(_equal(candidate[name], reference[name]) for name in reference):
-        return Comparison("bit-identical", 0.0, worst)
     return Comparison("within bound" if errors[worst] <= BOUNDS[dtype] else "differs", errors[worst], worst)
 
 
 def relative_error(candidate: list[Tensor | None], reference: list[Tensor | None]) -> float:
-    """||candidate - reference|| / ||reference|| over a group of tensors, in fp64.
+    """||candidate - reference|| / ||reference|| over a group of tensors, in fp64, on the candidate's device.
 
     Infinite where one of the two has no gradient and the other has, or where anything is not finite.
     """
@@ -57,8 +59,10 @@ def relative_error(candidate: list[Tensor | None], reference: list[Tensor | None
             continue
         if a is None or b is None or a.shape != b.shape:
             return math.inf
-        difference += (a.double() - b.double()).square().sum().item()
-        norm += b.double().square().sum().item()
+        for x, y in zip(a.flatten().split(BLOCK), b.flatten().split(BLOCK), strict=True):
+            wide = y.to(a.device).double()
+            norm += wide.square().sum().item()
+            difference += (wide - x).square_().sum().item()
     if not math.isfinite(difference + norm):
         return math.inf
     if norm == 0:
@@ -68,6 +72,6 @@ def relative_error(candidate: list[Tensor | None], reference: list[Tensor | None
 
 def _equal(candidate: list[Tensor | None], reference: list[Tensor | None]) -> bool:
     return all(
-        a is b or (a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b))
+        a is b or (a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b.to(a.device)))
         for a, b in zip(candidate, reference, strict=True)
     )

@@ -20,7 +20,7 @@ def to_toml(profile: Profile, comments: Iterable[str] = ()) -> str:
     lines = []
     for comment in comments:
         lines += textwrap.wrap(comment, 118, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)
-    lines += _entries({"description": profile.description})
+    lines += _entries({"description": profile.description, "gpus": profile.gpus})
     for table in ("model", "workload", "sweep"):
         if entries := _entries(_changed(getattr(profile, table))):
             lines += ["", f"[{table}]", *entries]

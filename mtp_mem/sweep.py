@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from mtp_mem.bench import Bench, Progress, failure, free, speed
 from mtp_mem.config import ModelConfig, Profile
 from mtp_mem.data import Corpus
+from mtp_mem.determinism import numerics
 from mtp_mem.environment import environment
 from mtp_mem.floor import NoLogits
 from mtp_mem.memory import isolated
@@ -37,7 +39,7 @@ class Case:
 def cases(profile: Profile, corpus: Corpus, device: torch.device) -> list[Case]:
     """The profile's cases, n by n, strategies in the profile's order."""
     env = environment(device.type)
-    machine = [env[key] for key in ("code", "torch", "cpu", "threads", "device", "variables")]
+    machine = [env[key] for key in ("code", "torch", "cpu", "threads", "device", "variables", *numerics())]
 
     def case(spec: str, n: int) -> Case:
         model, workload = profile.model.with_n(n), profile.workload
@@ -80,27 +82,25 @@ def _run_n(
             progress(f"n={n} {spec or 'floor'}: bytes")
             bytes_alone[spec] = isolated.measure(profile, n, spec, str(device), text=corpus.path)
     bench = Bench(profile, config, corpus, device)
+    found = {spec: bytes_alone.get(spec, {}) for spec in strategies}
+    for spec, facts in found.items():  # all of them before the first step, which changes the weights
+        if "error" not in facts:
+            progress(f"n={n} {spec}: gradients")
+            facts |= _tried(bench, partial(bench.check, strategies[spec]))
     if device.type != "cuda":
         progress(f"n={n} floor: bytes")
-    floor = bytes_alone.get("") or _tried(bench, lambda: bench.measure(NoLogits()))
-    found: dict[str, Facts] = {}
-    for spec, strategy in strategies.items():
-        facts = found[spec] = bytes_alone.get(spec, {})
-        if facts.get("status", "ok") != "ok":
-            continue
-        progress(f"n={n} {spec}: gradients")
-        facts |= _tried(bench, lambda strategy=strategy: bench.check(strategy))  # type: ignore[misc]
-        if device.type != "cuda" and "error" not in facts:
-            progress(f"n={n} {spec}: bytes")
-            facts |= _tried(bench, lambda strategy=strategy: bench.measure(strategy))  # type: ignore[misc]
-    seconds = bench.time(
-        {spec: strategies[spec] for spec, facts in found.items() if facts["status"] == "ok"},
-        lambda spec: progress(f"n={n} {spec}: timing"),
-    )
+        bytes_alone[""] = _tried(bench, partial(bench.measure, NoLogits()))
+        for spec, facts in found.items():
+            if "error" not in facts:
+                progress(f"n={n} {spec}: bytes")
+                facts |= _tried(bench, partial(bench.measure, strategies[spec]))
+    running = {spec: strategies[spec] for spec, facts in found.items() if "error" not in facts}
+    for spec, seconds in bench.time(running, lambda spec: progress(f"n={n} {spec}: timing")).items():
+        if isinstance(seconds, Exception):
+            found[spec]["error"] = f"not timed: {failure(seconds)['error']}"
+        else:
+            found[spec] |= speed(seconds, workload.tokens)
     for case in todo:
-        facts = found[case.strategy]
-        if case.strategy in seconds:
-            facts |= speed(seconds[case.strategy], workload.tokens)
         yield Record(
             case=case.fingerprint,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -112,8 +112,8 @@ def _run_n(
             model=dataclasses.asdict(config),
             workload={**dataclasses.asdict(workload), "source": corpus.source, "digest": corpus.digest},
             environment=environment(device.type),
-            **as_floor(floor),
-            **facts,
+            **as_floor(bytes_alone[""]),
+            **found[case.strategy],
         )
 
 

@@ -16,7 +16,7 @@ from mtp_mem.prediction import verdict
 from mtp_mem.scenarios import ALL_DTYPES
 from mtp_mem.testing.broken import Broken
 from mtp_mem.units import show_bytes
-from mtp_mem.verify import Check, Verification
+from mtp_mem.verification import Check, Verification
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,21 @@ def fits(record: Record, gpu: GPU) -> str:
 def comparison(records: Sequence[Record], console: Console) -> Table:
     """One row a record, n by n, in as many columns as the console is wide enough for."""
     return _fitting(COLUMNS, records, console)
+
+
+def remarks(records: Sequence[Record]) -> list[str]:
+    """What the columns cannot say of a record: what was chosen and why, why it failed, and peaks that were bent."""
+    lines = []
+    for r in records:
+        words = [r.chosen] if r.chosen else []
+        if r.status != "ok" or r.error:
+            words.append(f"{r.status}: {r.error or 'no reason recorded'}")
+        if r.alloc_retries:
+            words.append(f"the allocator ran out {r.alloc_retries} times and freed its cache: the peak is bent by it")
+        if r.peak_spread_bytes:
+            words.append(f"three repeats of the step differ by {show_bytes(r.peak_spread_bytes)} in their peaks")
+        lines += [f"{r.strategy}, n = {r.n}: {text}" for text in words]
+    return lines
 
 
 SLOPE_TITLES = ("bytes per further head", "fitted", "by formula", "formula is off by")

@@ -157,7 +157,7 @@ def _suite(specs: tuple[str, ...]) -> int:
     words = " or ".join((*specs, "token_chunks", "losses", "counted_by_hand"))
     if run(("properties",), " or ".join(f"plain_autograd[{spec}" for spec in specs)):
         return 1
-    from mtp_mem.verify import verify
+    from mtp_mem.verification import verify
 
     for check in verify(specs).checks:
         if not check.passed or (

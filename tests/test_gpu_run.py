@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mtp_mem import gpu_run
 from mtp_mem.cli import main
-from mtp_mem.gpu_run import Outcome, Stage, run, stages
+from mtp_mem.config import load_gpu
+from mtp_mem.gpu_run import Outcome, Stage, run
 
 
 def done(plan: list[Stage], out: Path, budget_s: float = 60) -> dict[str, Outcome]:
@@ -16,16 +18,45 @@ def done(plan: list[Stage], out: Path, budget_s: float = 60) -> dict[str, Outcom
 
 
 def test_the_plan_measures_first_and_reports_last(tmp_path: Path) -> None:
-    for device in ("cpu", "cuda"):
-        plan = stages(device, tmp_path, quick=device == "cpu", tests=Path("tests/benchmarks"))
-        names = [stage.name for stage in plan]
+    for gpu in (None, load_gpu("h200")):
+        plan = gpu_run.plan(gpu, tmp_path, quick=gpu is None, tests=Path("tests/benchmarks"))
+        names = [stage.name for stage in plan.stages]
         assert names[0] == "environment"
         assert names[1].startswith("compare-")
         assert names[-1] == "report"
         assert len(set(names)) == len(names)
-    full = [stage.name for stage in plan]
+        assert plan.refused == ()
+    full = {stage.name: stage for stage in plan.stages}
     assert {"compare-mtp-1.3b", "compare-llama3-8b", "verify-fp32", "verify-bf16", "check", "benchmark"} <= set(full)
-    assert "benchmark" not in [s.name for s in stages("cpu", tmp_path, quick=True, tests=None)]
+    assert len(full["compare-llama3-8b"].cases) == 20
+    assert "benchmark" not in [s.name for s in gpu_run.plan(None, tmp_path, quick=True, tests=None).stages]
+
+
+def test_a_smaller_gpu_gets_a_smaller_model_and_no_case_that_cannot_fit(tmp_path: Path) -> None:
+    h100 = gpu_run.plan(load_gpu("h100-80gb"), tmp_path, quick=False, tests=None)
+    assert "compare-llama3.2-1b" in [stage.name for stage in h100.stages]
+    assert h100.refused == ()
+    l4 = gpu_run.plan(load_gpu("l4"), tmp_path, quick=False, tests=None)
+    (large,) = (stage for stage in l4.stages if stage.name.startswith("compare-llama3.2-1b"))
+    refused = {(case.n, case.strategy) for profile, case in l4.refused if profile == "llama3.2-1b"}
+    assert refused == {(n, spec) for n in (1, 2, 4, 8) for spec in ("naive", "sequential", "checkpointed")}
+    assert large.command[large.command.index("--strategies") + 1] == "chunked_vocab,chunked_tokens"
+    assert {case.strategy for case in large.cases} == {"chunked_vocab", "chunked_tokens"}
+
+
+def test_cases_that_fit_at_some_n_only_are_stages_of_their_own(tmp_path: Path) -> None:
+    a40 = dataclasses.replace(load_gpu("l40s"), total_bytes=42 * 2**30)
+    names = {s.name: s for s in gpu_run.plan(a40, tmp_path, quick=False, tests=None).stages}
+    assert {"compare-llama3.2-1b-n1,2", "compare-llama3.2-1b-n4,8"} <= set(names)
+    command = names["compare-llama3.2-1b-n4,8"].command
+    assert "naive" not in command[command.index("--strategies") + 1].split(",")
+
+
+def test_deterministic_kernels_are_asked_of_every_comparison(tmp_path: Path) -> None:
+    plan = gpu_run.plan(load_gpu("h200"), tmp_path, quick=False, tests=None, deterministic=True)
+    for stage in plan.stages:
+        wanted = stage.name.startswith(("compare", "verify"))
+        assert ("--require-deterministic" in stage.command) is wanted, stage.name
 
 
 def test_what_ended_is_kept_and_not_run_again(tmp_path: Path) -> None:
@@ -54,9 +85,19 @@ def test_the_report_gets_its_turn_when_the_budget_ends(tmp_path: Path) -> None:
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert main(["gpu", "--out", str(out), "--dry-run", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["name"] == "environment"
+    assert main(["gpu", "--out", str(out), "--dry-run", "--gpu", "l4", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["stages"][0]["name"] == "environment"
+    assert document["stages"][1]["cases"][0]["peak_bytes"] > 2**33
+    assert len(document["refused"]) == 12
+    assert main(["gpu", "--out", str(out), "--dry-run", "--gpu", "l4"]) == 0
+    shown = capsys.readouterr().out
+    assert "refused: llama3.2-1b n=8 naive needs 57.6 GiB, there are 21.0 GiB" in shown
+    assert "GiB  n=4 chunked_tokens" in shown
+    assert "min in all; budget 45 min" in shown
     assert not out.exists()
+    assert main(["gpu", "--out", str(out), "--gpu", "l4"]) == 2
+    assert "--gpu l4: only says what --dry-run plans for" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -11,7 +11,7 @@ from mtp_mem import load_strategy
 from mtp_mem.scenarios import SCENARIOS
 from mtp_mem.testing import check_strategy
 from mtp_mem.testing.broken import BROKEN
-from mtp_mem.verify import verify
+from mtp_mem.verification import verify
 
 USUAL = [scenario for scenario in SCENARIOS if scenario.name == "n = 3"]
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import mtp_mem
 from mtp_mem.scenarios import ALL_DTYPES, SCENARIOS, Scenario, build, oracle, run
 from mtp_mem.strategy import loadable
 from mtp_mem.testing.broken import BROKEN
-from mtp_mem.verify import allowed, verify
+from mtp_mem.verification import allowed, verify
 
 RIGHT = [*loadable(), "naive:loss=chunked_vocab"]
 
@@ -26,6 +27,12 @@ def verified():  # type: ignore[no-untyped-def]
 def test_right_strategies_pass(verified, spec: str) -> None:  # type: ignore[no-untyped-def]
     assert [check.explain() for check in verified.of(spec) if not check.passed] == []
     assert len(verified.of(spec)) == sum(len(scenario.dtypes) for scenario in SCENARIOS)
+
+
+def test_by_default_it_verifies_everything_that_can_be_loaded() -> None:
+    found = mtp_mem.verify(dtypes=["fp64"], scenarios=SCENARIOS[:1])
+    assert [check.strategy for check in found.checks] == loadable()
+    assert found.failures == ()
 
 
 @pytest.mark.parametrize("spec", ["sequential", "checkpointed"])

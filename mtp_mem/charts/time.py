@@ -1,4 +1,8 @@
-"""Time per step against the number of heads, relative to naive at the same n and to naive at n = 1."""
+"""Time per step against the number of heads, relative to naive at the same n and to naive at n = 1.
+
+Beside the second stand the FLOPs of naive's step, relative to n = 1 too: what its time should grow by where products
+decide it.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +10,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from mtp_mem.charts.style import End, figure, foot, grid, heads_axis, label_ends, save, styles, subtitle, write_rows
+from mtp_mem.flops import step_flops
+from mtp_mem.formulas import Shape
 from mtp_mem.memory.record import Record
 
 PAPER = {  # (V, D, layers) -> {n: step time relative to n = 1}
@@ -26,6 +32,17 @@ def paper_times(record: Record) -> dict[int, float]:
         return {}
     found = PAPER.get((model["vocab_size"], model["dim"], model["n_layers"]), {})
     return {1: 1.0, **found} if found else {}
+
+
+def flops_over_first(records: Sequence[Record]) -> dict[int, float]:
+    """FLOPs of naive's step relative to its smallest n, by n; empty where there is no closed form."""
+    found = {}
+    for r in sorted((r for r in records if r.strategy == "naive"), key=lambda r: r.n):
+        shape = Shape.of(r.model, r.workload)
+        if shape is None:
+            return {}
+        found[r.n] = step_flops(r.strategy, shape)
+    return {n: flops / found[min(found)] for n, flops in found.items()}
 
 
 def time_vs_n(records: Sequence[Record], out: Path) -> list[Path]:
@@ -51,13 +68,17 @@ def time_vs_n(records: Sequence[Record], out: Path) -> list[Path]:
         left, right = drawing.subplots(1, 2)
         _panel(left, timed, naive, "relative to naive at the same n")
         paper = paper_times(timed[0]) if first == 1 else {}
-        _panel(right, timed, one, f"relative to naive at n = {first}", paper)
+        flops = flops_over_first(timed)
+        _panel(right, timed, one, f"relative to naive at n = {first}", paper, flops)
         columns = ("n", "strategy", "step_ms", "step_ms_p20", "step_ms_p80", "over_naive", "over_naive_at_first_n")
         rows = [
-            [r.n, r.strategy, r.step_ms, r.step_ms_p20, r.step_ms_p80, _over(r, naive), _over(r, one), paper.get(r.n)]
+            [
+                *(r.n, r.strategy, r.step_ms, r.step_ms_p20, r.step_ms_p80, _over(r, naive), _over(r, one)),
+                *(round(flops[r.n], 4) if r.n in flops else None, paper.get(r.n)),
+            ]
             for r in timed
         ]
-        return save(drawing, out, "time-vs-n", write_rows([*columns, "paper_table_s5"], rows))
+        return save(drawing, out, "time-vs-n", write_rows([*columns, "flops_over_first_n", "paper_table_s5"], rows))
 
 
 def _over(record: Record, reference: dict[int, float]) -> float | None:
@@ -66,10 +87,18 @@ def _over(record: Record, reference: dict[int, float]) -> float | None:
 
 
 def _panel(
-    axes: Axes, timed: Sequence[Record], reference: dict[int, float], title: str, paper: dict[int, float] | None = None
+    axes: Axes,
+    timed: Sequence[Record],
+    reference: dict[int, float],
+    title: str,
+    paper: dict[int, float] | None = None,
+    flops: dict[int, float] | None = None,
 ) -> None:
-    """The lines over `reference` (n -> milliseconds), their bands, and the paper's figures as hollow diamonds."""
-    ends, top = [], 1.0
+    """The lines over `reference` (n -> milliseconds), their bands; the paper's figures as hollow diamonds; FLOPs."""
+    ends, top = [], max([1.0, *(flops or {}).values()])
+    if flops and len(flops) > 1:
+        axes.plot(list(flops), list(flops.values()), color="#333333", linewidth=0.9, linestyle=(0, (5, 4)), zorder=4)
+        ends.append(End(max(flops), flops[max(flops)], f"naive's FLOPs  {flops[max(flops)]:.2f}x", "#333333"))
     for strategy, (colour, marker, dash) in styles([r.strategy for r in timed]).items():
         line = sorted((r for r in timed if r.strategy == strategy and r.n in reference), key=lambda r: r.n)
         if not line:

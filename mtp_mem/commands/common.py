@@ -37,6 +37,23 @@ def device_option(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="auto", type=_device, help="cpu, cuda or cuda:N; default: CUDA if any")
 
 
+def deterministic_option(sub: argparse.ArgumentParser) -> None:
+    """`--require-deterministic`."""
+    sub.add_argument(
+        "--require-deterministic",
+        action="store_true",
+        help="take deterministic kernels only; a case that needs another one is an error",
+    )
+
+
+def settle_numerics(args: argparse.Namespace) -> None:
+    """Act on `--require-deterministic`; before the first work on a device."""
+    from mtp_mem.determinism import require_deterministic
+
+    if args.require_deterministic:
+        require_deterministic()
+
+
 def profile_of(args: argparse.Namespace) -> "Profile":
     """The profile with the command line's changes; every strategy in it can be loaded."""
     from mtp_mem.config import load_profile

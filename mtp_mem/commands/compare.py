@@ -4,7 +4,17 @@ import argparse
 import json
 from pathlib import Path
 
-from mtp_mem.commands.common import AddCommand, case_options, console, device_option, note, profile_of, progress
+from mtp_mem.commands.common import (
+    AddCommand,
+    case_options,
+    console,
+    deterministic_option,
+    device_option,
+    note,
+    profile_of,
+    progress,
+    settle_numerics,
+)
 
 
 def add(command: AddCommand) -> None:
@@ -14,6 +24,7 @@ def add(command: AddCommand) -> None:
     sub.add_argument("--rounds", type=int, help="timed steps per case, instead of the profile's")
     sub.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text; default: CPython's help topics")
     device_option(sub)
+    deterministic_option(sub)
     sub.add_argument("--fresh", action="store_true", help="forget the results in --out and start over")
 
 
@@ -24,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from mtp_mem.data import load_corpus
     from mtp_mem.memory.record import ResultsFile
 
+    settle_numerics(args)
     profile = profile_of(args)
     device = bench.resolve_device(args.device)
     corpus = load_corpus(profile.workload, profile.model.vocab_size, args.text)
@@ -67,11 +79,8 @@ def run(args: argparse.Namespace) -> int:
         if slopes := tables.slopes(records):
             screen.print()
             screen.print(slopes)
-        for record in records:
-            if record.chosen:
-                screen.print(f"n={record.n} {record.strategy}: {record.chosen}", markup=False)
-            if record.error:
-                screen.print(f"n={record.n} {record.strategy}: {record.status}: {record.error}", markup=False)
+        for line in tables.remarks(records):
+            screen.print(line, markup=False)
         screen.print(f"\nrecords {results.path}, chart {out / 'memory-vs-n.png'} (.svg, .csv)", markup=False)
         screen.print(sentence, markup=False)
     failed = any(record.status == "error" or record.gradient == "differs" for record in records)

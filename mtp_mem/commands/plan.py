@@ -27,7 +27,7 @@ def add(command: AddCommand) -> None:
     sub.add_argument(
         "--profile", default="llama3-8b", help="a shipped one (see list) or a TOML file; default llama3-8b"
     )
-    sub.add_argument("--gpu", default="h200", help="a GPU of profiles/gpus.toml (see list); default h200")
+    sub.add_argument("--gpu", help="a GPU of gpus.toml (see list); default the first of the profile's")
     sub.add_argument(
         "--headroom", default="5%", help="share of the GPU to leave for the CUDA context and libraries; default 5%%"
     )
@@ -45,10 +45,9 @@ def run(args: argparse.Namespace) -> int:
     from mtp_mem.prediction import check_predictable
     from mtp_mem.probes import Point, ProbeCache, Prober
 
-    gpu = load_gpu(args.gpu)
-    percent = headroom(args.headroom)
+    profile, percent = load_profile(args.profile), headroom(args.headroom)
+    gpu = load_gpu(args.gpu or profile.gpus[0])
     limit = int(gpu.total_bytes * (1 - percent / 100))
-    profile = load_profile(args.profile)
     if args.dtype:
         profile = dataclasses.replace(profile, workload=dataclasses.replace(profile.workload, dtype=args.dtype))
     check_predictable(profile)

@@ -1,55 +1,69 @@
-"""`mtp-mem predict`: peaks on a GPU that need not be here."""
+"""`mtp-mem predict`: peaks on GPUs that need not be here."""
 
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mtp_mem.commands.common import AddCommand, case_options, console, profile_of, progress
+from mtp_mem.commands.common import AddCommand, case_options, console, names, profile_of, progress
+
+if TYPE_CHECKING:
+    from mtp_mem.config import GPU
+    from mtp_mem.memory.record import Record
 
 
 def add(command: AddCommand) -> None:
     """Register the command."""
-    sub = command("predict", run, "peaks on a GPU that need not be here: the step on tensors without data")
+    sub = command("predict", run, "peaks on GPUs that need not be here: the step on tensors without data")
     case_options(sub, "llama3-8b", "bf16")
-    sub.add_argument("--gpu", default="h200", help="a GPU of profiles/gpus.toml (see list); default h200")
+    sub.add_argument("--gpu", type=names, metavar="A,B", help="GPUs of gpus.toml (see list), instead of the profile's")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The profile's peaks on a GPU that need not be here."""
-    from mtp_mem import charts, prediction, tables
+    """The profile's peaks on GPUs that need not be here, one after the other."""
+    from mtp_mem import charts, prediction
     from mtp_mem.config import load_gpu
     from mtp_mem.memory.record import ResultsFile
-    from mtp_mem.units import show_bytes
 
-    profile, gpu = profile_of(args), load_gpu(args.gpu)
-    out = args.out or Path("results") / f"predict-{profile.name}-{args.gpu.lower()}"
+    profile = profile_of(args)
+    gpus = {name.lower(): load_gpu(name) for name in args.gpu or profile.gpus}
     prediction.check_predictable(profile)
-    results = ResultsFile(out, fresh=True)
-    records = []
-    with progress(len(profile.sweep.n) * (1 + len(profile.sweep.strategies))) as begin:
-        for record in prediction.predict(profile, gpu, begin):
-            results.append(record)
-            records.append(record)
-    files = charts.memory_vs_n(records, out, gpu)
+    alone = args.out if len(gpus) == 1 else None
+    folder = args.out or Path("results")
+    files = {name: ResultsFile(alone or folder / f"predict-{profile.name}-{name}", fresh=True) for name in gpus}
+    found: dict[str, list[Record]] = {name: [] for name in gpus}
+    with progress(len(gpus) * len(profile.sweep.n) * (1 + len(profile.sweep.strategies))) as begin:
+        for name, gpu in gpus.items():
+            for record in prediction.predict(profile, gpu, begin):
+                files[name].append(record)
+                found[name].append(record)
+    written: list[Path] = []
+    for name, gpu in gpus.items():
+        written += [files[name].path, *charts.memory_vs_n(found[name], files[name].path.parent, gpu)]
+        if not args.json:
+            _show(found[name], files[name].path, gpu)
+    records = [record for one in found.values() for record in one]
     if args.json:
-        paths = [str(path) for path in (results.path, *files)]
+        paths = [str(path) for path in written]
         document = {"schema": records[0].schema, "records": [r.to_json() for r in records], "files": paths}
         print(json.dumps(document, indent=1))
-    else:
-        screen = console()
-        screen.print(tables.prediction(records, screen, gpu))
-        if slopes := tables.slopes(records):
-            screen.print()
-            screen.print(slopes)
-        for record in records:
-            if record.chosen:
-                screen.print(f"n={record.n} {record.strategy}: {record.chosen}", markup=False)
-            if record.error:
-                screen.print(f"n={record.n} {record.strategy}: {record.error}", markup=False)
-        screen.print(f"\nrecords {results.path}, chart {out / 'memory-vs-n.png'} (.svg, .csv)", markup=False)
-        screen.print(
-            f"Predicted for {gpu.name} ({show_bytes(gpu.total_bytes)}), not measured on one; CUDA context and"
-            " libraries come on top.",
-            markup=False,
-        )
     return 1 if any(record.status == "error" for record in records) else 0
+
+
+def _show(records: "list[Record]", path: Path, gpu: "GPU") -> None:
+    from mtp_mem import tables
+    from mtp_mem.units import show_bytes
+
+    screen = console()
+    screen.print(tables.prediction(records, screen, gpu))
+    if slopes := tables.slopes(records):
+        screen.print()
+        screen.print(slopes)
+    for line in tables.remarks(records):
+        screen.print(line, markup=False)
+    screen.print(f"\nrecords {path}, chart {path.with_name('memory-vs-n.png')} (.svg, .csv)", markup=False)
+    screen.print(
+        f"Predicted for {gpu.name} ({show_bytes(gpu.total_bytes)}), not measured on one; CUDA context and"
+        " libraries come on top.\n",
+        markup=False,
+    )

@@ -6,13 +6,21 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from mtp_mem.commands.common import AddCommand, console, device_option, names, progress
+from mtp_mem.commands.common import (
+    AddCommand,
+    console,
+    deterministic_option,
+    device_option,
+    names,
+    progress,
+    settle_numerics,
+)
 from mtp_mem.errors import BadInput
 
 if TYPE_CHECKING:
     import torch
 
-    from mtp_mem.verify import Check, Verification
+    from mtp_mem.verification import Check, Verification
 
 SHOWN = 20  # failures in the terminal; --json has all
 
@@ -26,6 +34,7 @@ def add(command: AddCommand) -> None:
     sub.add_argument("--dtype", help="fp64, fp32, bf16 or bf16-mixed; default: all, or the profile's")
     sub.add_argument("--prove", action="store_true", help="run the shipped broken strategies: each must be caught")
     device_option(sub)
+    deterministic_option(sub)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
     from mtp_mem.config import Dtype
     from mtp_mem.errors import unknown
     from mtp_mem.scenarios import ALL_DTYPES, SCENARIOS
-    from mtp_mem.verify import verify
+    from mtp_mem.verification import verify
 
+    settle_numerics(args)
     device = resolve_device(args.device)
     if args.dtype and args.dtype not in ALL_DTYPES:
         raise unknown("dtype", args.dtype, ALL_DTYPES)
@@ -53,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
             found = verify(specs, dtypes=dtypes, device=device, progress=begin)
     failures = found.failures
     if args.json:
-        print(json.dumps({"passed": not failures, "checks": [_json(check) for check in found.checks]}, indent=1))
+        document = {"passed": not failures, "summary": _sentence(found, specs)}
+        print(json.dumps(document | {"checks": [_json(check) for check in found.checks]}, indent=1))
         return 1 if failures else 0
     screen = console()
     screen.print(tables.verification(found, specs, screen))
@@ -81,7 +92,7 @@ def _on_profile(args: argparse.Namespace, specs: list[str], device: "torch.devic
     from mtp_mem.data import load_corpus
     from mtp_mem.scenarios import Problem, Scenario
     from mtp_mem.strategy import load_strategy
-    from mtp_mem.verify import Verification, verify_problem
+    from mtp_mem.verification import Verification, verify_problem
 
     profile = load_profile(args.profile)
     if args.dtype:
@@ -103,7 +114,7 @@ def _prove(args: argparse.Namespace, device: "torch.device") -> int:
     from mtp_mem import tables
     from mtp_mem.scenarios import ALL_DTYPES, SCENARIOS
     from mtp_mem.testing.broken import BROKEN
-    from mtp_mem.verify import verify
+    from mtp_mem.verification import verify
 
     with progress(sum(len(s.dtypes) for s in SCENARIOS)) as begin:
         found = verify([broken() for broken in BROKEN], dtypes=ALL_DTYPES, device=device, progress=begin)

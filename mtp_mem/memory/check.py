@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from mtp_mem.config import GPU, ModelConfig, Profile, Sweep, Workload, load_gpu
+from mtp_mem.config import GPU, ModelConfig, Profile, Sweep, Workload, load_gpu, load_gpus
 from mtp_mem.errors import MtpMemError
 from mtp_mem.memory import fake, isolated
 from mtp_mem.memory.kernels import KERNELS
@@ -42,6 +42,7 @@ SHAPES = {
 ALLOCATORS = {"default": "expandable_segments:False", "expandable": "expandable_segments:True"}
 FIELDS = ("requested", "allocated", "reserved")
 SM90_WORKSPACE, OTHER_WORKSPACE = 4096 * 8 * 1024, 8_519_680
+ASSUMED_FLOPS, ASSUMED_BANDWIDTH = 1e14, 1e12  # of a GPU that gpus.toml does not know; only minutes depend on them
 
 
 @dataclass(frozen=True)
@@ -157,18 +158,19 @@ def check_kernels(device: str, multiprocessors: int) -> Iterator[tuple[str, int,
 
 
 def device_here() -> GPU:
-    """The CUDA device of this process as a target."""
+    """The CUDA device of this process as a target; its speed is gpus.toml's, or assumed for a GPU that is not there."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     query = getattr(torch.backends.cuda, "cublas_workspace_size", None)  # since torch 2.13
+    known = next((gpu for gpu in load_gpus().values() if gpu.name == properties.name), None)
     default = SM90_WORKSPACE if properties.major == 9 else OTHER_WORKSPACE
     return GPU(
         name=properties.name,
         total_bytes=properties.total_memory,
         workspace_bytes=query() if query else default,
         multiprocessors=properties.multi_processor_count,
-        flops=1.0,  # neither is used here
-        bandwidth=1.0,
-        source="the device itself",
+        flops=known.flops if known else ASSUMED_FLOPS,
+        bandwidth=known.bandwidth if known else ASSUMED_BANDWIDTH,
+        source="the device itself" if known else "the device itself; flops and bandwidth assumed",
     )
 
 

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mtp_mem.config import Profile, from_table
 
 TIMEOUT_S = 600
@@ -48,6 +50,7 @@ def measure(
         "spec": spec,
         "device": device,
         "text": None if text is None else str(text.resolve()),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
     try:
         child = subprocess.run(
@@ -69,10 +72,9 @@ def measure(
 
 def main() -> None:
     """The child: run the case that stdin describes."""
-    import torch
-
     from mtp_mem.bench import Bench, failure, resolve_device
     from mtp_mem.data import load_corpus
+    from mtp_mem.determinism import require_deterministic
     from mtp_mem.floor import NoLogits
     from mtp_mem.strategy import load_strategy
 
@@ -80,6 +82,8 @@ def main() -> None:
     # Ctrl-C reaches the whole group of processes; the parent decides what becomes of a half-measured case.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     request = json.load(sys.stdin)
+    if request["deterministic"]:
+        require_deterministic()
     profile = from_table(Profile, request["profile"])
     device: torch.device = resolve_device(request["device"])
     config = profile.model.with_n(request["n"])

@@ -36,6 +36,7 @@ def device_facts() -> dict[str, Any]:
             return {
                 "driver": pynvml.nvmlSystemGetDriverVersion(),
                 "uuid": _ask(pynvml.nvmlDeviceGetUUID, handle),
+                "mig_slice": bool(_ask(pynvml.nvmlDeviceIsMigDeviceHandle, handle)),
                 "power_limit_mw": _ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle),
                 "sm_clock_mhz": _ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
                 "memory_clock_mhz": _ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),

@@ -35,7 +35,7 @@ class Section:
     cases: Grid
     slopes: Grid | None
     gradients: str
-    failures: tuple[str, ...]
+    remarks: tuple[str, ...]
     machine: Grid
     command: str
 
@@ -68,11 +68,10 @@ def section(records: Sequence[Record]) -> Section:
         cases=_cases(records),
         slopes=Grid(tables.SLOPE_TITLES, tuple(slopes), (True, *[False] * 3)) if slopes else None,
         gradients=_verdict(records),
-        failures=tuple(f"{r.strategy}, n = {r.n}: {r.status}: {r.error or 'no reason recorded'}" for r in records
-                       if r.status != "ok"),
+        remarks=tuple(tables.remarks(records)),
         machine=_machine(records),
         command=command(records),
-    )  # fmt: skip
+    )
 
 
 def _measured(records: Sequence[Record]) -> tuple[str, tuple[tuple[str, str], ...]]:

@@ -93,8 +93,8 @@ def to_markdown(
         lines += [f"- {_text(name)}: {_text(value)}" for name, value in s.figures]
         lines += ["", f"Bytes: {_text(s.how)}.", "", *_pictures(group.charts, base)]
         lines += ["### Cases", "", *_grid(s.cases)]
-        if s.failures:
-            lines += ["### What did not finish", "", *(f"- {_text(line)}" for line in s.failures), ""]
+        if s.remarks:
+            lines += ["### Remarks", "", *(f"- {_text(line)}" for line in s.remarks), ""]
         if s.slopes:
             lines += ["### What a further head costs", "", *_grid(s.slopes)]
         lines += ["### Gradients", "", _text(s.gradients), "", "### Run it again", ""]

@@ -7,7 +7,7 @@ import torch
 from mtp_mem.config import Dtype
 from mtp_mem.scenarios import ALL_DTYPES, SCENARIOS, Scenario
 from mtp_mem.strategy import Strategy
-from mtp_mem.verify import Check, verify
+from mtp_mem.verification import Check, verify
 
 SHOWN = 10
 

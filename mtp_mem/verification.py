@@ -19,7 +19,7 @@ from mtp_mem.model import MTPModel
 from mtp_mem.protocol import BrokenContract, Watched, unchanged
 from mtp_mem.scenarios import ALL_DTYPES, SCENARIOS, Outcome, Problem, Scenario, build, oracle, run, with_chunk
 from mtp_mem.step import forward_backward
-from mtp_mem.strategy import Strategy, load_strategy
+from mtp_mem.strategy import Strategy, load_strategy, loadable
 
 Progress = Callable[[str], None]
 LAST_PLACE: dict[Dtype, float] = {"fp64": 2**-52, "fp32": 2**-23, "bf16": 2**-7, "bf16-mixed": 2**-7}
@@ -98,7 +98,7 @@ class Verification:
 
 
 def verify(
-    strategies: Iterable[str | Strategy],
+    strategies: Iterable[str | Strategy] | None = None,
     *,
     dtypes: Sequence[Dtype] = ALL_DTYPES,
     scenarios: Sequence[Scenario] = SCENARIOS,
@@ -108,14 +108,15 @@ def verify(
     """Run every strategy through every scenario in every dtype.
 
     Args:
-        strategies: spec strings or objects; a `chunk` option is set to what each scenario asks for.
+        strategies: spec strings or objects, by default all that can be loaded here; a `chunk` option is set to what
+            each scenario asks for.
         dtypes: of the model; a scenario may be made for fewer.
         scenarios: see mtp_mem/scenarios.py.
         device: where the strategies run; the oracle runs on the CPU.
         progress: told each scenario and dtype as it begins.
     """
     named: dict[str, Strategy] = {}
-    for s in strategies:
+    for s in loadable() if strategies is None else strategies:
         name = s if isinstance(s, str) else type(s).__name__
         if name in named and not isinstance(s, str):
             name = f"{name} {sum(isinstance(other, type(s)) for other in named.values()) + 1}"

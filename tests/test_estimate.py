@@ -1,0 +1,72 @@
+"""What a comparison takes, by closed forms: FLOPs as torch counts them, bytes as the fake instrument predicts them."""
+
+import dataclasses
+
+import pytest
+from small import build, tiny
+from torch.utils.flop_counter import FlopCounterMode
+
+from mtp_mem import Profile, Sweep, Workload, forward_backward, load_profile, load_strategy
+from mtp_mem.config import load_gpu
+from mtp_mem.estimate import baseline, capacity, estimate
+from mtp_mem.flops import step_flops
+from mtp_mem.formulas import Shape
+from mtp_mem.memory.fake import trace_step
+
+
+@pytest.mark.parametrize("spec", ["naive", "sequential", "checkpointed", "naive:loss=chunked_vocab"])
+@pytest.mark.parametrize("n", [1, 4])
+def test_products_as_torch_counts_them(spec: str, n: int) -> None:
+    config = tiny(n_future=n)
+    model, batch = build(config)
+    with FlopCounterMode(display=False) as counter:  # type: ignore[no-untyped-call]
+        forward_backward(model, batch, load_strategy(spec))
+    counted = counter.get_flop_counts()["Global"]
+    attention = [op for op in counted if "attention" in str(op)]
+    workload = Workload(batch=2, sequence=24)
+    shape = Shape.of(dataclasses.asdict(config), dataclasses.asdict(workload))
+    assert shape is not None
+    without = dataclasses.replace(shape, S=0)
+    products = sum(flops for op, flops in counted.items() if op not in attention)
+    missing = shape.n * 2 * shape.N * shape.V * shape.D if "vocab" in spec else 0  # addmm_, which torch does not count
+    assert step_flops(spec, without) == products + missing
+    assert step_flops(spec, shape) > step_flops(spec, without)
+
+
+def test_the_growth_with_n_follows_the_paper() -> None:
+    # Table S5 has 1.04 and 1.12 for n = 2 and 4 of the 1.3B model.
+    profile = load_profile("mtp-1.3b")
+    flops = {}
+    for n in (1, 2, 4):
+        shape = Shape.of(dataclasses.asdict(profile.model.with_n(n)), dataclasses.asdict(profile.workload), cuda=True)
+        assert shape is not None
+        flops[n] = step_flops("sequential", shape)
+    assert flops[2] / flops[1] == pytest.approx(1.04, abs=0.01)
+    assert flops[4] / flops[1] == pytest.approx(1.12, abs=0.02)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_bytes_are_those_of_the_prediction(n: int) -> None:
+    profile, gpu = load_profile("mtp-0.3b"), load_gpu("h200")
+    one = dataclasses.replace(profile, sweep=Sweep(n=(n,), strategies=("sequential",)))
+    (found,) = estimate(one, gpu)
+    trace = trace_step(profile.model.with_n(n), profile.workload, load_strategy("sequential"), gpu=gpu)
+    assert found.peak_bytes == pytest.approx(trace.peak().nbytes, rel=0.01)
+    assert baseline(profile.model.with_n(n), profile.workload) == pytest.approx(trace.baseline, rel=1e-4)
+    assert found.fits
+    assert found.seconds is not None
+    assert found.seconds > 0
+
+
+def test_what_cannot_fit_and_what_has_no_closed_form() -> None:
+    profile = load_profile("llama3-8b")
+    small, large = load_gpu("l4"), load_gpu("h200")
+    assert [case.fits for case in estimate(profile, small)] == [False] * 20
+    assert all(case.fits for case in estimate(profile, large))
+    assert capacity(small) < small.total_bytes
+    chain = Profile(
+        name="chain", model=tiny(head="causal"), workload=Workload(batch=1, sequence=8), sweep=Sweep(n=(2,))
+    )
+    assert [(c.peak_bytes, c.seconds, c.fits) for c in estimate(chain, small)] == [(None, None, True)] * 5
+    mixed = dataclasses.replace(chain, model=tiny(), workload=Workload(batch=1, sequence=8, dtype="bf16-mixed"))
+    assert estimate(mixed, None)[0].peak_bytes is None
