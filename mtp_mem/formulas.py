@@ -153,7 +153,8 @@ def heads_peak(spec: str, shape: Shape) -> int | None:
         tokens = getattr(strategy, "chunk", None) or default_chunk(shape.N, shape.D, shape.V, shape.value, shape.cuda)
         more = shape.V * shape.D * (shape.loss_value - shape.value)  # a sum wider than the gradient
         alone = shape.unembedding if shape.n == 1 else 0  # with more heads it is among what the others left
-        return _one_head(shape, _tokens(shape, min(tokens, shape.N)) + more + alone)
+        fused = getattr(strategy, "rows", "") == "compiled"
+        return _one_head(shape, _tokens(shape, min(tokens, shape.N), fused) + more + alone)
     if name == "naive":
         return _joint(shape)
     if name in ("sequential", "checkpointed"):
@@ -193,18 +194,20 @@ def _is_chunked_tokens(spec: str) -> bool:
     return spec.partition(":")[0] == "chunked_tokens" and getattr(strategy, "accumulate", "") == "fp32"
 
 
-def _tokens(s: Shape, chunk: int) -> int:
-    """A chunk of logits, and in low precision its softmax's fp32 rows.
+def _tokens(s: Shape, chunk: int, fused: bool) -> int:
+    """A chunk of logits, and in low precision its softmax's fp32 rows, unless one kernel does them (`fused`).
 
     Besides, in N rows: targets as columns (8), validity (1) and shares of the mean. A CPU has no product of low
     precision into fp32, and widens both sides.
     """
     rows = s.N * (8 + 1 + s.loss_value) + chunk * s.loss_value
-    softmax_row = 5 * s.loss_value + 1  # the largest logit, the target's, the loss, that times its share twice, a mask
+    softmax_row = (
+        0 if fused else 5 * s.loss_value + 1
+    )  # the largest logit, the target's, the loss, that times its share twice, a mask
     if s.value == s.loss_value:
         return chunk * (s.V * s.value + softmax_row) + rows
     height = min(chunk, max(1, SOFTMAX_BLOCK // (s.V * s.loss_value)))
-    softmax = height * (s.V * s.loss_value + softmax_row)
+    softmax = 0 if fused else height * (s.V * s.loss_value + softmax_row)
     widened = 0 if s.cuda else chunk * (s.D + min(WIDE_ROWS, s.V)) * s.loss_value
     return chunk * s.V * s.value + max(softmax, widened) + rows
 

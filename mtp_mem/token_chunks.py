@@ -8,7 +8,7 @@ Bytes above the inputs, for one head of N rows and a chunk of c of them, b bytes
 
     c V b                 logits, turned in place into probabilities minus the one-hot targets
     V D a                 the unembedding's gradient, a bytes a value; `.grad` itself where a is its own size
-    r V 4                 low precision only: r rows of logits in fp32
+    r V 4                 low precision only: r rows of logits in fp32; none with the compiled kernel
 
 The hidden states' gradient overwrites the normed rows it was computed from. Scaling (loss weight, 1 / count, masks) is
 done on sides of width D, never on the V-wide matrix.
@@ -20,12 +20,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mtp_mem.compiled_rows import compiled_rows
 from mtp_mem.data import IGNORE
 from mtp_mem.errors import BadInput
 from mtp_mem.losses import loss_dtype
 from mtp_mem.units import MiB
 
 Accumulate = Literal["fp32", "parameter", "main_grad"]
+RowKernel = Literal["eager", "compiled"]
 CUDA_LOGITS = 512 * MiB
 CUDA_TOKENS = (512, 4096)
 CPU_TOKENS = (128, 1024)
@@ -106,6 +108,7 @@ def head_loss(
     *,
     chunk: int,
     keep_rows: bool,
+    kernel: RowKernel = "eager",
 ) -> Tensor:
     """Mean cross entropy of one head; `rows` become their own gradient.
 
@@ -117,6 +120,7 @@ def head_loss(
         gradient: what sums the unembedding's gradient; None where it is frozen.
         chunk: tokens per chunk.
         keep_rows: leave `rows` alone: nothing below needs a gradient.
+        kernel: torch's operators, or one compiled kernel (mtp_mem/compiled_rows.py).
 
     Returns:
         The loss, 0-dim, in the loss dtype; 0 where no target is valid.
@@ -128,13 +132,14 @@ def head_loss(
     share = valid / count.to(acc)  # (N,)
     column = targets.clamp(min=0)[:, None]  # (N, 1)
     total = rows.new_zeros((), dtype=acc)
+    softmax_minus_onehot = compiled_rows() if kernel == "compiled" else _softmax_minus_onehot
     logits = rows.new_empty(min(chunk, N), V)  # (c, V)
     for start in range(0, N, chunk):
         part = slice(start, min(start + chunk, N))
         x, weight = rows[part], (share[part] * upstream)[:, None]  # (c, D), (c, 1)
         z = logits[: x.shape[0]]
         torch.mm(x, unembedding.T, out=z)
-        total += _softmax_minus_onehot(z, column[part], share[part])
+        total += softmax_minus_onehot(z, column[part], share[part])
         if gradient is not None:  # the rows are needed no more, unless they are kept
             gradient.add(z, (x * weight).to(x.dtype) if keep_rows else x.mul_(weight))
         if not keep_rows:

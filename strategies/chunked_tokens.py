@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mtp_mem.errors import BadInput
 from mtp_mem.heads import Head, Heads
-from mtp_mem.token_chunks import Accumulate, UnembeddingGradient, default_chunk, head_loss
+from mtp_mem.token_chunks import Accumulate, RowKernel, UnembeddingGradient, default_chunk, head_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class ChunkedTokens:
 
     chunk: int | None = None  # tokens; None: by shape and device, see default_chunk
     accumulate: Accumulate = "fp32"
+    rows: RowKernel = "eager"  # "compiled": softmax and targets as one kernel by torch.compile
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
@@ -61,6 +62,7 @@ class ChunkedTokens:
                     sums.get(unembedding),
                     chunk=self.chunk or default_chunk(N, D, V, dtype.itemsize, heads.cuda),
                     keep_rows=not normed.requires_grad,
+                    kernel=self.rows,
                 )
             uses[unembedding] -= 1
             heads.backward([normed], [rows.view_as(normed).to(normed.dtype)])
