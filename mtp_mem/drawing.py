@@ -1,14 +1,16 @@
-"""Charts from files of either kind: our results.jsonl, and the JSON of pytest-benchmark."""
+"""Charts from files of any kind: our results.jsonl, `plan`'s plan.json, and the JSON of pytest-benchmark."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mtp_mem import charts
+from mtp_mem.environment import footer
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.reading import groups, read
 from mtp_mem.memory.record import writable
-from mtp_mem.regressions import benchmark_document
+from mtp_mem.regressions import json_document
 from mtp_mem.report.build import draw_group
 
 
@@ -26,10 +28,19 @@ def draw(paths: Sequence[Path], out: Path, notes: list[str]) -> list[Path]:
     Raises:
         BadInput: a path cannot be read or holds nothing that can be drawn, or `out` cannot be written.
     """
-    documents = {path: document for path in paths if (document := benchmark_document(path)) is not None}
-    results = [path for path in paths if path not in documents]
+    documents = {path: document for path in paths if (document := json_document(path, "benchmarks")) is not None}
+    plans = {path: document for path in paths if (document := json_document(path, "largest_batch_by_n")) is not None}
+    results = [path for path in paths if path not in documents and path not in plans]
     apart = groups(read(results, notes), notes) if results else []
     files: list[Path] = []
+    for path, document in plans.items():
+        try:
+            drawn = plan_chart(document, writable(out / path.stem if len(plans) > 1 else out))
+        except BadInput as e:
+            raise BadInput(f"{path}: {e}") from None
+        if not drawn:
+            notes.append(f"{path}: no batch by n in it, nothing to draw")
+        files += drawn
     for i, records in enumerate(apart, 1):
         folder = writable(out / f"group-{i}" if len(apart) > 1 else out)
         files += [path.with_suffix(s) for path in draw_group(records, folder) for s in (".png", ".svg", ".csv")]
@@ -50,3 +61,25 @@ def draw(paths: Sequence[Path], out: Path, notes: list[str]) -> list[Path]:
     if not files:
         raise BadInput("; ".join([*notes, "nothing to draw"]))
     return files
+
+
+def plan_chart(document: Mapping[str, Any], out: Path) -> list[Path]:
+    """The largest batch against n, from what `mtp-mem plan --out` keeps.
+
+    Raises:
+        BadInput: a field that the chart needs is missing or of another type.
+    """
+    try:
+        model, gpu, sequence = document["model"], document["gpu"], document["workload"]["sequence"]
+        rows = [
+            (row["strategy"], row["n"], row["batch"] if row["fits"] != "no" else 0)
+            for row in document["largest_batch_by_n"]
+        ]
+        under = (
+            f"{document['profile']}: V = {model['vocab_size']:,}, D = {model['dim']:,}, {sequence:,} tokens a sequence,"
+            f" {document['workload']['dtype']}, on {gpu['name']}, headroom {document['headroom_percent']:g} %"
+        )
+        foot = f"predicted, not measured · {footer(document['environment'])}"
+    except (KeyError, TypeError, ValueError) as e:
+        raise BadInput(f"not a whole plan: {type(e).__name__} {e}") from None
+    return charts.largest_batch(rows, out, under=under, foot=foot)

@@ -90,7 +90,9 @@ class Plan:
         return None
 
 
-def plan(prober: Prober, profile: Profile, base: Point, limit: int, specs: Sequence[str]) -> Plan:
+def plan(
+    prober: Prober, profile: Profile, base: Point, limit: int, specs: Sequence[str], axes: Sequence[Axis] = AXES
+) -> Plan:
     """Search all strategies and axes together, so that those that ask for the same point share its model.
 
     Args:
@@ -99,9 +101,10 @@ def plan(prober: Prober, profile: Profile, base: Point, limit: int, specs: Seque
         base: batch, sequence and n from which each axis is varied.
         limit: bytes that the allocated peak may not exceed.
         specs: the strategies, in the order of the answers.
+        axes: what to vary.
     """
     top = largest_n(profile.model)
-    searches = {(spec, axis): search(spec, axis, base, limit, top) for spec in specs for axis in AXES}
+    searches = {(spec, axis): search(spec, axis, base, limit, top) for spec in specs for axis in axes}
     wanted = {key: next(running) for key, running in searches.items()}
     answers: dict[tuple[str, Axis], Answer] = {}
     left_out: dict[str, str] = {}
@@ -118,7 +121,7 @@ def plan(prober: Prober, profile: Profile, base: Point, limit: int, specs: Seque
                     answers[key] = found.value
                     del wanted[key]
         wanted = {key: point for key, point in wanted.items() if key[0] not in left_out}
-    kept = tuple(answers[spec, axis] for spec in specs if spec not in left_out for axis in AXES)
+    kept = tuple(answers[spec, axis] for spec in specs if spec not in left_out for axis in axes)
     return Plan(limit=limit, base=base, answers=kept, left_out=left_out)
 
 

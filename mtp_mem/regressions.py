@@ -63,7 +63,7 @@ def load(path: Path, notes: list[str]) -> Results:
     Raises:
         BadInput: it cannot be read, holds no case, or holds cases of several devices.
     """
-    document = benchmark_document(path)
+    document = json_document(path, "benchmarks")
     if document is not None:
         return _benchmarks(path, document)
     found = [one.record for one in read([path], notes)]
@@ -117,8 +117,12 @@ def changes(old: Results, new: Results, memory: float, time: float) -> list[Chan
     return found
 
 
-def benchmark_document(path: Path) -> dict[str, Any] | None:
-    """The JSON document of pytest-benchmark, or None for anything else that is there."""
+def json_document(path: Path, key: str) -> dict[str, Any] | None:
+    """The JSON document there, if it is one with this key (pytest-benchmark's has "benchmarks"); None otherwise.
+
+    Raises:
+        BadInput: the file cannot be read.
+    """
     if path.is_dir() or path.suffix == ".jsonl":
         return None
     try:
@@ -127,7 +131,7 @@ def benchmark_document(path: Path) -> dict[str, Any] | None:
         raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
     except ValueError:
         return None
-    return found if isinstance(found, dict) and "benchmarks" in found else None
+    return found if isinstance(found, dict) and key in found else None
 
 
 def _benchmarks(path: Path, document: dict[str, Any]) -> Results:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from small import tiny
 
 from mtp_mem import Workload, load_strategy
+from mtp_mem.cli import main
 from mtp_mem.config import Profile, Sweep, load_gpu
 from mtp_mem.memory.fake import trace_step
 from mtp_mem.plan import AXES, SEQUENCE_STEP, Answer, Axis, Plan, advice, plan, search
@@ -264,7 +265,8 @@ def run(folder: Path, *args: str, columns: int = 120) -> subprocess.CompletedPro
 
 
 def test_json(folder: Path) -> None:
-    answer = run(folder, "--profile", "shape.toml", "--gpu", "L4", "--strategies", "naive,sequential,liger", "--json")
+    asked = ("--profile", "shape.toml", "--gpu", "L4", "--strategies", "naive,sequential,liger")
+    answer = run(folder, *asked, "--out", "kept", "--json")
     assert answer.returncode == 0, answer.stderr
     assert answer.stderr == ""
     document = json.loads(answer.stdout)
@@ -280,6 +282,14 @@ def test_json(folder: Path) -> None:
     assert [row["strategy"] for row in document["left_out"]] == ["liger"]
     assert "liger" in document["left_out"][0]["reason"]
     assert document["recommended"] == {"strategy": "sequential", "axis": "batch"}
+    files = [folder / path for path in document.pop("files")]
+    assert [path.name for path in files] == ["plan.json", *(f"largest-batch{end}" for end in (".png", ".svg", ".csv"))]
+    assert json.loads(files[0].read_text()) == document
+    by_n = {(row["strategy"], row["n"]): row["batch"] for row in document["largest_batch_by_n"]}
+    assert set(by_n) == {(spec, n) for spec in ("naive", "sequential") for n in (1, 3)}
+    assert by_n["naive", 3] == naive["batch"] < by_n["naive", 1]
+    assert main(["chart", str(files[0]), "--out", str(folder / "again")]) == 0
+    assert (folder / "again/largest-batch.csv").read_bytes() == files[3].read_bytes()
 
 
 @pytest.mark.parametrize("columns", [80, 120])

@@ -113,3 +113,16 @@ def test_charts_of_both_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert {"memory-vs-n.png", "head-phase-n-4-n-2048-d-512-v-32000-float32-cpu.png"} <= names
     assert all((tmp_path / "out" / name).stat().st_size > 100 for name in names)
     assert main(["chart", str(tmp_path / "none.jsonl")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"largest_batch_by_n": []}', "not a whole plan: KeyError 'model'"),
+        ('{"largest_batch_by_n": 3, "model": {}, "gpu": {}, "workload": 1}', "not a whole plan: TypeError"),
+    ],
+)
+def test_a_damaged_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: str) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    assert main(["chart", str(tmp_path / "plan.json"), "--out", str(tmp_path / "out")]) == 2
+    assert f"plan.json: {words}" in capsys.readouterr().err

@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtp_mem.commands.common import AddCommand, console, names, progress
@@ -36,11 +38,14 @@ def add(command: AddCommand) -> None:
     sub.add_argument("--n", help="number of heads while batch and sequence vary; default the profile's largest")
     sub.add_argument("--dtype", help="bf16, instead of the profile's")
     sub.add_argument("--fresh", action="store_true", help="ask nothing of what earlier runs found out")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="keep the plan there, and a chart of the batch by n")
 
 
 def run(args: argparse.Namespace) -> int:
     """What of the profile fits on the GPU, strategy by strategy."""
     from mtp_mem.config import load_gpu, load_profile
+    from mtp_mem.drawing import plan_chart
+    from mtp_mem.memory.record import writable
     from mtp_mem.plan import plan
     from mtp_mem.prediction import check_predictable
     from mtp_mem.probes import Point, ProbeCache, Prober
@@ -56,16 +61,28 @@ def run(args: argparse.Namespace) -> int:
     profile.model.with_n(base.n)  # raises where the layers do not allow it
     specs = tuple(dict.fromkeys((*(args.strategies or profile.sweep.strategies), *(args.strategy or ()))))
     strategies, left_out = loaded(specs)
+    out = writable(args.out) if args.out else None
+    batches: list[Answer] = []
     with progress(None) as begin:
         prober = Prober(profile, gpu, strategies, ProbeCache(fresh=args.fresh), begin)
         found = plan(prober, profile, base, limit, list(strategies))
+        for n in profile.sweep.n if out else ():
+            batches += plan(prober, profile, dataclasses.replace(base, n=n), limit, list(strategies), ["batch"]).answers
     found = dataclasses.replace(found, left_out={**left_out, **found.left_out})
     if not found.answers:
         raise BadInput("no strategy can be predicted: " + "; ".join(found.left_out.values()))
+    made = document(found, batches, profile, gpu, float(percent))
+    files = []
+    if out:
+        kept = out / "plan.json"
+        kept.write_text(json.dumps(made, indent=1) + "\n")
+        files = [kept, *plan_chart(made, out)]
     if args.json:
-        print(json.dumps(document(found, profile, gpu, float(percent)), indent=1))
+        print(json.dumps({**made, "files": [str(path) for path in files]}, indent=1))
     else:
         show(found, profile, gpu, float(percent))
+        if files:
+            print(f"plan {files[0]}, chart {files[1]} (.svg, .csv)")
     return 0
 
 
@@ -118,8 +135,13 @@ def loaded(specs: tuple[str, ...]) -> "tuple[dict[str, Strategy], dict[str, str]
     return strategies, left_out
 
 
-def document(found: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> dict[str, Any]:
-    """The plan as JSON: one list a question, a row a strategy; bytes are integers."""
+def document(
+    found: "Plan", batches: "Sequence[Answer]", profile: "Profile", gpu: "GPU", percent: float
+) -> dict[str, Any]:
+    """The plan as JSON: one list a question, a row a strategy; bytes are integers.
+
+    `batches` are the largest batches at several n, for the chart; none are asked for without --out.
+    """
     from mtp_mem.environment import environment
     from mtp_mem.plan import AXES, advice, largest_n
 
@@ -154,6 +176,7 @@ def document(found: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> d
         "limit_bytes": found.limit,
         "model_limit_n": largest_n(profile.model),
         **{f"largest_{axis}": [row(answer) for answer in found.of(axis)] for axis in AXES},
+        "largest_batch_by_n": [row(answer) for answer in batches],
         "recommended": best and {"strategy": best.strategy, "axis": best.axis},
         "advice": advice(found),
         "left_out": [{"strategy": spec, "reason": reason} for spec, reason in found.left_out.items()],
