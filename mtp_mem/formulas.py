@@ -151,10 +151,7 @@ def heads_peak(spec: str, shape: Shape) -> int | None:
         return None if name == "naive" else _one_head(shape, _slabs(shape, chunk))
     if _is_chunked_tokens(spec):
         tokens = getattr(strategy, "chunk", None) or default_chunk(shape.N, shape.D, shape.V, shape.value, shape.cuda)
-        more = shape.V * shape.D * (shape.loss_value - shape.value)  # a sum wider than the gradient
-        alone = shape.unembedding if shape.n == 1 else 0  # with more heads it is among what the others left
-        fused = getattr(strategy, "rows", "") == "compiled"
-        return _one_head(shape, _tokens(shape, min(tokens, shape.N), fused) + more + alone)
+        return _one_head(shape, _tokens(shape, min(tokens, shape.N), getattr(strategy, "rows", "") == "compiled"))
     if name == "naive":
         return _joint(shape)
     if name in ("sequential", "checkpointed"):
@@ -195,21 +192,24 @@ def _is_chunked_tokens(spec: str) -> bool:
 
 
 def _tokens(s: Shape, chunk: int, fused: bool) -> int:
-    """A chunk of logits, and in low precision its softmax's fp32 rows, unless one kernel does them (`fused`).
+    """A chunk of logits and the sum of the unembedding's gradient; in low precision its softmax's fp32 rows as well.
 
-    Besides, in N rows: targets as columns (8), validity (1) and shares of the mean. A CPU has no product of low
-    precision into fp32, and widens both sides.
+    One kernel (`fused`) needs no such rows. Besides, in N rows: targets as columns (8), validity (1) and shares of the
+    mean. A CPU has no product of low precision into fp32, and widens both sides. With more heads the sum is among what
+    the others left, but for what it is wider than the gradient; with one head and chunk it begins after the softmax.
     """
+    logits = chunk * s.V * s.value
     rows = s.N * (8 + 1 + s.loss_value) + chunk * s.loss_value
-    softmax_row = (
-        0 if fused else 5 * s.loss_value + 1
-    )  # the largest logit, the target's, the loss, that times its share twice, a mask
+    # The largest logit, the target's, the loss, that times its share twice, a mask.
+    softmax_row = 0 if fused else 5 * s.loss_value + 1
+    total = s.V * s.D * (s.loss_value if s.n == 1 else s.loss_value - s.value)
+    before = 0 if s.n == 1 and chunk == s.N else total
     if s.value == s.loss_value:
-        return chunk * (s.V * s.value + softmax_row) + rows
+        return logits + rows + max(before + chunk * softmax_row, total)
     height = min(chunk, max(1, SOFTMAX_BLOCK // (s.V * s.loss_value)))
     softmax = 0 if fused else height * (s.V * s.loss_value + softmax_row)
     widened = 0 if s.cuda else chunk * (s.D + min(WIDE_ROWS, s.V)) * s.loss_value
-    return chunk * s.V * s.value + max(softmax, widened) + rows
+    return logits + rows + max(before + softmax, total + widened)
 
 
 def _one_head(s: Shape, loss: int) -> int:

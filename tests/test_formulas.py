@@ -82,7 +82,7 @@ def test_slope() -> None:
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_chunked_tokens_as_cuda_runs_it(n: int) -> None:
     # The fp32 sum of the unembedding's gradient stands beside the logits, and at the end beside its bf16 copy.
-    for dim, layers, sequence, chunk in ((64, 6, 128, 128), (512, n, 8, 32)):
+    for dim, layers, sequence, chunk in ((64, 6, 128, 128), (64, 6, 128, 512), (512, n, 8, 32), (512, n, 8, 16)):
         config = tiny(vocab_size=4099, n_layers=layers, dim=dim, n_future=n)
         workload = Workload(batch=4, sequence=sequence, dtype="bf16")
         spec = f"chunked_tokens:chunk={chunk}"
