@@ -281,10 +281,41 @@ addEventListener("load", () => {
 </script>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is here; MTP_MEM_BROWSER may name one")
+needs_a_browser = pytest.mark.skipif(
+    BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is here; MTP_MEM_BROWSER may name one"
+)
+
+
+def browse(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    assert BROWSER is not None
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    return subprocess.run([BROWSER, *flags, *args], capture_output=True, text=True, timeout=120)
+
+
+@needs_a_browser
+def test_without_javascript_and_on_paper(tmp_path: Path) -> None:
+    """With every script forbidden the page says the same, and it prints."""
+    results = write(tmp_path / "results", records())
+    out = tmp_path / "r.html"
+    assert main(["report", str(results), "--timeline", str(TIMELINE), "-o", str(out)]) == 0
+    forbidden = '<head><meta http-equiv="Content-Security-Policy" content="script-src \'none\'">'
+    bare = tmp_path / "bare.html"
+    probe = "<script>document.title = 'it ran'</script>"
+    bare.write_text(out.read_text(encoding="utf-8").replace("<head>", forbidden, 1) + probe, encoding="utf-8")
+    done = browse(tmp_path, "--dump-dom", bare.as_uri())
+    assert "it ran" not in re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)
+    for words in ("At n = 8 use sequential", "Of 16 cases 16 were held against", "peak 151.2 MiB in head 1 loss"):
+        assert words in done.stdout, words
+    assert done.stdout.count("<svg") == out.read_text(encoding="utf-8").count("<svg") >= 5
+    pdf = tmp_path / "r.pdf"
+    browse(tmp_path, f"--print-to-pdf={pdf}", bare.as_uri())
+    assert pdf.read_bytes().startswith(b"%PDF-")
+    assert len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes())) >= 2
+
+
+@needs_a_browser
 def test_in_a_browser(tmp_path: Path) -> None:
     """The page runs without an error, and pointing at a band says what it is, how large, and where it was made."""
-    assert BROWSER is not None
     results = write(tmp_path / "results", records())
     out = tmp_path / "r.html"
     assert main(["report", str(results), "--timeline", str(TIMELINE), "-o", str(out)]) == 0
@@ -292,11 +323,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
     probe = PROBE.replace("PEAK", repr(found.peak / (len(found.rows) - 1)))
     probed = tmp_path / "probed.html"
     probed.write_text(out.read_text(encoding="utf-8").replace("<head>", f"<head>{probe}", 1), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--window-size=800,2000"]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    done = subprocess.run(
-        [BROWSER, *flags, profile, "--dump-dom", probed.as_uri()], capture_output=True, text=True, timeout=120
-    )
+    done = browse(tmp_path, "--virtual-time-budget=5000", "--window-size=800,2000", "--dump-dom", probed.as_uri())
     match = re.search(r'<pre id="said">(.*?)</pre>', done.stdout, re.DOTALL)
     assert match, done.stderr[-2000:]
     said: dict[str, Any] = json.loads(html.unescape(match[1]))
