@@ -99,17 +99,23 @@ class Bench:
         seconds: dict[str, list[float]] = {spec: [] for spec in strategies}
         failed: dict[str, list[float] | Exception] = {}
         specs = list(strategies)
-        for turn in range(self.profile.sweep.rounds):
+        # On CUDA the bytes were measured in other processes: here every strategy still has its first step before it.
+        warm_up = int(self.device.type == "cuda")
+        for turn in range(-warm_up, self.profile.sweep.rounds):
             start = turn % len(specs) if specs else 0
             for spec in specs[start:] + specs[:start]:
-                progress(spec)
+                if turn >= 0:
+                    progress(spec)
                 if spec in failed:
                     continue
                 try:
-                    seconds[spec].append(self._seconds(self.step(strategies[spec])))
+                    took = self._seconds(self.step(strategies[spec]))
                 except Exception as e:
                     failed[spec] = e
                     self.recover()
+                else:
+                    if turn >= 0:
+                        seconds[spec].append(took)
         return {**seconds, **failed}
 
     def _seconds(self, step: TrainingStep) -> float:
@@ -200,7 +206,8 @@ def resolve_device(name: str) -> torch.device:
             raise Missing(f"--device {name}: {why}; valid here: cpu")
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise Missing(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
     return device
 
 

@@ -27,8 +27,11 @@ def compiled_rows() -> RowWork:
 
     @torch.library.custom_op("mtp_mem::softmax_minus_onehot", mutates_args=("logits",))
     def operator(logits: Tensor, column: Tensor, share: Tensor) -> Tensor:
+        wanted = logits.gather(
+            1, column
+        )  # (c, 1), out here: torch 2.11 compiles it to after the logits are overwritten
         with torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
-            return kernel(logits, column, share)
+            return kernel(logits, wanted, column, share)
 
     @operator.register_fake
     def _(logits: Tensor, column: Tensor, share: Tensor) -> Tensor:  # noqa: ARG001
@@ -37,11 +40,11 @@ def compiled_rows() -> RowWork:
     return operator
 
 
-def _rows(logits: Tensor, column: Tensor, share: Tensor) -> Tensor:
+def _rows(logits: Tensor, wanted: Tensor, column: Tensor, share: Tensor) -> Tensor:
     wide = logits.to(loss_dtype(logits.dtype))
     top = wide.amax(dim=1, keepdim=True)  # (c, 1)
     normaliser = top + (wide - top).exp().sum(dim=1, keepdim=True).log()  # (c, 1)
-    losses = (normaliser - wide.gather(1, column))[:, 0]  # (c,)
+    losses = (normaliser - wanted)[:, 0]  # (c,)
     hit = torch.arange(logits.shape[1], device=logits.device) == column  # (c, V), never made: it is fused
     logits.copy_((wide - normaliser).exp() - hit.to(wide.dtype))
     return torch.where(share > 0, losses * share, 0.0).sum()

@@ -4,6 +4,7 @@ Gloeckle et al. 2024, section 2: P(x_{t+i} | x_{<=t}) = softmax(unembedding(norm
 transformer layer. The other kinds of heads: mtp_mem/head_kinds.py.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
@@ -25,6 +26,11 @@ PARAMETER_DTYPES: dict[Dtype, torch.dtype] = {
 }
 
 
+def default_attention(dtype: Dtype, device: torch.device) -> Attention:
+    """Flash on CUDA in bf16, so that a prediction can count on it; torch's choice elsewhere."""
+    return "flash" if device.type == "cuda" and dtype.startswith("bf16") else "sdpa"
+
+
 class MTPModel(nn.Module):
     """tokens (B, S) -> logits (n, B, S, V).
 
@@ -32,8 +38,7 @@ class MTPModel(nn.Module):
         config: the model's shape.
         dtype: of parameters and matmuls; "bf16-mixed" keeps fp32 parameters and runs forward passes under autocast.
         device: where the parameters are made.
-        attention: see `Attention`. By default flash on CUDA in bf16, so that a prediction can count on it, and torch's
-            choice elsewhere.
+        attention: see `Attention`; by default `default_attention`.
     """
 
     def __init__(
@@ -45,15 +50,12 @@ class MTPModel(nn.Module):
         attention: Attention | None = None,
     ) -> None:
         super().__init__()
-        if attention is None:
-            attention = "flash" if torch.device(device).type == "cuda" and dtype.startswith("bf16") else "sdpa"
         self.config, self.dtype = config, dtype
-        # Flash attention runs nowhere else: a model without data that asks for it is predicted for CUDA.
-        self.on_cuda = attention == "flash" or torch.device(device).type == "cuda"
+        self.attention = attention or default_attention(dtype, torch.device(device))
         make: Factory = {"device": torch.device(device), "dtype": PARAMETER_DTYPES[dtype]}
         self.embedding = nn.Embedding(config.vocab_size, config.dim, **make)
-        self.trunk_layers = nn.ModuleList(Layer(config, make, attention) for _ in range(config.trunk_layers))
-        self.head_layers = nn.ModuleList(make_head(i, config, make, attention) for i in range(config.n_future))
+        self.trunk_layers = nn.ModuleList(Layer(config, make, self.attention) for _ in range(config.trunk_layers))
+        self.head_layers = nn.ModuleList(make_head(i, config, make, self.attention) for i in range(config.n_future))
         self.norm = RMSNorm(config, make)
         self.unembedding: nn.Linear | nn.ModuleList  # (V, D); n of them where replicated
         if config.unembedding == "replicated":
@@ -67,6 +69,15 @@ class MTPModel(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
+
+    def moved(self, dtype: Dtype, device: torch.device) -> "MTPModel":
+        """A copy in another dtype on another device, with the attention that runs there; tied weights stay tied."""
+        found = copy.deepcopy(self).to(device, PARAMETER_DTYPES[dtype])
+        found.dtype, found.attention = dtype, default_attention(dtype, device)
+        for module in found.modules():
+            if isinstance(module, Layer):
+                module.attention_kind = found.attention
+        return found
 
     def trunk(self, tokens: Tensor) -> Tensor:
         """Tokens (B, S) -> hidden states (B, S, D), before any head and before the final norm."""
@@ -83,7 +94,9 @@ class MTPModel(nn.Module):
         layers = [on_parent(head, i, self.embedding, tokens, turn) for i, head in enumerate(self.head_layers)]
         weights = [unembedding.weight for unembedding in self.unembeddings()]
         roots = tuple(tree(self.config.head, layers, weights))
-        return Heads(roots, self.norm, self.autocast, phase, self.config.n_future, self.on_cuda)
+        # Flash attention runs nowhere else: a model without data that asks for it is predicted for CUDA.
+        on_cuda = self.attention == "flash" or tokens.is_cuda
+        return Heads(roots, self.norm, self.autocast, phase, self.config.n_future, on_cuda)
 
     def unembeddings(self) -> list[nn.Linear]:
         """Each head's unembedding (V, D), in the order of the heads; the same one n times unless replicated."""

@@ -4,7 +4,6 @@ A scenario is data: what is unusual about its model, its batch or the way it is 
 batches; `oracle` computes what is right in fp64 by plain autograd on `model(tokens)`: no cut, no tree, no strategy.
 """
 
-import copy
 import dataclasses
 import typing
 from collections.abc import Callable, Sequence
@@ -123,8 +122,8 @@ class _Trunk(MTPModel):
             return checkpoint(super().trunk, tokens, use_reentrant=False)  # type: ignore[no-any-return]
         z = super().trunk(tokens)
         if self.kind == "dropout":
-            keep = torch.rand(z.shape, device=z.device) >= DROPOUT
-            z = z * keep / (1 - DROPOUT)
+            keep = torch.rand(z.shape) >= DROPOUT  # on the host, where the oracle draws too
+            z = z * keep.to(z.device) / (1 - DROPOUT)
         return z
 
 
@@ -158,7 +157,7 @@ def build(scenario: Scenario, dtype: Dtype, device: torch.device) -> Problem:
                     parameter.normal_(std=0.15 * (scenario.logits if name.startswith("unembedding") else 1.0))
         prefilled = {name: torch.randn_like(p) * 0.01 for name, p in drawn.named_parameters()}
         batches = {seed: _batch(scenario, seed) for seed in dict.fromkeys(scenario.batches)}
-    model = _as(drawn, dtype).to(device)
+    model = drawn.moved(dtype, device)
     if scenario.steps:
         _train(model, batches[scenario.batches[0]], scenario.steps)
     for parameter in _frozen(model, scenario.frozen):
@@ -186,7 +185,7 @@ def run(problem: Problem, step: Callable[[MTPModel, Batch], Tensor]) -> Outcome:
 
 def oracle(problem: Problem) -> Outcome:
     """The right answer in fp64: weights and `.grad` as the problem's dtype rounds them, everything after in fp64."""
-    model = _as(problem.model, "fp64").to("cpu")
+    model = problem.model.moved("fp64", torch.device("cpu"))
     exact = dataclasses.replace(
         problem,
         model=model,
@@ -217,13 +216,6 @@ def with_chunk(strategy: Strategy, chunk: int | None) -> Strategy:
     if chunk is not None and any(option.name == "chunk" for option in options):
         return typing.cast(Strategy, dataclasses.replace(typing.cast(Any, strategy), chunk=chunk))
     return strategy
-
-
-def _as(model: MTPModel, dtype: Dtype) -> MTPModel:
-    """A copy in another dtype, ready to train; tied weights stay tied."""
-    found = copy.deepcopy(model).to(PARAMETER_DTYPES[dtype])
-    found.dtype = dtype
-    return found
 
 
 def _batch(scenario: Scenario, seed: int) -> Batch:

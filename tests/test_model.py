@@ -4,8 +4,10 @@ import pytest
 import torch
 from small import KINDS, UNEMBEDDINGS, build, small_kind, tiny
 
+from mtp_mem import MTPModel
 from mtp_mem.errors import BadInput
 from mtp_mem.layers import RMSNorm, rotate, rotation
+from mtp_mem.model import default_attention
 
 
 def test_n_moves_layers_and_keeps_the_parameters() -> None:
@@ -73,3 +75,16 @@ def test_rms_norm_gradients() -> None:
 def test_shapes_that_cannot_be_built(changes: dict[str, object], words: str) -> None:
     with pytest.raises(BadInput, match=words.replace("?", r"\?")):
         tiny(**changes)
+
+
+def test_a_copy_elsewhere_runs_the_attention_of_that_place() -> None:
+    # As the oracle of `verify` does with a model from a CUDA device: flash attention runs nowhere else.
+    model = MTPModel(tiny(n_future=2, unembedding="tied", head="deepseek"), dtype="bf16", attention="flash")
+    found = model.moved("fp64", torch.device("cpu"))
+    assert (found.dtype, found.attention, model.attention) == ("fp64", "sdpa", "flash")
+    assert found.unembedding.weight is found.embedding.weight  # type: ignore[union-attr]
+    logits = found(torch.zeros(1, 5, dtype=torch.long))
+    assert logits.dtype == torch.float64
+    assert torch.isfinite(logits).all()
+    assert default_attention("bf16", torch.device("cuda")) == "flash"
+    assert default_attention("fp32", torch.device("cuda")) == default_attention("bf16", torch.device("cpu")) == "sdpa"

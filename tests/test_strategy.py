@@ -65,6 +65,7 @@ def test_a_strategy_whose_package_is_missing(tmp_path: object, monkeypatch: pyte
         load_strategy("needy:Needy")
 
 
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch before 2.13")
 def test_native_hands_its_options_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     library, given = F.linear_cross_entropy, []
 
@@ -80,7 +81,7 @@ def test_native_hands_its_options_to_the_library(monkeypatch: pytest.MonkeyPatch
 
 
 def test_native_says_which_torch_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(F, "linear_cross_entropy")
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
     with pytest.raises(Missing, match=r"strategy 'native' needs torch 2\.13 or newer; here is torch \d"):
         load_strategy("native")
     assert "native" not in strategy.loadable()

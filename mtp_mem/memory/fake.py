@@ -7,7 +7,8 @@ CUDA does differently is pinned: the flash-attention operator, fused AdamW, the 
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import (
@@ -33,6 +34,17 @@ CUBLAS_WORKSPACES = 2  # one per thread that multiplies: forward, and autograd's
 STEPS_BEFORE = 2  # the floor's, which makes the optimizer's state, and the replay's first pass over the step itself
 
 
+class _Mode(FakeTensorMode):
+    """Fake tensors, with a product that torch 2.11 and 2.12 get wrong: they take its `out_dtype` for `beta`."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.addmm.dtype_out and kwargs:
+            return kwargs["out"]
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+
 class Rehearsal:
     """A model of tensors without data, built and warmed up once; every strategy then takes a step on it.
 
@@ -50,7 +62,7 @@ class Rehearsal:
     ) -> None:
         kernels = {} if gpu is None else {row.operator: row.buffers for row in KERNELS}
         self._tracker = Tracker(config.vocab_size, config.dim, [], kernels, 0 if gpu is None else gpu.multiprocessors)
-        self._mode = FakeTensorMode()
+        self._mode = _Mode()
         tracker = self._tracker
         with without_collections(), self._mode:
             with tracker:

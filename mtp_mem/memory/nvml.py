@@ -8,6 +8,8 @@ from typing import Any
 import pynvml
 import torch
 
+PREFIXES = ("GPU-", "MIG-")  # NVML's names have one, torch's have none
+
 
 @contextmanager
 def _session() -> Iterator[Any]:
@@ -15,13 +17,8 @@ def _session() -> Iterator[Any]:
     pynvml.nvmlInit()
     try:
         uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        for prefix in ("GPU-", "MIG-"):
-            try:
-                yield pynvml.nvmlDeviceGetHandleByUUID(prefix + uuid.removeprefix(prefix))
-                return
-            except pynvml.NVMLError_NotFound:
-                continue
-        yield None
+        handles = (_ask(pynvml.nvmlDeviceGetHandleByUUID, prefix + uuid.removeprefix(prefix)) for prefix in PREFIXES)
+        yield next((handle for handle in handles if handle is not None), None)
     finally:
         pynvml.nvmlShutdown()
 
@@ -52,7 +49,8 @@ def process_bytes() -> int | None:
     """Bytes the driver counts for this process now: segments and CUDA context. None where it does not tell."""
     try:
         with _session() as handle:
-            for process in _ask(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or []:
+            processes = [] if handle is None else _ask(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
+            for process in processes:
                 if process.pid == os.getpid():
                     return process.usedGpuMemory  # type: ignore[no-any-return]
     except pynvml.NVMLError:

@@ -1,0 +1,141 @@
+"""One bench: devices as torch takes them, strategies that fail while they are timed, the allocator's figures.
+
+There is no CUDA device here. What a device would answer is put in its place, and the arguments it gets go through
+torch's own checks of them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small import build, tiny
+from torch.cuda._utils import _get_device_index
+
+from mtp_mem import Profile, Sweep, TrainingStep, Workload, load_strategy, make_optimizer
+from mtp_mem.bench import Bench, resolve_device
+from mtp_mem.data import load_corpus
+from mtp_mem.errors import Missing
+from mtp_mem.memory import cuda, nvml
+from mtp_mem.sweep import cases, run
+
+PROFILE = Profile(
+    name="small",
+    model=tiny(),
+    workload=Workload(batch=2, sequence=24, tokenizer="bytes"),
+    sweep=Sweep(n=(2,), strategies=("naive", "sequential"), rounds=3),
+)
+
+
+@pytest.fixture
+def two_devices(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(_get_device_index(device)))
+    return current
+
+
+def test_devices(two_devices: list[int]) -> None:
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda")
+    assert two_devices == []
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    assert two_devices == [1]
+    with pytest.raises(Missing, match="--device cuda:2: there are 2 CUDA devices"):
+        resolve_device("cuda:2")
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
+def bench() -> Bench:
+    corpus = load_corpus(PROFILE.workload, PROFILE.model.vocab_size)
+    return Bench(PROFILE, PROFILE.model.with_n(2), corpus, torch.device("cpu"))
+
+
+class Tired:
+    """Right at first, then out of memory."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def backward(self, *args: Any) -> torch.Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise torch.OutOfMemoryError("no room")
+        return load_strategy("sequential").backward(*args)
+
+
+def test_a_strategy_that_fails_while_timed_is_out_and_the_others_go_on() -> None:
+    told: list[str] = []
+    found = bench().time({"naive": load_strategy("naive"), "tired": Tired(1)}, told.append)
+    naive = found["naive"]
+    assert isinstance(naive, list)
+    assert len(naive) == 3
+    assert isinstance(found["tired"], torch.OutOfMemoryError)
+    assert told == ["naive", "tired", "tired", "naive", "naive", "tired"]
+
+
+def test_its_record_keeps_the_bytes_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, device = load_corpus(PROFILE.workload, PROFILE.model.vocab_size), torch.device("cpu")
+    step = Bench._seconds
+    calls = iter(range(100))
+
+    def sometimes(self: Bench, training: TrainingStep) -> float:
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return step(self, training)
+
+    monkeypatch.setattr(Bench, "_seconds", sometimes)
+    todo = cases(PROFILE, corpus, device)
+    naive, sequential = run(PROFILE, corpus, device, todo, lambda _: None)
+    assert (naive.status, naive.error) == ("ok", None)
+    assert naive.step_ms
+    assert (sequential.status, sequential.step_ms) == ("ok", None)
+    assert sequential.error == "not timed: OutOfMemoryError: no room"
+    assert sequential.gradient == "bit-identical"
+    assert sequential.peak_requested_bytes
+
+
+def test_the_allocator_s_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = build(tiny(n_future=1))
+    step = TrainingStep(model, make_optimizer(model), batch, load_strategy("naive"))
+    # (baseline, peaks requested, allocated, reserved, retries so far) of three repeats
+    repeats = [(100, 900, 1000, 2000, 0), (100, 900, 1010, 2000, 0), (100, 900, 1010, 2100, 1)]
+    answers: list[dict[str, int]] = []
+    retries = 0
+    for baseline, requested, allocated, reserved, so_far in repeats:
+        answers.append({"requested_bytes.all.current": baseline, "num_alloc_retries": retries})
+        peaks = {"requested_bytes.all.peak": requested, "allocated_bytes.all.peak": allocated}
+        answers.append({**peaks, "reserved_bytes.all.peak": reserved, "num_alloc_retries": so_far})
+        retries = so_far
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: answers.pop(0))
+    monkeypatch.setattr(nvml, "process_bytes", lambda: 5000)
+    found = cuda.measure(step)
+    assert answers == []
+    assert (found.baseline, found.requested, found.allocated, found.reserved) == (100, 900, 1010, 2000)
+    assert (found.spread, found.retries, found.nvml_process) == (10, 1, 5000)
+    assert found.unnamed == 100  # nothing of the model lies on a device here
+
+
+@pytest.mark.parametrize("named", ["GPU-1234", "MIG-1234", None])
+def test_the_driver_s_handle_is_found_by_uuid(monkeypatch: pytest.MonkeyPatch, named: str | None) -> None:
+    class Properties:
+        uuid = "1234"
+
+    def handle(uuid: str) -> str:
+        if uuid != named:
+            raise nvml.pynvml.NVMLError(nvml.pynvml.NVML_ERROR_NOT_FOUND)
+        return uuid
+
+    nothing: Callable[..., None] = lambda *_: None  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties())
+    for name in ("nvmlInit", "nvmlShutdown"):
+        monkeypatch.setattr(nvml.pynvml, name, nothing)
+    monkeypatch.setattr(nvml.pynvml, "nvmlSystemGetDriverVersion", lambda: "580.1")
+    monkeypatch.setattr(nvml.pynvml, "nvmlDeviceGetHandleByUUID", handle)
+    found = nvml.device_facts()
+    assert found["driver"] == "580.1"
+    assert ("mig_slice" in found) == (named is not None)
+    assert nvml.process_bytes() is None
