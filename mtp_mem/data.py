@@ -108,7 +108,9 @@ def corpus_batch(corpus: Corpus, model: ModelConfig, workload: Workload) -> Batc
         generator = torch.Generator().manual_seed(workload.seed)
         tokens = torch.randint(model.vocab_size, (workload.batch, workload.sequence), generator=generator)
     else:
-        tokens = corpus.ids[: workload.tokens].view(workload.batch, workload.sequence)
+        tokens = (
+            corpus.ids[: workload.tokens].clone().view(workload.batch, workload.sequence)
+        )  # a view would keep the corpus
     return make_batch(tokens, model.n_future)
 
 

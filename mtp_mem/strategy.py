@@ -39,7 +39,8 @@ class Strategy(Protocol):
     """Runs the heads forward and backward above the cut; see `backward`.
 
     A class may say `rounds_loss = True`: its kernel returns the loss's value in the model's dtype, and `verify` then
-    allows for that rounding in the losses (never in a gradient).
+    allows for that rounding in the losses (never in a gradient). It may say `not_predicted = "why"`: its bytes on CUDA
+    cannot be found out elsewhere.
     """
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:

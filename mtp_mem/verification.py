@@ -7,6 +7,7 @@ and of the losses: fp64 1e-12; fp32 1e-5 and twice naive's own error + 1e-7; bf1
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -122,12 +123,24 @@ def verify(
             name = f"{name} {sum(isinstance(other, type(s)) for other in named.values()) + 1}"
         named[name] = load_strategy(s) if isinstance(s, str) else s
     device = torch.device(device)
-    checks = [check for name, strategy in named.items() if (check := _contract(name, strategy, device)).broken]
-    for scenario in scenarios:
-        for dtype in (d for d in dtypes if d in scenario.dtypes):
-            progress(f"{scenario.name}, {dtype}")
-            checks += verify_problem(build(scenario, dtype, device), dtype, named)
+    with _one_thread():
+        checks = [check for name, strategy in named.items() if (check := _contract(name, strategy, device)).broken]
+        for scenario in scenarios:
+            for dtype in (d for d in dtypes if d in scenario.dtypes):
+                progress(f"{scenario.name}, {dtype}")
+                checks += verify_problem(build(scenario, dtype, device), dtype, named)
     return Verification(tuple(checks))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Scenarios are tiny: on two cores, two threads took seven times as long as one (bf16 products)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def verify_problem(problem: Problem, dtype: Dtype, strategies: dict[str, Strategy]) -> Iterator[Check]:

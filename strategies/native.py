@@ -2,10 +2,10 @@
 
     for head in heads, the last first:  F.linear_cross_entropy(rows, unembedding, options=...).backward()
 
-Its options decide chunk and accumulator; "auto" is PyTorch's own choice by device and dtype. Memory above the cut: one
-chunk of logits, an unembedding gradient beside the accumulated one. FLOPs: 1. The returned loss is as precise as the
-model's dtype: in bf16 its value is rounded to 8 bits (`rounds_loss`), which the gradients do not see.
-Small chunks make that worse: in bf16 on a CPU, chunks of 2 tokens out of 512, the losses were 9 % off.
+Its options decide chunk and accumulator; "auto" is PyTorch's own choice by device and dtype (2.14 has no "balanced").
+Memory above the cut: one chunk of logits, an unembedding gradient beside the accumulated one. FLOPs: 1. The returned
+loss is as precise as the model's dtype: in bf16 its value is rounded to 8 bits (`rounds_loss`), which the gradients do
+not see. Small chunks make that worse: in bf16 on a CPU, chunks of 2 tokens out of 512, the losses were 9 % off.
 """
 
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ class Native:
 
     tokens: int | None = None  # per chunk; None: PyTorch's choice
     rounds_loss: ClassVar[bool] = True
+    not_predicted: ClassVar[str] = "torch chooses chunk and sums by device inside its operator, and here is no CUDA"
     policy: Literal["auto", "accurate", "balanced", "compact"] = "auto"
 
     def __post_init__(self) -> None:
@@ -35,6 +36,10 @@ class Native:
             raise BadInput(f"tokens = {self.tokens}: expected a whole number of tokens, at least 1")
         if not hasattr(F, "linear_cross_entropy"):
             raise Missing(f"strategy 'native' needs torch 2.13 or newer; here is torch {torch.__version__}")
+        try:
+            torch.nn.LinearCrossEntropyOptions(batch_chunk_size=self.tokens, acc_policy=self.policy)
+        except ValueError as e:  # "balanced" is gone from torch 2.14 on
+            raise BadInput(f"policy = {self.policy!r}: torch {torch.__version__} says: {e}") from None
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
         """See `mtp_mem.strategy.Strategy.backward`."""

@@ -31,6 +31,7 @@ def test_bytes_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("häuser und gärten", encoding="utf-8")
     corpus = load_corpus(SHORT, 256, tmp_path / "t.txt")
     batch = corpus_batch(corpus, tiny(vocab_size=256, n_future=2), SHORT)
+    assert batch.tokens.untyped_storage().nbytes() == batch.tokens.nbytes  # it does not keep the corpus
     assert bytes(batch.tokens.flatten().tolist()) == "häuser und gärten".encode()[:16]
     assert batch.targets.shape == (2, 2, 8)
 

@@ -1,5 +1,6 @@
 """The predicted bytes are the tracked bytes: the same step without data allocates the same, byte for byte."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,18 @@ class ReadsBack:
 def test_a_strategy_that_reads_values_back_is_refused() -> None:
     with pytest.raises(BadInput, match="ReadsBack cannot be predicted: it needs real data or a GPU kernel"):
         trace_step(tiny(), Workload(batch=1, sequence=8, dtype="bf16"), ReadsBack())
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="torch before 2.13")
+def test_a_kernel_that_decides_by_the_device_is_predicted_for_this_one_only() -> None:
+    config, workload = tiny(n_future=2), Workload(batch=2, sequence=24)
+    with pytest.raises(BadInput, match="Native cannot be predicted: torch chooses chunk and sums by device"):
+        trace_step(config, dataclasses.replace(workload, dtype="bf16"), load_strategy("native"))
+    model, batch = build(config)
+    step = TrainingStep(model, make_optimizer(model), batch, load_strategy("native"))
+    step()
+    here = trace_step(config, workload, load_strategy("native"), attention="sdpa").peak()
+    assert here.nbytes == track(step).peak().nbytes
 
 
 def test_never_touches_the_device_cuda(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ class Rehearsal:
         kernels = {} if gpu is None else {row.operator: row.buffers for row in KERNELS}
         self._tracker = Tracker(config.vocab_size, config.dim, [], kernels, 0 if gpu is None else gpu.multiprocessors)
         self._mode = _Mode()
+        self._for_cuda = attention == "flash"
         tracker = self._tracker
         with without_collections(), self._mode:
             with tracker:
@@ -95,8 +96,12 @@ class Rehearsal:
             strategy: must not read values back (`.item()`, boolean indexing): there are none.
 
         Raises:
-            BadInput: the strategy needs real data, or an operator that fake tensors do not know.
+            BadInput: the strategy needs real data or an operator that fake tensors do not know, or it says that its
+                kernel decides by the device.
         """
+        why = getattr(strategy, "not_predicted", "")
+        if why and self._for_cuda:
+            raise BadInput(f"{type(strategy).__name__} cannot be predicted: {why}")
         tracker, begun = self._tracker, len(self._tracker.trace.events)
         step = dataclasses.replace(self._step, strategy=strategy)
         try:

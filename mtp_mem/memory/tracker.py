@@ -11,11 +11,12 @@ are calibrated with a toy backward before use, and a torch on which that fails i
 
 import sys
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library import custom_ops
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -112,6 +113,9 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if body := _python_body(func):
+            with self:
+                return body(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         if func is _DEVICE:
             return out
@@ -204,6 +208,17 @@ class Tracker(TorchDispatchMode):
                     storage.category, storage.name = "gradients", f"{name}.grad"
 
 
+def _python_body(func: Any) -> Callable[..., Any] | None:
+    """What runs inside one of torch's operators that are written in Python: its tensors count too.
+
+    Only `linear_cross_entropy` has one. Without this its chunk of logits would be in no trace: to a dispatch mode such
+    an operator is a single call.
+    """
+    if func.namespace != "torch_nn":
+        return None
+    return custom_ops.OPDEFS[func._schema.name]._init_fn  # type: ignore[no-any-return]
+
+
 def _issued_by_engine() -> bool:
     """Whether C++ autograd itself issued the operator: the nearest Python frame is the engine's entry."""
     if torch._C._current_graph_task_id() == -1:
@@ -250,6 +265,6 @@ def calibrate() -> Holders:
     if len(seen) != 1:
         raise Missing(
             f"the memory tracker does not know how torch {torch.__version__} sums gradients ({seen});"
-            " it was written for torch 2.11 to 2.13"
+            " it was written for torch 2.11 to 2.14"
         )
     return seen[0]
