@@ -11,7 +11,7 @@ import psutil
 
 from mtp_mem.config import GPU, ModelConfig, Profile, Workload
 from mtp_mem.flops import step_flops
-from mtp_mem.formulas import Shape, peak_over_baseline
+from mtp_mem.formulas import Shape, formula_over_baseline
 from mtp_mem.parameters import parameters, weight_bytes
 from mtp_mem.units import GiB
 
@@ -52,7 +52,7 @@ def estimate(profile: Profile, gpu: GPU | None) -> list[Estimate]:
         shape = Shape.of(dataclasses.asdict(config), dataclasses.asdict(workload), cuda=gpu is not None)
         before = baseline(config, workload)
         for spec in profile.sweep.strategies:
-            over = None if shape is None else peak_over_baseline(spec, shape)
+            over = None if shape is None else formula_over_baseline(spec, shape)
             peak = None if over is None else before + over
             seconds = None
             if shape is not None:

@@ -1,5 +1,7 @@
 """How many parameters a model has, counted on the model itself without making its weights."""
 
+from functools import cache
+
 import torch
 
 from mtp_mem.config import Dtype, ModelConfig
@@ -7,6 +9,7 @@ from mtp_mem.errors import BadInput
 from mtp_mem.model import PARAMETER_DTYPES, MTPModel
 
 
+@cache
 def parameters(config: ModelConfig) -> dict[str, int]:
     """Parameters by the part that owns them (see `MTPModel.groups`), each counted once.
 

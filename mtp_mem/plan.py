@@ -15,6 +15,8 @@ from typing import Literal
 
 from mtp_mem.config import ModelConfig, Profile
 from mtp_mem.errors import MtpMemError
+from mtp_mem.estimate import baseline
+from mtp_mem.formulas import Shape, formula_over_baseline
 from mtp_mem.prediction import Verdict, verdict
 from mtp_mem.probes import Figures, Point, Prober
 from mtp_mem.units import show_bytes
@@ -30,6 +32,7 @@ RECOMPUTING = ("chunked_vocab", "checkpointed", "cce")
 
 GUESSES = 6  # probes of one search until guessing by lines gives way to halving
 LEAP = 64  # the farthest guess, as a multiple of what is known
+FARTHEST = 2**20  # of a hint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +107,11 @@ def plan(
         axes: what to vary.
     """
     top = largest_n(profile.model)
-    searches = {(spec, axis): search(spec, axis, base, limit, top) for spec in specs for axis in axes}
+    searches = {
+        (spec, axis): search(spec, axis, base, limit, top, hint(profile, spec, axis, base, limit))
+        for spec in specs
+        for axis in axes
+    }
     wanted = {key: next(running) for key, running in searches.items()}
     answers: dict[tuple[str, Axis], Answer] = {}
     left_out: dict[str, str] = {}
@@ -125,7 +132,38 @@ def plan(
     return Plan(limit=limit, base=base, answers=kept, left_out=left_out)
 
 
-def search(spec: str, axis: Axis, base: Point, limit: int, top: int | None) -> Generator[Point, Figures, Answer]:
+def hint(profile: Profile, spec: str, axis: Axis, base: Point, limit: int) -> int | None:
+    """The largest value that fits by the closed forms, in the search's units; None where there are none.
+
+    Where a search begins, and no more than that: they leave out what the allocator and CUDA's kernels add.
+    """
+    unit = SEQUENCE_STEP if axis == "sequence" else 1
+    top = largest_n(profile.model) if axis == "n" else None
+
+    def fits(k: int) -> bool | None:
+        point = dataclasses.replace(base, **{axis: k * unit})
+        config = profile.model.with_n(point.n)
+        workload = dataclasses.replace(profile.workload, batch=point.batch, sequence=point.sequence)
+        shape = Shape.of(dataclasses.asdict(config), dataclasses.asdict(workload), cuda=True)
+        over = None if shape is None else formula_over_baseline(spec, shape)
+        return None if over is None else baseline(config, workload) + over <= limit
+
+    if fits(1) is None:
+        return None
+    low, high = 0, 1
+    while high < FARTHEST and (top is None or high <= top) and fits(high):
+        low, high = high, 2 * high
+    if top is not None:
+        high = min(high, top + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return max(low, 1)
+
+
+def search(
+    spec: str, axis: Axis, base: Point, limit: int, top: int | None, first: int | None = None
+) -> Generator[Point, Figures, Answer]:
     """Asks for points until the largest one that fits and the next one, which does not, have both been probed.
 
     Args:
@@ -134,9 +172,10 @@ def search(spec: str, axis: Axis, base: Point, limit: int, top: int | None) -> G
         base: what the other two are, and where to begin.
         limit: bytes that the allocated peak may not exceed.
         top: the model's own limit of n, if it has one.
+        first: where to begin, in units of the axis; by default at `base`.
     """
     unit = SEQUENCE_STEP if axis == "sequence" else 1
-    start = max(1, getattr(base, axis) // unit)
+    start = first or max(1, getattr(base, axis) // unit)
     if axis != "n":
         top = None
 

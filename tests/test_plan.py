@@ -17,7 +17,7 @@ from mtp_mem import Workload, load_strategy
 from mtp_mem.cli import main
 from mtp_mem.config import Profile, Sweep, load_gpu
 from mtp_mem.memory.fake import trace_step
-from mtp_mem.plan import AXES, SEQUENCE_STEP, Answer, Axis, Plan, advice, plan, search
+from mtp_mem.plan import AXES, SEQUENCE_STEP, Answer, Axis, Plan, advice, hint, plan, search
 from mtp_mem.prediction import predicted
 from mtp_mem.probes import Figures, Point, ProbeCache, Prober
 from mtp_mem.units import MiB
@@ -226,6 +226,20 @@ def test_the_search_finds_the_largest(lines: list[tuple[int, int]], limit: int, 
         assert answer.value == top
     else:
         assert needs(answer.value + 1) > limit
+
+
+def test_a_search_begins_where_the_closed_forms_end() -> None:
+    for spec, axis in (("sequential", "batch"), ("chunked_tokens", "sequence"), ("naive", "n")):
+        first = hint(PROFILE, spec, axis, BASE, LIMIT)  # type: ignore[arg-type]
+        assert first is not None
+        unit = SEQUENCE_STEP if axis == "sequence" else 1
+        near = dataclasses.replace(BASE, **{axis: first * unit})
+        far = dataclasses.replace(BASE, **{axis: 2 * first * unit})
+        if axis != "n":
+            added = 2 * GPU.workspace_bytes  # which no closed form holds
+            assert 0.7 * LIMIT < allocated(spec, near) < LIMIT + 1.1 * added < allocated(spec, far)
+    assert hint(PROFILE, "naive", "batch", BASE, 1) == 1
+    assert hint(PROFILE, "no_such:Strategy", "batch", BASE, LIMIT) is None
 
 
 def test_more_heads_may_need_less() -> None:

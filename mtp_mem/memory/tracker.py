@@ -25,7 +25,7 @@ from mtp_mem.memory.kernels import Buffers
 from mtp_mem.memory.trace import Category, Event, Storage, Trace
 
 _ADD = torch.ops.aten.add.Tensor
-_DEVICE = torch.ops.prim.device.default  # what a fake tensor's `.device` becomes: more than half of all calls
+_DEVICE = torch.ops.prim.device.default  # what a fake tensor's `.device` becomes, and no other's: half of all calls
 # Frames that stand between an operator and whoever issued it, on the way through a dispatch mode.
 _PLUMBING = {"__torch_dispatch__", "_fn", "inner", "wrapper", "handle_torch_function"}
 
@@ -113,12 +113,12 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE:
+            return args[0].fake_device
         if body := _python_body(func):
             with self:
                 return body(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
-        if func is _DEVICE:
-            return out
         by_engine = _issued_by_engine()
         old = self._moved_from(args[0], out) if func is _ADD and by_engine else None
         for tensor in tree_leaves(out):
