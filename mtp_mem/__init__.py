@@ -5,7 +5,8 @@ from mtp_mem.data import IGNORE, Batch, make_batch
 from mtp_mem.model import MTPModel
 from mtp_mem.step import TrainingStep, forward_backward, make_optimizer
 from mtp_mem.strategy import Strategy, load_strategy
-from mtp_mem.verification import Verification, verify
+from mtp_mem.verdicts import Verification
+from mtp_mem.verification import verify
 
 __all__ = [
     "IGNORE",

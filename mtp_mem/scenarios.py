@@ -5,6 +5,7 @@ batches; `oracle` computes what is right in fp64 by plain autograd on `model(tok
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,18 @@ class Scenario:
     def exact(self) -> bool:
         """Whether the order of heads alone decides the bits: from an empty `.grad`, one batch (mtp_mem/heads.py)."""
         return not self.prefilled and len(self.batches) == 1
+
+    def in_multiples_of(self, multiple: int) -> "Scenario":
+        """For a kernel that takes no other sizes: vocabulary, tokens and chunk are raised where they are none."""
+        if multiple == 1:
+            return self
+
+        def up(size: int, step: int = multiple) -> int:
+            return -(-size // step) * step
+
+        sequence = up(self.sequence, multiple // math.gcd(self.batch, multiple))
+        chunk = None if self.chunk is None else up(self.chunk)
+        return dataclasses.replace(self, vocab_size=up(self.vocab_size), sequence=sequence, chunk=chunk)
 
     @property
     def config(self) -> ModelConfig:

@@ -40,7 +40,8 @@ class Strategy(Protocol):
 
     A class may say `rounds_loss = True`: its kernel returns the loss's value in the model's dtype, and `verify` then
     allows for that rounding in the losses (never in a gradient). It may say `not_predicted = "why"`: its bytes on CUDA
-    cannot be found out elsewhere.
+    cannot be found out elsewhere. It may say `limits = Limits(...)` (mtp_mem/limits.py): dtypes and sizes that its
+    kernel does not take, and where it waits for the device.
     """
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from mtp_mem.prediction import verdict
 from mtp_mem.scenarios import ALL_DTYPES
 from mtp_mem.testing.broken import Broken
 from mtp_mem.units import show_bytes
-from mtp_mem.verification import Check, Verification
+from mtp_mem.verdicts import Check, Verification
 
 
 @dataclass(frozen=True)

@@ -5,97 +5,29 @@ and of the losses: fp64 1e-12; fp32 1e-5 and twice naive's own error + 1e-7; bf1
 + 1e-4. Low precision is never held against another low-precision run: both are wrong, and the question is by how much.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from mtp_mem.config import Dtype
 from mtp_mem.data import Batch
+from mtp_mem.errors import BadInput
 from mtp_mem.gradients import relative_error
+from mtp_mem.limits import Limits, limits_of
 from mtp_mem.model import MTPModel
 from mtp_mem.protocol import BrokenContract, Watched, unchanged
 from mtp_mem.scenarios import ALL_DTYPES, SCENARIOS, Outcome, Problem, Scenario, build, oracle, run, with_chunk
 from mtp_mem.step import forward_backward
 from mtp_mem.strategy import Strategy, load_strategy, loadable
+from mtp_mem.verdicts import Check, Part, Verification
 
 Progress = Callable[[str], None]
 LAST_PLACE: dict[Dtype, float] = {"fp64": 2**-52, "fp32": 2**-23, "bf16": 2**-7, "bf16-mixed": 2**-7}
 """What `rounds_loss` allows a loss's value: one unit in the last place of what the kernel returns it in."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part's gradient, or the losses: its error against the oracle, naive's own, and what was allowed."""
-
-    name: str
-    error: float
-    naive_error: float
-    allowed: float
-    problem: str = ""  # what is wrong in words; empty where nothing is
-
-    @property
-    def passed(self) -> bool:
-        """Inside the bound, and nothing else wrong."""
-        return not self.problem and self.error <= self.allowed
-
-
-@dataclass(frozen=True)
-class Check:
-    """One strategy in one scenario and dtype."""
-
-    strategy: str
-    scenario: str
-    dtype: Dtype
-    identical: bool  # every gradient torch.equal to naive's
-    exact: bool  # whether identity was possible at all in this scenario
-    parts: tuple[Part, ...] = ()
-    broken: str = ""  # the contract broken, or what was raised; there are no parts then
-
-    @property
-    def passed(self) -> bool:
-        """No contract broken and every part right."""
-        return not self.broken and all(part.passed for part in self.parts)
-
-    @property
-    def worst(self) -> Part | None:
-        """The part that failed worst, or has the largest error."""
-        return max(
-            self.parts, key=lambda p: (not p.passed, bool(p.problem), p.error / max(p.allowed, 1e-300)), default=None
-        )
-
-    def explain(self) -> str:
-        """One line: where, which part, the numbers."""
-        where = f"{self.strategy}: {self.scenario}, {self.dtype}"
-        if self.broken:
-            return f"{where}: {self.broken}"
-        part = self.worst
-        if part is None or self.passed:
-            return f"{where}: right"
-        if part.problem:
-            return f"{where}: {part.name}: {part.problem}"
-        return (
-            f"{where}: {part.name}: error {part.error:.1e}, naive's {part.naive_error:.1e}, allowed {part.allowed:.1e}"
-        )
-
-
-@dataclass(frozen=True)
-class Verification:
-    """All checks of a run."""
-
-    checks: tuple[Check, ...] = field(default_factory=tuple)
-
-    @property
-    def failures(self) -> tuple[Check, ...]:
-        """What did not pass."""
-        return tuple(check for check in self.checks if not check.passed)
-
-    def of(self, strategy: str) -> tuple[Check, ...]:
-        """One strategy's checks."""
-        return tuple(check for check in self.checks if check.strategy == strategy)
 
 
 def verify(
@@ -115,6 +47,9 @@ def verify(
         scenarios: see mtp_mem/scenarios.py.
         device: where the strategies run; the oracle runs on the CPU.
         progress: told each scenario and dtype as it begins.
+
+    Raises:
+        BadInput: a strategy's limits leave nothing of `dtypes`, and it was asked for.
     """
     named: dict[str, Strategy] = {}
     for s in loadable() if strategies is None else strategies:
@@ -122,14 +57,38 @@ def verify(
         if name in named and not isinstance(s, str):
             name = f"{name} {sum(isinstance(other, type(s)) for other in named.values()) + 1}"
         named[name] = load_strategy(s) if isinstance(s, str) else s
+    limits = {name: limits_of(strategy) for name, strategy in named.items()}
+    unable = [name for name in named if not any(map(limits[name].takes, dtypes))]
+    if unable and strategies is not None:
+        raise BadInput(f"strategy {unable[0]!r} {limits[unable[0]].computes}: in none of {', '.join(dtypes)}")
     device = torch.device(device)
     with _one_thread():
-        checks = [check for name, strategy in named.items() if (check := _contract(name, strategy, device)).broken]
+        able = {name: strategy for name, strategy in named.items() if name not in unable}
+        checks = [check for name, strategy in able.items() if (check := _contract(name, strategy, device)).broken]
         for scenario in scenarios:
             for dtype in (d for d in dtypes if d in scenario.dtypes):
                 progress(f"{scenario.name}, {dtype}")
-                checks += verify_problem(build(scenario, dtype, device), dtype, named)
-    return Verification(tuple(checks))
+                for multiple in sorted({limits[name].multiple_of for name in able}):
+                    here = {
+                        n: s for n, s in able.items() if limits[n].multiple_of == multiple and limits[n].takes(dtype)
+                    }
+                    if here:
+                        checks += verify_problem(build(scenario.in_multiples_of(multiple), dtype, device), dtype, here)
+    return Verification(
+        tuple(checks), tuple(line for name in named for line in _allowances(name, limits[name], dtypes))
+    )
+
+
+def _allowances(name: str, limits: Limits, dtypes: Sequence[Dtype]) -> Iterator[str]:
+    """What the verifier leaves out of a strategy's checks or lets it do, a line each."""
+    if missing := [dtype for dtype in dtypes if not limits.takes(dtype)]:
+        yield f"{name}: not in {', '.join(missing)}: its kernel {limits.computes}"
+    if len(missing) == len(dtypes):
+        return
+    if limits.multiple_of > 1:
+        yield f"{name}: sizes are raised to multiples of {limits.multiple_of}"
+    if limits.waits:
+        yield f"{name} waits for the device: {limits.waits}"
 
 
 @contextmanager
@@ -236,19 +195,21 @@ def _host(tensor: Tensor | None) -> Tensor | None:
 
 def _contract(name: str, strategy: Strategy, device: torch.device) -> Check:
     """Does it wait for the device, and does it keep anything from one step to the next?"""
-    scenario = Scenario(name="protocol")
-    problem = build(scenario, "fp32", device)
-    other = build(Scenario(name="protocol", batches=(1,)), "fp32", device)
+    limits = limits_of(strategy)
+    dtype: Dtype = "fp32" if limits.takes("fp32") else "bf16"
+    scenario = Scenario(name="protocol").in_multiples_of(limits.multiple_of)
+    problem = build(scenario, dtype, device)
+    other = build(dataclasses.replace(scenario, batches=(1,)), dtype, device)
     broken = ""
     try:
-        _watched(problem, strategy, may_sync=False)
+        _watched(problem, strategy, may_sync=bool(limits.waits))
         first = _watched(problem, strategy)
         _watched(other, strategy)
         if not _identical(_watched(problem, strategy), first):
             broken = "keeps state: the same step again gives another gradient"
     except Exception as e:
         broken = _told(e)
-    return Check(name, scenario.name, "fp32", False, True, broken=broken)
+    return Check(name, scenario.name, dtype, False, True, broken=broken)
 
 
 def _watched(problem: Problem, strategy: Strategy, *, may_sync: bool = True) -> Outcome:

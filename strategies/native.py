@@ -19,6 +19,7 @@ from mtp_mem.data import IGNORE
 from mtp_mem.errors import BadInput, Missing
 from mtp_mem.heads import Heads
 from mtp_mem.kernels_here import flat
+from mtp_mem.limits import Limits
 from mtp_mem.losses import loss_dtype
 
 
@@ -47,7 +48,7 @@ class Native:
 
     def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy of one head over its valid targets, 0-dim in the loss dtype."""
-        rows, weight, wanted, count = flat(hidden, unembedding, targets)
+        rows, weight, wanted, count = flat(hidden, unembedding, targets, Limits())
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=self.tokens, acc_policy=self.policy)
         total = F.linear_cross_entropy(rows, weight, wanted, reduction="sum", ignore_index=IGNORE, options=options)
         return total.to(loss_dtype(hidden.dtype)) / count

@@ -20,7 +20,7 @@ from mtp_mem.errors import BadInput
 if TYPE_CHECKING:
     import torch
 
-    from mtp_mem.verification import Check, Verification
+    from mtp_mem.verdicts import Check, Verification
 
 SHOWN = 20  # failures in the terminal; --json has all
 
@@ -54,20 +54,22 @@ def run(args: argparse.Namespace) -> int:
         if args.profile or args.strategies or args.strategy:
             raise BadInput("--prove runs the shipped broken strategies on the scenarios: no --profile, no --strategies")
         return _prove(args, device)
-    specs = _specs(args)
+    asked = _asked(args)
     if args.profile:
-        found = _on_profile(args, specs, device)
+        found = _on_profile(args, asked, device)
     else:
         dtypes: tuple[Dtype, ...] = (args.dtype,) if args.dtype else ALL_DTYPES
         with progress(sum(d in s.dtypes for s in SCENARIOS for d in dtypes)) as begin:
-            found = verify(specs, dtypes=dtypes, device=device, progress=begin)
-    failures = found.failures
+            found = verify(asked, dtypes=dtypes, device=device, progress=begin)
+    failures, specs = found.failures, list(dict.fromkeys(check.strategy for check in found.checks))
     if args.json:
-        document = {"passed": not failures, "summary": _sentence(found, specs)}
+        document = {"passed": not failures, "summary": _sentence(found, specs), "remarks": found.remarks}
         print(json.dumps(document | {"checks": [_json(check) for check in found.checks]}, indent=1))
         return 1 if failures else 0
     screen = console()
     screen.print(tables.verification(found, specs, screen))
+    for line in found.remarks:
+        screen.print(line, markup=False)
     for check in failures[:SHOWN]:
         screen.print(check.explain(), markup=False)
     if len(failures) > SHOWN:
@@ -76,29 +78,36 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _specs(args: argparse.Namespace) -> list[str]:
-    """What was asked for, or everything that can be loaded here."""
-    from mtp_mem.strategy import load_strategy, loadable
+def _asked(args: argparse.Namespace) -> list[str] | None:
+    """The specs that were asked for, all of which can be loaded; None: everything that can."""
+    from mtp_mem.strategy import load_strategy
 
     specs = [*(args.strategies or ()), *(args.strategy or ())]
     for spec in specs:
         load_strategy(spec)
-    return list(dict.fromkeys(specs)) or loadable()
+    return list(dict.fromkeys(specs)) or None
 
 
-def _on_profile(args: argparse.Namespace, specs: list[str], device: "torch.device") -> "Verification":
+def _on_profile(args: argparse.Namespace, asked: list[str] | None, device: "torch.device") -> "Verification":
     from mtp_mem.bench import Bench
     from mtp_mem.config import load_profile
     from mtp_mem.data import load_corpus
+    from mtp_mem.limits import refusal
     from mtp_mem.scenarios import Problem, Scenario
-    from mtp_mem.strategy import load_strategy
-    from mtp_mem.verification import Verification, verify_problem
+    from mtp_mem.strategy import load_strategy, loadable
+    from mtp_mem.verdicts import Verification
+    from mtp_mem.verification import verify_problem
 
     profile = load_profile(args.profile)
     if args.dtype:
         profile = dataclasses.replace(profile, workload=dataclasses.replace(profile.workload, dtype=args.dtype))
     corpus = load_corpus(profile.workload, profile.model.vocab_size)
-    strategies = {spec: load_strategy(spec) for spec in specs}
+    strategies = {spec: load_strategy(spec) for spec in asked or loadable()}
+    unable = {spec: why for spec, s in strategies.items() if (why := refusal(s, profile.model, profile.workload))}
+    for spec in unable:
+        if asked:
+            raise BadInput(f"strategy {spec!r} {unable[spec]}")
+        del strategies[spec]
     checks: list[Check] = []
     with progress(len(profile.sweep.n)) as begin:
         for n in profile.sweep.n:
@@ -107,7 +116,7 @@ def _on_profile(args: argparse.Namespace, specs: list[str], device: "torch.devic
             scenario = Scenario(name=f"{profile.name}, n = {n}", n=n, chunk=None)
             problem = Problem(scenario, bench.model, (bench.batch,), {})
             checks += verify_problem(problem, profile.workload.dtype, strategies)
-    return Verification(tuple(checks))
+    return Verification(tuple(checks), tuple(f"{spec} is left out: it {why}" for spec, why in unable.items()))
 
 
 def _prove(args: argparse.Namespace, device: "torch.device") -> int:

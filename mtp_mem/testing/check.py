@@ -7,7 +7,8 @@ import torch
 from mtp_mem.config import Dtype
 from mtp_mem.scenarios import ALL_DTYPES, SCENARIOS, Scenario
 from mtp_mem.strategy import Strategy
-from mtp_mem.verification import Check, verify
+from mtp_mem.verdicts import Check
+from mtp_mem.verification import verify
 
 SHOWN = 10
 

@@ -1,0 +1,132 @@
+"""Limits of a kernel: refused where they are exceeded, kept to by the verifier, and said."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtp_mem.errors import BadInput
+from mtp_mem.heads import Heads
+from mtp_mem.kernels_here import flat
+from mtp_mem.limits import Limits, limits_of
+from mtp_mem.losses import full
+from mtp_mem.scenarios import ALL_DTYPES, SCENARIOS
+from mtp_mem.strategies.cce import CCE
+from mtp_mem.strategies.liger import Liger
+from mtp_mem.strategies.quack import Quack
+from mtp_mem.strategies.sequential import Sequential
+from mtp_mem.verification import verify
+
+
+class InEights:
+    """Right, but only for multiples of 8 in bf16, and it waits: what a library's kernel may be like."""
+
+    limits: ClassVar[Limits] = Limits(dtypes=(torch.bfloat16,), multiple_of=8, waits="it looks at its targets")
+
+    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
+        return heads.in_turn(cut, targets, weights, self.loss)
+
+    def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+        rows, *_ = flat(hidden, unembedding, targets, self.limits)
+        assert rows.dtype == torch.bfloat16
+        assert not any(size % 8 for size in (*rows.shape, *unembedding.shape))
+        targets.max().item()
+        return full(hidden, unembedding, targets)
+
+
+class Hidden(InEights):
+    """The same without saying that it waits."""
+
+    limits: ClassVar[Limits] = Limits(dtypes=(torch.bfloat16,), multiple_of=8)
+
+
+def test_a_strategy_is_verified_within_its_limits() -> None:
+    found = verify([InEights(), "sequential"])
+    assert [check.explain() for check in found.failures] == []
+    mine = [(check.scenario, check.dtype) for check in found.of("InEights")]
+    assert mine == [(s.name, d) for s in SCENARIOS for d in s.dtypes if d.startswith("bf16")]
+    assert len(found.of("sequential")) == sum(len(s.dtypes) for s in SCENARIOS)
+    assert found.remarks == (
+        "InEights: not in fp64, fp32: its kernel computes in bfloat16",
+        "InEights: sizes are raised to multiples of 8",
+        "InEights waits for the device: it looks at its targets",
+    )
+
+
+def test_waiting_that_is_not_said_breaks_the_contract() -> None:
+    found = verify([Hidden()], dtypes=["bf16"], scenarios=SCENARIOS[:1])
+    assert [check.explain() for check in found.failures] == [
+        "Hidden: protocol, bf16: synchronises with the device (aten._local_scalar_dense.default)"
+    ]
+
+
+def test_nothing_of_what_was_asked_for_is_bad_input() -> None:
+    with pytest.raises(BadInput, match="'InEights' computes in bfloat16: in none of fp64, fp32"):
+        verify([InEights()], dtypes=["fp64", "fp32"])
+
+
+def test_scenarios_in_multiples() -> None:
+    for scenario in SCENARIOS:
+        assert scenario.in_multiples_of(1) is scenario
+        eights = scenario.in_multiples_of(8)
+        assert eights.vocab_size % 8 == eights.batch * eights.sequence % 8 == (eights.chunk or 8) % 8 == 0
+        assert eights.vocab_size - scenario.vocab_size < 8
+        assert eights.batch * (eights.sequence - scenario.sequence) < 8 * eights.batch
+        assert eights.name == scenario.name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "words"),
+    [
+        (torch.float32, (8, 8, 16), "computes in bfloat16, not in float32"),
+        (torch.bfloat16, (8, 16, 20), "needs multiples of 8, not V = 20"),
+        (torch.bfloat16, (9, 12, 16), "needs multiples of 8, not N = 9, D = 12"),
+        (torch.bfloat16, (8, 16, 24), ""),
+    ],
+)
+def test_refusals(dtype: torch.dtype, sizes: tuple[int, int, int], words: str) -> None:
+    N, D, V = sizes
+    assert InEights.limits.refusal(dtype, N=N, D=D, V=V) == words
+    rows, weight = torch.zeros(1, N, D, dtype=dtype), torch.zeros(V, D, dtype=dtype)
+    targets = torch.zeros(1, N, dtype=torch.long)
+    if words:
+        with pytest.raises(BadInput, match=f"the kernel {words}"):
+            flat(rows, weight, targets, InEights.limits)
+    else:
+        assert flat(rows, weight, targets, InEights.limits)[0].shape == (N, D)
+
+
+def test_what_the_libraries_take() -> None:
+    assert limits_of(Sequential()) == Limits()
+    takes = {cls.__name__: [d for d in ALL_DTYPES if cls.limits.takes(d)] for cls in (Liger, CCE, Quack)}
+    assert takes == {
+        "Liger": ["fp32", "bf16", "bf16-mixed"],
+        "CCE": ["bf16", "bf16-mixed"],
+        "Quack": ["bf16", "bf16-mixed"],
+    }
+
+
+def cli(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    (folder / "mine.py").write_text(Path(__file__).read_text())
+    return subprocess.run(
+        [sys.executable, "-m", "mtp_mem", *args], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_the_commands_say_it(tmp_path: Path) -> None:
+    found = cli(tmp_path, "compare", "--strategies", "naive,mine:InEights", "--n", "1")
+    assert found.returncode == 2
+    assert "strategy 'mine:InEights' computes in bfloat16, not in float32" in found.stderr
+    found = cli(tmp_path, "verify", "--strategies", "mine:InEights", "--profile", "quick")
+    assert found.returncode == 2
+    assert "strategy 'mine:InEights' computes in bfloat16, not in float32" in found.stderr
+    found = cli(tmp_path, "verify", "--strategies", "mine:InEights", "--dtype", "bf16", "--json")
+    assert found.returncode == 0, found.stderr
+    assert "mine:InEights waits for the device: it looks at its targets" in json.loads(found.stdout)["remarks"]
+    found = cli(tmp_path, "verify", "--strategies", "mine:InEights", "--dtype", "bf16")
+    assert "mine:InEights: sizes are raised to multiples of 8" in found.stdout
