@@ -293,8 +293,14 @@ def test_list_and_env(work: Path) -> None:
     assert found["host_bytes"] > 2**30
 
 
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_list_fits_the_terminal(work: Path, columns: int) -> None:
+    listed = run(work, "list", COLUMNS=str(columns)).stdout
+    assert max(map(len, listed.splitlines())) <= columns
+    assert " ".join(listed.split()).count("the paper's schedule") == 1  # wrapped, not cut
+
+
 def test_the_console_script_is_the_module(work: Path) -> None:
     script = Path(sys.executable).with_name("mtp-mem")
-    assert (
-        subprocess.run([script, "list"], capture_output=True, text=True, check=True).stdout == run(work, "list").stdout
-    )
+    said = subprocess.run([script, "list", "--json"], capture_output=True, text=True, check=True).stdout
+    assert said == run(work, "list", "--json").stdout

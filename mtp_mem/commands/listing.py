@@ -3,7 +3,10 @@
 import argparse
 import json
 
-from mtp_mem.commands.common import AddCommand
+from rich.table import Table
+from rich.text import Text
+
+from mtp_mem.commands.common import AddCommand, console
 from mtp_mem.errors import MtpMemError
 
 
@@ -29,11 +32,14 @@ def list_(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"strategies": strategies, "profiles": profiles, "gpus": gpus}, indent=1))
         return 0
+    screen = console()
     for title, entries in (("Strategies", strategies), ("Profiles", profiles), ("GPUs", gpus)):
-        print(title)
-        width = max(map(len, entries), default=0)
+        screen.print(title)
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
         for name, line in entries.items():
-            print(f"  {name:{width}}  {line}")
+            table.add_row(f"  {name}", Text(line))
+        screen.print(table)
     return 0
 
 
