@@ -109,8 +109,9 @@ class _RMSNorm(torch.autograd.Function):
 
 def rotation(S: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Rotation:
     """Cosines and sines of the rotary angles, each (S, head_dim / 2) (Su et al. 2021, section 3.4.2)."""
-    frequencies = theta ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / -head_dim)
-    angles = torch.outer(torch.arange(S, device=device, dtype=torch.float32), frequencies)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    frequencies = theta ** (torch.arange(0, head_dim, 2, device=device, dtype=wide) / -head_dim)
+    angles = torch.outer(torch.arange(S, device=device, dtype=wide), frequencies)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

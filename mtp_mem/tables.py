@@ -141,7 +141,12 @@ def comparison(records: Sequence[Record], console: Console) -> Table:
 
 def remarks(records: Sequence[Record]) -> list[str]:
     """What the columns cannot say of a record: what was chosen and why, why it failed, and peaks that were bent."""
-    lines = []
+    noise = {r.n: (r.gradient_reference, r.gradient_noise) for r in records if r.gradient_noise}
+    lines = [
+        f"n = {n}: {name} run twice differs from itself by {error:.0e}: some kernel here adds in no fixed order, and"
+        " nothing can be bit-identical; --require-deterministic takes other kernels"
+        for n, (name, error) in noise.items()
+    ]
     for r in records:
         words = [r.chosen] if r.chosen else []
         if r.status != "ok" or r.error:

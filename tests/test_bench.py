@@ -4,6 +4,7 @@ There is no CUDA device here. What a device would answer is put in its place, an
 torch's own checks of them.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,12 @@ from mtp_mem import Profile, Sweep, TrainingStep, Workload, load_strategy, make_
 from mtp_mem.bench import Bench, resolve_device
 from mtp_mem.data import load_corpus
 from mtp_mem.errors import Missing
+from mtp_mem.gradients import Gradients
 from mtp_mem.memory import cuda, nvml
+from mtp_mem.memory.record import Record
+from mtp_mem.strategy import Strategy
 from mtp_mem.sweep import cases, run
+from mtp_mem.tables import remarks
 
 PROFILE = Profile(
     name="small",
@@ -72,6 +77,51 @@ def test_a_strategy_that_fails_while_timed_is_out_and_the_others_go_on() -> None
     assert len(naive) == 3
     assert isinstance(found["tired"], torch.OutOfMemoryError)
     assert told == ["naive", "tired", "tired", "naive", "naive", "tired"]
+
+
+def test_what_a_failed_step_had_made_is_gone_when_the_next_one_runs() -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    class Full:
+        def backward(self, cut: torch.Tensor, *_: Any) -> torch.Tensor:
+            logits = torch.zeros_like(cut)
+            made.append(weakref.ref(logits))
+            raise torch.OutOfMemoryError("no room")
+
+    class Looks:
+        def backward(self, *args: Any) -> torch.Tensor:
+            alive.extend(found() is not None for found in made)
+            return load_strategy("sequential").backward(*args)
+
+    found = bench().time({"full": Full(), "looks": Looks()}, lambda _: None)
+    assert isinstance(found["full"], torch.OutOfMemoryError)
+    assert alive == [False, False, False]
+
+
+def test_a_reference_that_does_not_repeat_itself_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def records() -> list[Record]:
+        corpus, device = load_corpus(PROFILE.workload, PROFILE.model.vocab_size), torch.device("cpu")
+        return list(run(PROFILE, corpus, device, cases(PROFILE, corpus, device), lambda _: None))
+
+    quiet = records()
+    assert [r.gradient_noise for r in quiet] == [0.0, 0.0]
+    assert remarks(quiet) == []
+    once = Bench._gradients
+    shift = iter(range(100))
+
+    def drifting(self: Bench, strategy: Strategy) -> tuple[Gradients, list[float]]:
+        gradients, losses = once(self, strategy)
+        with torch.no_grad():
+            gradients["norm"][0] += 1e-4 * next(shift)  # as atomic additions would, which have no order
+        return gradients, losses
+
+    monkeypatch.setattr(Bench, "_gradients", drifting)
+    noisy = records()
+    assert [r.gradient for r in noisy] == ["differs", "differs"]
+    assert all(1e-5 < (r.gradient_noise or 0) < 1 for r in noisy)
+    (line,) = remarks(noisy)
+    assert line.startswith("n = 2: naive run twice differs from itself by ")
 
 
 def test_its_record_keeps_the_bytes_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

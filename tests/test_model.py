@@ -1,5 +1,7 @@
 """The model is what the paper describes: parameter-matched heads, causal, one shared unembedding."""
 
+import math
+
 import pytest
 import torch
 from small import KINDS, UNEMBEDDINGS, build, small_kind, tiny
@@ -52,6 +54,14 @@ def test_rotation_depends_on_the_distance_only() -> None:
     score = rotate(q.expand(1, 16, 1, 8), cos, sin)[0, :, 0] @ rotate(k.expand(1, 16, 1, 8), cos, sin)[0, :, 0].T
     torch.testing.assert_close(score[5, 2], score[12, 9])
     assert not torch.isclose(score[5, 2], score[5, 3])
+
+
+def test_rotation_is_as_exact_as_the_model() -> None:
+    # From fp32 angles, an fp64 model is as far off as two devices' fp32 cosines: 1e-8, where 1e-12 is allowed.
+    found = torch.stack(rotation(40, 8, 10_000.0, torch.float64, torch.device("cpu")))
+    angles = [[s * 10_000.0 ** (-j / 4) for j in range(4)] for s in range(40)]
+    right = [[[turn(angle) for angle in row] for row in angles] for turn in (math.cos, math.sin)]
+    torch.testing.assert_close(found, torch.tensor(right, dtype=torch.float64), rtol=0, atol=1e-14)
 
 
 def test_rms_norm_gradients() -> None:

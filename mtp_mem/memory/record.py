@@ -16,6 +16,8 @@ from mtp_mem.gradients import Verdict
 SCHEMA = 1
 """Fields are added, never renamed, within a schema version."""
 
+ERRORS = ("gradient_error", "gradient_noise")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
@@ -56,6 +58,7 @@ class Record:
     gradient_error: float | None = None
     gradient_group: str | None = None
     gradient_reference: str | None = None  # whose gradients these were held against
+    gradient_noise: float | None = None  # error of that one against itself, run again
     losses: tuple[float, ...] | None = None
     parameters: int | None = None
     model: dict[str, Any] = field(default_factory=dict)
@@ -65,9 +68,7 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """A JSON object; a number that JSON cannot hold (an infinite error) becomes the string "inf"."""
         found = dataclasses.asdict(self)
-        if found["gradient_error"] == float("inf"):
-            found["gradient_error"] = "inf"
-        return found
+        return found | {key: "inf" for key in ERRORS if found[key] == float("inf")}
 
     @staticmethod
     def from_json(found: dict[str, Any]) -> "Record":
@@ -82,8 +83,7 @@ class Record:
             raise BadInput(f"schema {schema!r}; this version reads schema {SCHEMA}{newer}")
         names = {f.name for f in dataclasses.fields(Record)}
         known = {key: value for key, value in found.items() if key in names}
-        if known.get("gradient_error") == "inf":
-            known["gradient_error"] = float("inf")
+        known |= {key: float("inf") for key in ERRORS if known.get(key) == "inf"}
         if known.get("losses") is not None:
             known["losses"] = tuple(known["losses"])
         try:
