@@ -1,7 +1,8 @@
 """The command line: `mtp-mem COMMAND`.
 
 Results go to stdout, progress and notes to stderr. Exit codes: 0 ok; 1 a check failed; 2 usage or bad input;
-3 something needed is missing; 130 interrupted.
+3 something needed is missing; 70 anything unexpected, with its traceback; 130
+interrupted.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from mtp_mem import __version__
 from mtp_mem.commands import (
@@ -25,7 +27,7 @@ from mtp_mem.commands import (
     verify,
 )
 from mtp_mem.commands.common import note
-from mtp_mem.errors import MtpMemError
+from mtp_mem.errors import MtpMemError, guarded
 
 COMMANDS = (compare, verify, predict, plan, timeline, report, chart, regressions, profile, gpu, listing)
 
@@ -38,14 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Deprecation notes of the libraries we call are for us, not for the user in front of a table.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
     try:
+        return guarded(partial(_run, args))
+    except KeyboardInterrupt:
+        note("mtp-mem: interrupted")
+        return 130
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
         code: int = args.run(args)
         return code
     except MtpMemError as e:
         note(f"mtp-mem: {e}")
         return e.exit_code
-    except KeyboardInterrupt:
-        note("mtp-mem: interrupted")
-        return 130
     except BrokenPipeError:  # the reader of stdout has gone, `| head` say; nothing is wrong here
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -1,10 +1,15 @@
 """What can go wrong, with the exit code that the command line gives for it.
 
-Exit codes: 0 ok; 1 a check failed; 2 usage or bad input; 3 something needed is missing.
+Exit codes: 0 ok; 1 a check failed; 2 usage or bad input; 3 something needed is missing; 70 anything
+unexpected.
 """
 
 import difflib
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable
+
+CRASH = 70
+"""Not Python's own 1, which would read as a check that failed."""
 
 
 class MtpMemError(Exception):
@@ -21,6 +26,15 @@ class Missing(MtpMemError):
     """Something needed is not here: a CUDA device, a kernel package, a broken installation."""
 
     exit_code = 3
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """What `run` returns, or CRASH with the traceback on stderr."""
+    try:
+        return run()
+    except Exception:
+        traceback.print_exc()
+        return CRASH
 
 
 def unknown(kind: str, name: str, valid: Iterable[str], where: str = "") -> BadInput:

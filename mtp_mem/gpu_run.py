@@ -4,9 +4,11 @@ A stage is a command of this package. What it printed and how it ended is kept i
 that is cut short has everything up to there, and the same call goes on with what is missing.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from mtp_mem.config import GPU, Profile, Sweep, load_profile
+from mtp_mem.environment import code_digest
 from mtp_mem.estimate import Estimate, estimate
+from mtp_mem.head_phase import SHAPES
 from mtp_mem.memory.record import writable
 
 OWN = "naive,sequential,chunked_vocab,chunked_tokens,checkpointed"
 BITWISE = "naive,sequential,checkpointed"
 PAPER = "mtp-1.3b"  # its step times stand beside the paper's
 LARGE_VOCABULARY = ("llama3-8b", "llama3.2-1b")  # the first of which every case fits, or else the last
-DONE = (0, 1)  # 1: the stage ran, and says that a check failed
+GRACE_S = 60  # for a stage that is told to stop: commands finish the case at hand
 
 
 @dataclass(frozen=True)
@@ -83,32 +87,37 @@ def plan(gpu: GPU | None, out: Path, *, quick: bool, tests: Path | None, determi
     small = quick or gpu is None
     made = [Stage("environment", ("mtp_mem", "env", "--json"), 0.3, "machine, driver, clocks, other processes")]
     refused: list[tuple[str, Estimate]] = []
-    for profile in [load_profile("quick")] if small else [load_profile(PAPER), _large_vocabulary(gpu)]:
+
+    def measure(profile: Profile) -> None:
         if quick:
             sweep = Sweep(n=(1, 2), strategies=("naive", "sequential", "chunked_tokens"), rounds=1)
             profile = dataclasses.replace(profile, sweep=sweep)
         cases = estimate(profile, gpu)
-        made += comparisons(profile, cases, out, how)
-        refused += [(profile.name, case) for case in cases if not case.fits]
+        made.extend(comparisons(profile, cases, out, how))
+        refused.extend((profile.name, case) for case in cases if not case.fits)
+
+    measure(load_profile("quick" if small else PAPER))
     for dtype in ("fp32",) if quick else ("fp32", "bf16"):
         verify = ("mtp_mem", "verify", "--json", "--dtype", dtype, *how, "--strategies", OWN)
-        made.append(Stage(f"verify-{dtype}", verify, 1, "gradients against the fp64 oracle, on this device"))
-    if not small:
-        rest = ("mtp_mem", "verify", "--json", "--profile", "quick", "--dtype", "bf16", *how)
-        made.append(Stage("verify-kernels", rest, 1, "the same for whatever kernel is installed, on a model's shape"))
-        bits = ("mtp_mem", "verify", "--json", *on, "--require-deterministic", "--strategies", BITWISE)
-        made.append(Stage("verify-bits", bits, 2, "which are bit-identical with deterministic kernels"))
-    check = ("mtp_mem.memory.check", "--out", str(out), *(["--quick"] if quick else []))
-    made.append(Stage("check", check, 1 if quick else 5, "predicted bytes against measured ones"))
+        made.append(Stage(f"verify-{dtype}", verify, 2, "gradients against the fp64 oracle, on this device"))
     for spec in ("sequential",) if quick else ("naive", "sequential"):
         timeline = ("mtp_mem", "timeline", "--profile", "quick", "--strategy", spec, "--n", "4", *on)
         where = ("--out", str(out / f"timeline-{spec}"))
         made.append(Stage(f"timeline-{spec}", timeline + where, 0.5, "what is live during one step"))
-    if tests is not None:
-        size = "small" if quick else ("cpu" if gpu is None else "cuda")
-        suite = ("pytest", str(tests / "test_head_phase.py"), "-q", "-k", size, "-p", "no:cacheprovider")
-        found = (*suite, f"--benchmark-json={out / 'benchmark.json'}")
-        made.append(Stage("benchmark", found, 1 if quick else 8, "the head phase beside installed kernels"))
+    check = ("mtp_mem.memory.check", "--out", str(out), *(["--quick"] if quick else []))
+    made.append(Stage("check", check, 1 if quick else 5, "predicted bytes against measured ones"))
+    if not small:
+        measure(_large_vocabulary(gpu))
+        rest = ("mtp_mem", "verify", "--json", "--profile", "quick", "--dtype", "bf16", *how)
+        made.append(Stage("verify-kernels", rest, 1, "the same for whatever kernel is installed, on a model's shape"))
+        bits = ("mtp_mem", "verify", "--json", *on, "--require-deterministic", "--strategies", BITWISE)
+        made.append(Stage("verify-bits", bits, 2, "which are bit-identical with deterministic kernels"))
+    size = "small" if quick else ("cpu" if gpu is None else "cuda")
+    for shape in SHAPES[size] if tests else ():
+        suite = ("pytest", f"{tests}/test_head_phase.py", "-q", "-k", f"{size}-{shape.label}")
+        name = f"benchmark-{shape.label}"
+        found = (*suite, "-p", "no:cacheprovider", f"--benchmark-json={out / name}.json")
+        made.append(Stage(name, found, 1 if quick else 3, "the head phase beside installed kernels"))
     report = ("mtp_mem", "report", str(out), "-o", str(out / "report.html"), "--charts", str(out / "charts"))
     made.append(Stage("report", report, 0.5, "one page"))
     return Plan(tuple(made), tuple(refused))
@@ -154,11 +163,11 @@ def run(stages: Sequence[Stage], out: Path, budget_s: float, begin: Callable[[St
         begin: told each stage before it runs.
     """
     writable(out)
-    before = _read(out / "stages.json")
+    before, code = _read(out / "stages.json"), code_digest()
     started = time.monotonic()
     for stage in stages:
         old = before.get(stage.name)
-        if stage is not stages[-1] and old and old["command"] == list(stage.command) and old["code"] in DONE:
+        if stage is not stages[-1] and old and _done(stage, old, code):
             yield Outcome(stage.name, "done before", old["seconds"], old["code"])
             continue
         left = budget_s - (time.monotonic() - started)
@@ -167,11 +176,17 @@ def run(stages: Sequence[Stage], out: Path, budget_s: float, begin: Callable[[St
             continue
         begin(stage)
         outcome = _run_one(stage, out, stage.limit_s if stage is stages[-1] else min(stage.limit_s, left))
-        before[stage.name] = {**dataclasses.asdict(outcome), "command": list(stage.command)}
+        before[stage.name] = {**dataclasses.asdict(outcome), "command": list(stage.command), "by": code}
         partial = out / ".stages.json.tmp"
         partial.write_text(json.dumps(before, indent=1) + "\n")
         partial.replace(out / "stages.json")
         yield outcome
+
+
+def _done(stage: Stage, old: dict[str, Any], code: str) -> bool:
+    """Whether it ended well before; or with a failed check, which the same code would only find again."""
+    same = old["command"] == list(stage.command)
+    return same and (old["code"] == 0 or (old["code"] == 1 and old.get("by") == code))
 
 
 def _run_one(stage: Stage, out: Path, limit_s: float) -> Outcome:
@@ -182,23 +197,29 @@ def _run_one(stage: Stage, out: Path, limit_s: float) -> Outcome:
             stdout=stdout,
             stderr=stderr,
             env={**os.environ, "COLUMNS": "120"},
+            start_new_session=True,  # so that its own children can be stopped with it
         )
         try:
             code: int | None = child.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
-            child.terminate()  # commands finish the unit at hand and keep what they have
-            try:
-                child.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
             code = None
-        except BaseException:
-            child.terminate()
-            child.wait()
-            raise
+        finally:
+            _stop(child)
     status = {0: "ok", 1: "check failed", None: "out of time"}.get(code, "failed")
     return Outcome(stage.name, status, round(time.monotonic() - begun, 1), code)
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """End the process with what it started: a measurement that went on would take its memory from the next stage."""
+    child.terminate()
+    try:
+        child.wait(timeout=GRACE_S)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

@@ -37,6 +37,11 @@ class HeadShape:
     device: str = "cpu"
 
     @property
+    def label(self) -> str:
+        """As a name of tests and stages has it."""
+        return f"n{self.n}-V{self.V}"
+
+    @property
     def name(self) -> str:
         """As tables show it."""
         return f"N={self.N} D={self.D} V={self.V} {str(self.dtype).removeprefix('torch.')} {self.device}"
@@ -50,6 +55,17 @@ class HeadShape:
     def lower_bound(self) -> int:
         """Bytes above the inputs that nobody avoids: the unembedding's gradient and one head's hidden gradient."""
         return (self.V + self.N) * self.D * self.dtype.itemsize
+
+
+SHAPES: dict[str, tuple[HeadShape, ...]] = {
+    "small": (HeadShape(N=256, D=64, V=2000, n=2),),
+    "cpu": tuple(HeadShape(N=2048, D=512, V=32000, n=n) for n in (1, 4)),
+    "cuda": (
+        *(HeadShape(N=8192, D=4096, V=128256, n=n, dtype=torch.bfloat16, device="cuda") for n in (1, 4)),
+        HeadShape(N=8192, D=2304, V=256000, n=1, dtype=torch.bfloat16, device="cuda"),
+    ),
+}
+"""What is timed: in CI, on a CPU, on a GPU."""
 
 
 class HeadPhase:

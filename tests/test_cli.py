@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from mtp_mem.cli import main
+
 PROFILE = """
 description = "small"
 [model]
@@ -291,6 +293,17 @@ def test_list_and_env(work: Path) -> None:
     found = json.loads(run(work, "env", "--json").stdout)
     assert found["device"]
     assert found["host_bytes"] > 2**30
+
+
+def test_anything_unexpected_is_not_a_failed_check(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("mtp_mem.environment.environment", broken)
+    assert main(["env"]) == 70
+    assert "ZeroDivisionError: a bug" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("columns", [80, 120])

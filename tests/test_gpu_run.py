@@ -1,9 +1,14 @@
 """`mtp-mem gpu` on its CPU stand-in: the plan, the budget, going on where a run ended."""
 
+import contextlib
 import dataclasses
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -11,6 +16,8 @@ from mtp_mem import gpu_run
 from mtp_mem.cli import main
 from mtp_mem.config import load_gpu
 from mtp_mem.gpu_run import Outcome, Stage, run
+from mtp_mem.head_phase import SHAPES
+from mtp_mem.strategy import loadable
 
 
 def done(plan: list[Stage], out: Path, budget_s: float = 60) -> dict[str, Outcome]:
@@ -27,9 +34,24 @@ def test_the_plan_measures_first_and_reports_last(tmp_path: Path) -> None:
         assert len(set(names)) == len(names)
         assert plan.refused == ()
     full = {stage.name: stage for stage in plan.stages}
-    assert {"compare-mtp-1.3b", "compare-llama3-8b", "verify-fp32", "verify-bf16", "check", "benchmark"} <= set(full)
+    assert {"compare-mtp-1.3b", "compare-llama3-8b", "verify-fp32", "verify-bf16", "check"} <= set(full)
     assert len(full["compare-llama3-8b"].cases) == 20
-    assert "benchmark" not in [s.name for s in gpu_run.plan(None, tmp_path, quick=True, tests=None).stages]
+    # Instruments that have to prove themselves come before a second helping of what works.
+    assert list(full).index("check") < list(full).index("compare-llama3-8b")
+    assert [name for name in full if name.startswith("benchmark")] == [f"benchmark-{s.label}" for s in SHAPES["cuda"]]
+    without = gpu_run.plan(None, tmp_path, quick=True, tests=None).stages
+    assert not any(stage.name.startswith("benchmark") for stage in without)
+
+
+def test_a_benchmark_stage_is_one_test_of_each_strategy(tmp_path: Path) -> None:
+    plan = gpu_run.plan(load_gpu("h200"), tmp_path, quick=False, tests=Path("tests/benchmarks"))
+    chosen = []
+    for stage in plan.stages:
+        if stage.name.startswith("benchmark"):
+            command = [sys.executable, "-m", *stage.command, "--collect-only"]
+            found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+            chosen += [line for line in found.stdout.splitlines() if "::" in line]
+    assert len(chosen) == len(set(chosen)) == len(SHAPES["cuda"]) * len(loadable())
 
 
 def test_a_smaller_gpu_gets_a_smaller_model_and_no_case_that_cannot_fit(tmp_path: Path) -> None:
@@ -74,6 +96,49 @@ def test_what_ended_is_kept_and_not_run_again(tmp_path: Path) -> None:
     assert [o.status for o in again.values()] == ["done before", "failed", "out of time", "ok"]
     changed = [dataclasses.replace(plan[0], command=("mtp_mem", "list")), plan[-1]]
     assert done(changed, tmp_path)["lists"].status == "ok"
+
+
+def test_a_failed_check_is_done_until_the_code_changes_and_a_crash_never(tmp_path: Path) -> None:
+    crash = ("timeit", "-n", "1", "-r", "1", "-s", "import os", "os._exit(70)")
+    failed = ("timeit", "-n", "1", "-r", "1", "-s", "import os", "os._exit(1)")
+    plan = [Stage("checks", failed, 1, ""), Stage("crashes", crash, 1, ""), Stage("last", ("mtp_mem", "list"), 1, "")]
+    assert [o.status for o in done(plan, tmp_path).values()] == ["check failed", "failed", "ok"]
+    assert [o.status for o in done(plan, tmp_path).values()] == ["done before", "failed", "ok"]
+    kept = json.loads((tmp_path / "stages.json").read_text())
+    kept["checks"]["by"] = "other code"
+    (tmp_path / "stages.json").write_text(json.dumps(kept))
+    assert done(plan, tmp_path)["checks"].status == "check failed"
+
+
+def test_what_a_stopped_stage_started_is_stopped_with_it(tmp_path: Path) -> None:
+    child = "import time; time.sleep(300)"
+    start = (
+        f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', {child!r}]);"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(c.pid))"
+    )
+    plan = [
+        Stage("starts", ("timeit", "-n", "1", "-r", "1", "-s", start, "c.wait()"), 3 / 180, ""),
+        Stage("last", ("mtp_mem", "--version"), 1, ""),
+    ]
+    assert done(plan, tmp_path)["starts"].status == "out of time"
+    with contextlib.suppress(psutil.NoSuchProcess):
+        assert psutil.Process(int((tmp_path / "pid").read_text())).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_termination_stops_the_stage_at_hand(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mtp_mem", "gpu", "--device", "cpu", "--quick", "--out", str(tmp_path)]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stderr is not None
+    line = ""
+    while "compare-quick: bytes" not in line:
+        line = running.stderr.readline()
+    while not (stages := psutil.Process(running.pid).children()):
+        time.sleep(0.01)
+    running.terminate()
+    assert running.wait(timeout=120) == 130
+    running.communicate()
+    assert not any(stage.is_running() for stage in stages)
+    assert json.loads((tmp_path / "stages.json").read_text())["environment"]["status"] == "ok"
 
 
 def test_the_report_gets_its_turn_when_the_budget_ends(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,11 +51,12 @@ def run(args: argparse.Namespace) -> int:
     for line in _refusals(plan, target):
         note(line)
     outcomes = []
-    for outcome in gpu_run.run(
-        plan.stages, args.out, 60 * args.budget_minutes, lambda s: note(f"{s.name}: {s.why} ...")
-    ):
-        outcomes.append(outcome)
-        note(f"{outcome.stage}: {outcome.status} ({outcome.seconds:.0f} s)")
+    with _termination_interrupts():
+        for outcome in gpu_run.run(
+            plan.stages, args.out, 60 * args.budget_minutes, lambda s: note(f"{s.name}: {s.why} ...")
+        ):
+            outcomes.append(outcome)
+            note(f"{outcome.stage}: {outcome.status} ({outcome.seconds:.0f} s)")
     if args.json:
         print(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
     else:
@@ -61,6 +65,16 @@ def run(args: argparse.Namespace) -> int:
         print(f"everything is in {args.out}; the page is {args.out / 'report.html'}\n")
         _show_findings(args.out)
     return 0 if all(o.status in ("ok", "done before") and o.code == 0 for o in outcomes) else 1
+
+
+@contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """Inside, a termination signal is a Ctrl-C: the stage at hand is told to stop, and does not go on alone."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _target(args: argparse.Namespace) -> "GPU | None":

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from mtp_mem.config import GPU, ModelConfig, Profile, Sweep, Workload, load_gpu, load_gpus
-from mtp_mem.errors import MtpMemError
+from mtp_mem.errors import MtpMemError, guarded
 from mtp_mem.memory import fake, isolated
 from mtp_mem.memory.kernels import KERNELS
 from mtp_mem.memory.record import writable
@@ -222,4 +222,4 @@ def _line(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

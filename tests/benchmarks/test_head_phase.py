@@ -1,7 +1,7 @@
 """The head phase of every strategy that can be loaded: time beside the bare products', bytes from an untimed pass.
 
 Before each timed round the bare products run and are timed too, so that a drift of the machine cancels in the ratio.
-`-k small` is the size for CI, `-k "cpu or small"` and `-k cuda` are those of tox -e benchmark and tox -e gpu.
+`-k small` is the size for CI, `-k cpu` and `-k cuda` are those of tox -e benchmark and tox -e gpu; `-k cuda-n4` is one.
 """
 
 from typing import Any
@@ -10,18 +10,10 @@ import pytest
 import torch
 
 from mtp_mem import load_strategy
-from mtp_mem.head_phase import HeadPhase, HeadShape, copy_bandwidth, seconds
+from mtp_mem.head_phase import SHAPES, HeadPhase, HeadShape, copy_bandwidth, seconds
 from mtp_mem.strategy import loadable
 
-BF16 = torch.bfloat16
-SHAPES = {
-    "small": [HeadShape(N=256, D=64, V=2000, n=2)],
-    "cpu": [HeadShape(N=2048, D=512, V=32000, n=n) for n in (1, 4)],
-    "cuda": [
-        *(HeadShape(N=8192, D=4096, V=128256, n=n, dtype=BF16, device="cuda") for n in (1, 4)),
-        HeadShape(N=8192, D=2304, V=256000, n=1, dtype=BF16, device="cuda"),
-    ],
-}
+CASES = {f"{size}-{shape.label}": (size, shape) for size, shapes in SHAPES.items() for shape in shapes}
 ROUNDS = {"small": 3, "cpu": 9, "cuda": 15}
 
 
@@ -33,7 +25,7 @@ def bandwidth() -> dict[str, float]:
 
 
 @pytest.mark.parametrize("spec", loadable())
-@pytest.mark.parametrize(("size", "shape"), [(size, shape) for size, shapes in SHAPES.items() for shape in shapes])
+@pytest.mark.parametrize(("size", "shape"), CASES.values(), ids=CASES.keys())
 def test_head_phase(benchmark: Any, bandwidth: dict[str, float], size: str, shape: HeadShape, spec: str) -> None:
     if shape.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
