@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mtp_mem.config import Profile, Sweep, load_gpu
 from mtp_mem.memory import check
+from mtp_mem.memory.trace import Trace
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so it would measure")
@@ -24,6 +26,32 @@ def test_without_a_gpu_it_prints_predictions(tmp_path: Path) -> None:
     assert len(document["cases"]) == len(check.N) * len(check.STRATEGIES)
     assert all(row["predicted"]["requested"] > 0 and row["measured"] is None for row in document["cases"])
     assert {row["measured"] for row in document["kernels"]} == {None}
+
+
+def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predicted: list[str] = []
+    trace_step, stop_at = check.fake.trace_step, 3
+
+    def counting(*args: Any, **kwargs: Any) -> Trace:
+        if len(predicted) == stop_at:
+            raise KeyboardInterrupt
+        predicted.append("one more")
+        return trace_step(*args, **kwargs)
+
+    monkeypatch.setattr(check.fake, "trace_step", counting)
+    args = ["--quick", "--out", str(tmp_path), "--gpu", "h200"]
+    with pytest.raises(KeyboardInterrupt):
+        check.main(args)
+    kept = json.loads((tmp_path / "check.json").read_text())
+    assert (len(kept["cases"]), kept["kernels"]) == (3, [])
+    stop_at = 100
+    assert check.main(args) == 0
+    whole = json.loads((tmp_path / "check.json").read_text())
+    assert whole["cases"][:3] == kept["cases"]
+    assert len(predicted) == len(whole["cases"]) == len(check.N) * len(check.STRATEGIES)
+    assert whole["kernels"]
+    assert check.main([*args[:-1], "l4"]) == 0  # another GPU's figures are no part of this one's
+    assert len(predicted) == 2 * len(whole["cases"])
 
 
 def test_unknown_gpu(capsys: pytest.CaptureFixture[str]) -> None:

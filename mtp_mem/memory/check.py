@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from mtp_mem.config import GPU, ModelConfig, Profile, Sweep, Workload, load_gpu, load_gpus
+from mtp_mem.environment import code_digest
 from mtp_mem.errors import MtpMemError, guarded
 from mtp_mem.memory import fake, isolated
 from mtp_mem.memory.kernels import KERNELS
@@ -82,18 +83,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return e.exit_code
     if not here:
         print(f"No CUDA device here: nothing is measured. Predictions for {gpu.name}, bytes:")
-    rows, kernels = [], []
-    for row in check(gpu, quick=args.quick, measure=here):
+    about = {"gpu": asdict(gpu), "torch": torch.__version__, "code": code_digest(), "measured": here}
+    rows: list[Row] = []
+    kernels: list[dict[str, Any]] = []
+    for row in check(gpu, _before(out, about), quick=args.quick, measure=here):
         print(_line(row), flush=True)
         rows.append(row)
+        _write(out, about, rows, kernels)
     for name, table, measured in check_kernels("cuda" if here else "cpu", gpu.multiprocessors):
         found = "" if measured is None else f", measured {measured:,}, difference {table - measured:+,}"
         print(f"kernel {name}: table {table:,}{found}", flush=True)
         kernels.append({"kernel": name, "table": table, "measured": measured})
-    if out:
-        document = {"gpu": asdict(gpu), "torch": torch.__version__, "measured": here}
-        document |= {"cases": [asdict(row) for row in rows], "kernels": kernels}
-        (out / "check.json").write_text(json.dumps(document, indent=1) + "\n")
+    _write(out, about, rows, kernels)
     if not here:
         return 0
     right = all(map(is_right, rows))
@@ -101,14 +102,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if right else 1
 
 
-def check(gpu: GPU, *, quick: bool, measure: bool) -> Iterator[Row]:
-    """Every case, predicted and where asked measured."""
+def check(gpu: GPU, before: Sequence[Row] = (), *, quick: bool, measure: bool) -> Iterator[Row]:
+    """Every case, predicted and where asked measured; those of an earlier run that was stopped are taken over."""
+    known = {(row.shape, row.n, row.strategy, row.allocator): row for row in before}
     shapes = {"narrow": SHAPES["narrow"]} if quick else SHAPES
     for allocator in list(ALLOCATORS)[: 1 if quick else None]:
         target = replace(gpu, expandable_segments=allocator == "expandable")
         for shape, (model, workload) in shapes.items():
             for n in N:
                 for spec in STRATEGIES:
+                    if old := known.get((shape, n, spec, allocator)):
+                        yield old
+                        continue
                     profile = Profile(name=shape, model=model, workload=workload, sweep=Sweep(n=(n,)))
                     facts = None
                     if measure:
@@ -209,6 +214,26 @@ def _inside(operator: Any, args: tuple[Any, ...]) -> int:
     tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_cuda]
     results = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return int(peak) - sum(results.values())
+
+
+def _before(out: Path | None, about: dict[str, Any]) -> list[Row]:
+    """The cases in check.json that this code found on this device, without the failed ones."""
+    try:
+        found = json.loads((out / "check.json").read_text()) if out else {}
+        if any(found.get(key) != value for key, value in about.items()):
+            return []
+        return [Row(**row) for row in found["cases"] if not row["error"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def _write(out: Path | None, about: dict[str, Any], rows: list[Row], kernels: list[dict[str, Any]]) -> None:
+    """Everything found so far; whole at any moment."""
+    if out:
+        partial = out / ".check.json.tmp"
+        cases = [asdict(row) for row in rows]
+        partial.write_text(json.dumps(about | {"cases": cases, "kernels": kernels}, indent=1) + "\n")
+        partial.replace(out / "check.json")
 
 
 def _line(row: Row) -> str:
