@@ -66,6 +66,7 @@ class Verification:
 
     checks: tuple[Check, ...] = field(default_factory=tuple)
     remarks: tuple[str, ...] = ()  # what was left out or allowed for, a line each
+    complete: bool = True  # False: stopped before the end
 
     @property
     def failures(self) -> tuple[Check, ...]:

@@ -37,6 +37,7 @@ def verify(
     scenarios: Sequence[Scenario] = SCENARIOS,
     device: torch.device | str = "cpu",
     progress: Progress = lambda _: None,
+    each: Callable[[Check], None] = lambda _: None,
 ) -> Verification:
     """Run every strategy through every scenario in every dtype.
 
@@ -47,6 +48,7 @@ def verify(
         scenarios: see mtp_mem/scenarios.py.
         device: where the strategies run; the oracle runs on the CPU.
         progress: told each scenario and dtype as it begins.
+        each: given each check as it ends.
 
     Raises:
         BadInput: a strategy's limits leave nothing of `dtypes`, and it was asked for.
@@ -61,22 +63,35 @@ def verify(
     unable = [name for name in named if not any(map(limits[name].takes, dtypes))]
     if unable and strategies is not None:
         raise BadInput(f"strategy {unable[0]!r} {limits[unable[0]].computes}: in none of {', '.join(dtypes)}")
-    device = torch.device(device)
+    able = {name: strategy for name, strategy in named.items() if name not in unable}
+    checks = []
     with _one_thread():
-        able = {name: strategy for name, strategy in named.items() if name not in unable}
-        checks = [check for name, strategy in able.items() if (check := _contract(name, strategy, device)).broken]
-        for scenario in scenarios:
-            for dtype in (d for d in dtypes if d in scenario.dtypes):
-                progress(f"{scenario.name}, {dtype}")
-                for multiple in sorted({limits[name].multiple_of for name in able}):
-                    here = {
-                        n: s for n, s in able.items() if limits[n].multiple_of == multiple and limits[n].takes(dtype)
-                    }
-                    if here:
-                        checks += verify_problem(build(scenario.in_multiples_of(multiple), dtype, device), dtype, here)
-    return Verification(
-        tuple(checks), tuple(line for name in named for line in _allowances(name, limits[name], dtypes))
-    )
+        for check in _checks(able, dtypes, scenarios, torch.device(device), progress):
+            checks.append(check)
+            each(check)
+    remarks = (line for name in named for line in _allowances(name, limits[name], dtypes))
+    return Verification(tuple(checks), tuple(remarks))
+
+
+def _checks(
+    strategies: dict[str, Strategy],
+    dtypes: Sequence[Dtype],
+    scenarios: Sequence[Scenario],
+    device: torch.device,
+    progress: Progress,
+) -> Iterator[Check]:
+    """Contracts that are broken, then every scenario in every dtype."""
+    for name, strategy in strategies.items():
+        if (check := _contract(name, strategy, device)).broken:
+            yield check
+    limits = {name: limits_of(strategy) for name, strategy in strategies.items()}
+    for scenario in scenarios:
+        for dtype in (d for d in dtypes if d in scenario.dtypes):
+            progress(f"{scenario.name}, {dtype}")
+            here = {name: strategy for name, strategy in strategies.items() if limits[name].takes(dtype)}
+            for multiple in sorted({limits[name].multiple_of for name in here}):
+                alike = {name: strategy for name, strategy in here.items() if limits[name].multiple_of == multiple}
+                yield from verify_problem(build(scenario.in_multiples_of(multiple), dtype, device), dtype, alike)
 
 
 def _allowances(name: str, limits: Limits, dtypes: Sequence[Dtype]) -> Iterator[str]:

@@ -129,6 +129,25 @@ def test_a_wrong_strategy_ends_with_1_and_is_named(tmp_path: Path) -> None:
     assert any(check["scenario"] == "loss weight 0" and not check["passed"] for check in document["checks"])
 
 
+def test_what_was_checked_before_a_stop_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os, signal\n"
+        "from mtp_mem.strategies.sequential import Sequential\n"
+        "class Stops(Sequential):\n"
+        "    def backward(self, cut, *rest):\n"
+        "        if cut.shape[1] == 1: os.kill(os.getpid(), signal.SIGTERM)\n"  # in the scenario S = 1
+        "        return super().backward(cut, *rest)\n"
+    )
+    found = cli(tmp_path, "--strategy", "mine:Stops", "--dtype", "fp32", "--json")
+    assert found.returncode == 130, found.stderr
+    document = json.loads(found.stdout)
+    ended = [scenario.name for scenario in SCENARIOS][: len(document["checks"])]
+    assert ended[-1] == "S = 1"
+    assert [check["scenario"] for check in document["checks"]] == ended
+    assert document["summary"] == f"Stopped: of {len(ended)} checks none failed; the others were not run."
+    assert document["passed"] is False
+
+
 def test_prove(tmp_path: Path) -> None:
     found = cli(tmp_path, "--prove", columns=80)
     assert found.returncode == 0, found.stderr

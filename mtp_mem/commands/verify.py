@@ -18,6 +18,8 @@ from mtp_mem.commands.common import (
 from mtp_mem.errors import BadInput
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from mtp_mem.verdicts import Check, Verification
@@ -38,12 +40,12 @@ def add(command: AddCommand) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0: all right, and with --prove all wrong ones caught; 1: not."""
-    from mtp_mem import tables
+    """Exit code 0: all right, and with --prove all wrong ones caught; 1: not; 130: stopped, what it had is shown."""
     from mtp_mem.bench import resolve_device
     from mtp_mem.config import Dtype
     from mtp_mem.errors import unknown
     from mtp_mem.scenarios import ALL_DTYPES, SCENARIOS
+    from mtp_mem.verdicts import Verification
     from mtp_mem.verification import verify
 
     settle_numerics(args)
@@ -55,17 +57,33 @@ def run(args: argparse.Namespace) -> int:
             raise BadInput("--prove runs the shipped broken strategies on the scenarios: no --profile, no --strategies")
         return _prove(args, device)
     asked = _asked(args)
-    if args.profile:
-        found = _on_profile(args, asked, device)
-    else:
-        dtypes: tuple[Dtype, ...] = (args.dtype,) if args.dtype else ALL_DTYPES
-        with progress(sum(d in s.dtypes for s in SCENARIOS for d in dtypes)) as begin:
-            found = verify(asked, dtypes=dtypes, device=device, progress=begin)
+    checks: list[Check] = []
+    try:
+        if args.profile:
+            found = _on_profile(args, asked, device, checks.append)
+        else:
+            dtypes: tuple[Dtype, ...] = (args.dtype,) if args.dtype else ALL_DTYPES
+            with progress(sum(d in s.dtypes for s in SCENARIOS for d in dtypes)) as begin:
+                found = verify(asked, dtypes=dtypes, device=device, progress=begin, each=checks.append)
+    except KeyboardInterrupt:
+        _show(args, Verification(tuple(checks), complete=False))
+        return 130
+    _show(args, found)
+    return 1 if found.failures else 0
+
+
+def _show(args: argparse.Namespace, found: "Verification") -> None:
+    from mtp_mem import tables
+
     failures, specs = found.failures, list(dict.fromkeys(check.strategy for check in found.checks))
     if args.json:
-        document = {"passed": not failures, "summary": _sentence(found, specs), "remarks": found.remarks}
+        document = {
+            "passed": found.complete and not failures,
+            "summary": _sentence(found, specs),
+            "remarks": found.remarks,
+        }
         print(json.dumps(document | {"checks": [_json(check) for check in found.checks]}, indent=1))
-        return 1 if failures else 0
+        return
     screen = console()
     screen.print(tables.verification(found, specs, screen))
     for line in found.remarks:
@@ -75,7 +93,6 @@ def run(args: argparse.Namespace) -> int:
     if len(failures) > SHOWN:
         screen.print(f"... and {len(failures) - SHOWN} more; --json has them all", markup=False)
     screen.print(_sentence(found, specs), markup=False)
-    return 1 if failures else 0
 
 
 def _asked(args: argparse.Namespace) -> list[str] | None:
@@ -88,7 +105,9 @@ def _asked(args: argparse.Namespace) -> list[str] | None:
     return list(dict.fromkeys(specs)) or None
 
 
-def _on_profile(args: argparse.Namespace, asked: list[str] | None, device: "torch.device") -> "Verification":
+def _on_profile(
+    args: argparse.Namespace, asked: list[str] | None, device: "torch.device", each: "Callable[[Check], None]"
+) -> "Verification":
     from mtp_mem.bench import Bench
     from mtp_mem.config import load_profile
     from mtp_mem.data import load_corpus
@@ -115,7 +134,9 @@ def _on_profile(args: argparse.Namespace, asked: list[str] | None, device: "torc
             bench = Bench(profile, profile.model.with_n(n), corpus, device)
             scenario = Scenario(name=f"{profile.name}, n = {n}", n=n, chunk=None)
             problem = Problem(scenario, bench.model, (bench.batch,), {})
-            checks += verify_problem(problem, profile.workload.dtype, strategies)
+            for check in verify_problem(problem, profile.workload.dtype, strategies):
+                checks.append(check)
+                each(check)
     return Verification(tuple(checks), tuple(f"{spec} is left out: it {why}" for spec, why in unable.items()))
 
 
@@ -152,8 +173,12 @@ def _prove(args: argparse.Namespace, device: "torch.device") -> int:
 
 def _sentence(found: "Verification", specs: list[str]) -> str:
     wrong = sorted({check.strategy for check in found.failures})
+    if wrong and not found.complete:
+        return f"WRONG: {', '.join(wrong)}. Stopped before the end: of the others nothing is known."
     if wrong:
         return f"WRONG: {', '.join(wrong)}. The others are right." if len(wrong) < len(specs) else "WRONG: all of them."
+    if not found.complete:
+        return f"Stopped: of {len(found.checks)} checks none failed; the others were not run."
     same = [s for s in specs if all(c.identical for c in found.of(s) if c.exact)]
     sentence = f"Right: {len(found.checks)} checks, none failed."
     if same:
