@@ -48,7 +48,7 @@ def test_a_benchmark_stage_is_one_test_of_each_strategy(tmp_path: Path) -> None:
     chosen = []
     for stage in plan.stages:
         if stage.name.startswith("benchmark"):
-            command = [sys.executable, "-m", *stage.command, "--collect-only"]
+            command = [sys.executable, "-P", "-m", *stage.command, "--collect-only"]
             found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
             chosen += [line for line in found.stdout.splitlines() if "::" in line]
     assert len(chosen) == len(set(chosen)) == len(SHAPES["cuda"]) * len(loadable())
@@ -126,17 +126,18 @@ def test_what_a_stopped_stage_started_is_stopped_with_it(tmp_path: Path) -> None
 
 
 def test_a_termination_stops_the_stage_at_hand(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mtp_mem", "gpu", "--device", "cpu", "--quick", "--out", str(tmp_path)]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert running.stderr is not None
-    line = ""
-    while "compare-quick: bytes" not in line:
-        line = running.stderr.readline()
-    while not (stages := psutil.Process(running.pid).children()):
-        time.sleep(0.01)
+    command = [sys.executable, "-m", "mtp_mem", "gpu", "--device", "cpu", "--quick", "--out", "."]
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    begun = time.monotonic()
+    while not (tmp_path / "compare-quick/results.jsonl").exists():
+        time.sleep(0.1)
+        assert time.monotonic() < begun + 120
+        assert running.poll() is None
+    stages = psutil.Process(running.pid).children()
+    assert stages
     running.terminate()
-    assert running.wait(timeout=120) == 130
-    running.communicate()
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 130, said
     assert not any(stage.is_running() for stage in stages)
     assert json.loads((tmp_path / "stages.json").read_text())["environment"]["status"] == "ok"
 
