@@ -1,8 +1,7 @@
 """The command line: `mtp-mem COMMAND`.
 
 Results go to stdout, progress and notes to stderr. Exit codes: 0 ok; 1 a check failed; 2 usage or bad input;
-3 something needed is missing; 70 anything unexpected, with its traceback; 130
-interrupted.
+3 something needed is missing; 70 anything unexpected, with its traceback; 130 interrupted.
 """
 
 import argparse

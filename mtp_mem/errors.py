@@ -1,7 +1,6 @@
 """What can go wrong, with the exit code that the command line gives for it.
 
-Exit codes: 0 ok; 1 a check failed; 2 usage or bad input; 3 something needed is missing; 70 anything
-unexpected.
+Exit codes: 0 ok; 1 a check failed; 2 usage or bad input; 3 something needed is missing; 70 anything unexpected.
 """
 
 import difflib

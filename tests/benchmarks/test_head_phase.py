@@ -1,7 +1,7 @@
 """The head phase of every strategy that can be loaded: time beside the bare products', bytes from an untimed pass.
 
 Before each timed round the bare products run and are timed too, so that a drift of the machine cancels in the ratio.
-`-k small` is the size for CI, `-k cpu` and `-k cuda` are those of tox -e benchmark and tox -e gpu; `-k cuda-n4` is one.
+`-k small` is the size for CI, `-k cpu` those of tox -e benchmark, `-k cuda` those of mtp-mem gpu; `-k cuda-n4` is one.
 """
 
 from typing import Any
