@@ -143,7 +143,7 @@ def comparisons(profile: Profile, cases: Sequence[Estimate], out: Path, how: Seq
         command = ("mtp_mem", "compare", "--profile", profile.name, "--n", numbers, "--strategies", ",".join(specs))
         options = ("--rounds", str(profile.sweep.rounds), *how, "--out", str(out / f"compare-{profile.name}"))
         name = f"compare-{profile.name}" + (f"-n{numbers}" if len(fitting) > 1 else "")
-        minutes = round(max(0.5, sum(case.seconds or 0.0 for case in here) / 60), 1)
+        minutes = round(max(1.0, sum(case.seconds or 0.0 for case in here) / 60), 1)
         found.append(Stage(name, (*command, *options), minutes, "bytes, time, gradients of a step", here))
     return found
 
