@@ -9,7 +9,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from mtp_mem import __version__
 from mtp_mem.commands import (
@@ -26,7 +25,7 @@ from mtp_mem.commands import (
     verify,
 )
 from mtp_mem.commands.common import note
-from mtp_mem.errors import MtpMemError, guarded
+from mtp_mem.errors import MtpMemError, crashed
 
 COMMANDS = (compare, verify, predict, plan, timeline, report, chart, regressions, profile, gpu, listing)
 
@@ -39,22 +38,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Deprecation notes of the libraries we call are for us, not for the user in front of a table.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
     try:
-        return guarded(partial(_run, args))
-    except KeyboardInterrupt:
-        note("mtp-mem: interrupted")
-        return 130
-
-
-def _run(args: argparse.Namespace) -> int:
-    try:
         code: int = args.run(args)
         return code
     except MtpMemError as e:
         note(f"mtp-mem: {e}")
         return e.exit_code
+    except KeyboardInterrupt:
+        note("mtp-mem: interrupted")
+        return 130
     except BrokenPipeError:  # the reader of stdout has gone, `| head` say; nothing is wrong here
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception:
+        return crashed()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,7 +1,6 @@
 """Text -> tokens -> batches: real text by default, n shifted rows of targets, the tail ignored."""
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from mtp_mem.config import ModelConfig, Workload
 from mtp_mem.errors import BadInput
+from mtp_mem.files import whole
 
 IGNORE = -100
 """Target value of positions that have no target; torch's own default for `ignore_index`."""
@@ -108,9 +108,8 @@ def corpus_batch(corpus: Corpus, model: ModelConfig, workload: Workload) -> Batc
         generator = torch.Generator().manual_seed(workload.seed)
         tokens = torch.randint(model.vocab_size, (workload.batch, workload.sequence), generator=generator)
     else:
-        tokens = (
-            corpus.ids[: workload.tokens].clone().view(workload.batch, workload.sequence)
-        )  # a view would keep the corpus
+        mine = corpus.ids[: workload.tokens].clone()  # a view would keep the whole corpus
+        tokens = mine.view(workload.batch, workload.sequence)
     return make_batch(tokens, model.n_future)
 
 
@@ -146,9 +145,8 @@ def _trained_bpe(text: str, vocab_size: int) -> tokenizers.Tokenizer:
     )
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        partial = cached.with_suffix(f".{os.getpid()}.tmp")
-        tokenizer.save(str(partial))
-        partial.replace(cached)
+        with whole(cached) as partial:
+            tokenizer.save(str(partial))
     except Exception:  # a read-only home costs a second per run, not the run; the library raises bare Exception
         pass
     return tokenizer

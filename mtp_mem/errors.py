@@ -5,7 +5,7 @@ Exit codes: 0 ok; 1 a check failed; 2 usage or bad input; 3 something needed is 
 
 import difflib
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 CRASH = 70
 """Not Python's own 1, which would read as a check that failed."""
@@ -27,13 +27,10 @@ class Missing(MtpMemError):
     exit_code = 3
 
 
-def guarded(run: Callable[[], int]) -> int:
-    """What `run` returns, or CRASH with the traceback on stderr."""
-    try:
-        return run()
-    except Exception:
-        traceback.print_exc()
-        return CRASH
+def crashed() -> int:
+    """The exit code for an exception that nobody expected; its traceback goes to stderr."""
+    traceback.print_exc()
+    return CRASH
 
 
 def unknown(kind: str, name: str, valid: Iterable[str], where: str = "") -> BadInput:

@@ -20,6 +20,7 @@ from typing import Any
 from mtp_mem.config import GPU, Profile, Sweep, load_profile
 from mtp_mem.environment import code_digest
 from mtp_mem.estimate import Estimate, estimate
+from mtp_mem.files import whole
 from mtp_mem.head_phase import SHAPES
 from mtp_mem.memory.record import writable
 
@@ -177,9 +178,8 @@ def run(stages: Sequence[Stage], out: Path, budget_s: float, begin: Callable[[St
         begin(stage)
         outcome = _run_one(stage, out, stage.limit_s if stage is stages[-1] else min(stage.limit_s, left))
         before[stage.name] = {**dataclasses.asdict(outcome), "command": list(stage.command), "by": code}
-        partial = out / ".stages.json.tmp"
-        partial.write_text(json.dumps(before, indent=1) + "\n")
-        partial.replace(out / "stages.json")
+        with whole(out / "stages.json") as partial:
+            partial.write_text(json.dumps(before, indent=1) + "\n")
         yield outcome
 
 
@@ -213,9 +213,8 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
     """End the process with what it started: a measurement that went on would take its memory from the next stage."""
     child.terminate()
     try:
-        child.wait(timeout=GRACE_S)
-    except subprocess.TimeoutExpired:
-        pass
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=GRACE_S)
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)

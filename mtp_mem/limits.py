@@ -1,18 +1,13 @@
 """What a strategy's kernel cannot do, and what of the protocol it does not keep; plain torch has no such limits."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from mtp_mem.config import Dtype, ModelConfig, Workload
-
-PRODUCTS: dict[Dtype, torch.dtype] = {
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bf16-mixed": torch.bfloat16,
-}
-"""What the matrix products are in, and so the rows and the unembedding that a kernel is given."""
+from mtp_mem.errors import BadInput
+from mtp_mem.model import PRODUCT_DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +18,16 @@ class Limits:
         dtypes: of the rows that its kernel takes and computes exactly enough; empty: all.
         multiple_of: what the tokens N, the width D and the vocabulary V must be multiples of.
         waits: where the host waits for the device, a clause; empty: nowhere.
+        rounds_loss: it returns the loss's value in the model's dtype; `verify` allows for that in losses, never in a
+            gradient.
+        not_predicted: why its bytes on CUDA cannot be found out elsewhere; empty: they can.
     """
 
     dtypes: tuple[torch.dtype, ...] = ()
     multiple_of: int = 1
     waits: str = ""
+    rounds_loss: bool = False
+    not_predicted: str = ""
 
     @property
     def computes(self) -> str:
@@ -36,7 +36,7 @@ class Limits:
 
     def takes(self, dtype: Dtype) -> bool:
         """Whether it runs in a model of this dtype."""
-        return not self.dtypes or PRODUCTS[dtype] in self.dtypes
+        return not self.dtypes or PRODUCT_DTYPES[dtype] in self.dtypes
 
     def refusal(self, dtype: torch.dtype, *, N: int, D: int, V: int) -> str:
         """Why rows (N, D) of this dtype and an unembedding (V, D) cannot be run, a clause; empty where they can."""
@@ -54,8 +54,19 @@ def limits_of(strategy: object) -> Limits:
 
 def refusal(strategy: object, config: ModelConfig, workload: Workload) -> str:
     """Why the strategy cannot run this model and workload, a clause; empty where it can."""
-    dtype, tokens = PRODUCTS[workload.dtype], workload.tokens
+    dtype, tokens = PRODUCT_DTYPES[workload.dtype], workload.tokens
     return limits_of(strategy).refusal(dtype, N=tokens, D=config.dim, V=config.vocab_size)
+
+
+def require(strategies: Mapping[str, object], config: ModelConfig, workload: Workload) -> None:
+    """Every strategy, by its spec, can run this model and workload.
+
+    Raises:
+        BadInput: names the first one that cannot, and why.
+    """
+    for spec, strategy in strategies.items():
+        if why := refusal(strategy, config, workload):
+            raise BadInput(f"strategy {spec!r} {why}")
 
 
 def _name(dtype: torch.dtype) -> str:

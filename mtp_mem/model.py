@@ -25,6 +25,9 @@ PARAMETER_DTYPES: dict[Dtype, torch.dtype] = {
     "bf16-mixed": torch.float32,
 }
 
+PRODUCT_DTYPES: dict[Dtype, torch.dtype] = PARAMETER_DTYPES | {"bf16-mixed": torch.bfloat16}
+"""What the matrix products are in, under autocast too: the rows and the unembedding that a head's loss gets."""
+
 
 def default_attention(dtype: Dtype, device: torch.device) -> Attention:
     """Flash on CUDA in bf16, so that a prediction can count on it; torch's choice elsewhere."""
@@ -133,10 +136,8 @@ class MTPModel(nn.Module):
     def rotation(self, tokens: Tensor) -> Rotation:
         """Rotary tables for the positions of `tokens` (B, S), in the dtype of queries and keys."""
         config = self.config
-        dtype = torch.bfloat16 if self.dtype == "bf16-mixed" else PARAMETER_DTYPES[self.dtype]
-        return rotation(
-            tokens.shape[1], config.dim // config.n_attention_heads, config.rope_theta, dtype, tokens.device
-        )
+        dtype, head_dim = PRODUCT_DTYPES[self.dtype], config.dim // config.n_attention_heads
+        return rotation(tokens.shape[1], head_dim, config.rope_theta, dtype, tokens.device)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which forward passes run: bf16 autocast for "bf16-mixed", else nothing."""

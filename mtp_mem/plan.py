@@ -137,8 +137,7 @@ def hint(profile: Profile, spec: str, axis: Axis, base: Point, limit: int) -> in
 
     Where a search begins, and no more than that: they leave out what the allocator and CUDA's kernels add.
     """
-    unit = SEQUENCE_STEP if axis == "sequence" else 1
-    top = largest_n(profile.model) if axis == "n" else None
+    unit, top = _unit(axis), largest_n(profile.model) if axis == "n" else None
 
     def fits(k: int) -> bool | None:
         point = dataclasses.replace(base, **{axis: k * unit})
@@ -161,6 +160,11 @@ def hint(profile: Profile, spec: str, axis: Axis, base: Point, limit: int) -> in
     return max(low, 1)
 
 
+def _unit(axis: Axis) -> int:
+    """The step in which an axis is searched."""
+    return SEQUENCE_STEP if axis == "sequence" else 1
+
+
 def search(
     spec: str, axis: Axis, base: Point, limit: int, top: int | None, first: int | None = None
 ) -> Generator[Point, Figures, Answer]:
@@ -174,7 +178,7 @@ def search(
         top: the model's own limit of n, if it has one.
         first: where to begin, in units of the axis; by default at `base`.
     """
-    unit = SEQUENCE_STEP if axis == "sequence" else 1
+    unit = _unit(axis)
     start = first or max(1, getattr(base, axis) // unit)
     if axis != "n":
         top = None

@@ -1,6 +1,5 @@
 """A profile as a TOML file: the inverse of `config.load_profile`."""
 
-import contextlib
 import dataclasses
 import json
 import textwrap
@@ -10,6 +9,7 @@ from typing import Any
 
 from mtp_mem.config import Profile
 from mtp_mem.errors import BadInput
+from mtp_mem.files import whole
 
 
 def to_toml(profile: Profile, comments: Iterable[str] = ()) -> str:
@@ -42,13 +42,10 @@ def write_new(path: Path, text: str, *, force: bool = False) -> None:
         raise BadInput(f"-o {path}: a profile's file must end in .toml")
     if path.exists() and not force:
         raise BadInput(f"-o {path}: is there already; --force replaces it")
-    partial = path.with_name(f"{path.name}.part")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with whole(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as e:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise BadInput(f"-o {path}: cannot be written: {e.strerror}") from None
 
 

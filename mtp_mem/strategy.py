@@ -38,10 +38,8 @@ GROUP = "mtp_mem.strategies"
 class Strategy(Protocol):
     """Runs the heads forward and backward above the cut; see `backward`.
 
-    A class may say `rounds_loss = True`: its kernel returns the loss's value in the model's dtype, and `verify` then
-    allows for that rounding in the losses (never in a gradient). It may say `not_predicted = "why"`: its bytes on CUDA
-    cannot be found out elsewhere. It may say `limits = Limits(...)` (mtp_mem/limits.py): dtypes and sizes that its
-    kernel does not take, and where it waits for the device.
+    A class may say `limits = Limits(...)` (mtp_mem/limits.py): what its kernel does not take, and what of the protocol
+    it does not keep.
     """
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:

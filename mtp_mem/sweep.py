@@ -18,9 +18,8 @@ from mtp_mem.config import ModelConfig, Profile
 from mtp_mem.data import Corpus
 from mtp_mem.determinism import numerics
 from mtp_mem.environment import environment
-from mtp_mem.errors import BadInput
 from mtp_mem.floor import NoLogits
-from mtp_mem.limits import refusal
+from mtp_mem.limits import require
 from mtp_mem.memory import isolated
 from mtp_mem.memory.record import Record, as_floor, fingerprint
 from mtp_mem.strategy import Strategy, load_strategy
@@ -61,9 +60,7 @@ def run(
 ) -> Iterator[Record]:
     """Run the cases n by n; each n's records are yielded as they become complete."""
     strategies = {case.strategy: load_strategy(case.strategy) for case in todo}  # bad specs fail before any work
-    for spec, strategy in strategies.items():
-        if why := refusal(strategy, profile.model, profile.workload):
-            raise BadInput(f"strategy {spec!r} {why}")
+    require(strategies, profile.model, profile.workload)
     for n in dict.fromkeys(case.n for case in todo):
         here = [case for case in todo if case.n == n]
         mine = {case.strategy: strategies[case.strategy] for case in here}

@@ -127,7 +127,7 @@ def verify_problem(problem: Problem, dtype: Dtype, strategies: dict[str, Strateg
         except Exception as e:
             yield Check(name, scenario.name, dtype, False, scenario.exact, broken=_told(e))
             continue
-        rounding = LAST_PLACE[dtype] if getattr(strategy, "rounds_loss", False) else 0.0
+        rounding = LAST_PLACE[dtype] if limits_of(strategy).rounds_loss else 0.0
         parts = tuple(_parts(problem.model, dtype, found, naive, exact, rounding))
         yield Check(name, scenario.name, dtype, _identical(found, naive), scenario.exact, parts)
 

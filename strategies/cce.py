@@ -20,6 +20,8 @@ from mtp_mem.kernels_here import flat, library
 from mtp_mem.limits import Limits
 from mtp_mem.losses import loss_dtype
 
+LIBRARY = ("cce", "cut_cross_entropy", "cut-cross-entropy")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CCE:
@@ -30,7 +32,7 @@ class CCE:
     )
 
     def __post_init__(self) -> None:
-        library("cce", "cut_cross_entropy", "cut-cross-entropy")
+        library(*LIBRARY)
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
         """See `mtp_mem.strategy.Strategy.backward`."""
@@ -38,7 +40,7 @@ class CCE:
 
     def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy of one head over its valid targets, 0-dim in the loss dtype."""
-        kernel = library("cce", "cut_cross_entropy", "cut-cross-entropy")
+        kernel = library(*LIBRARY)
         rows, weight, wanted, count = flat(hidden, unembedding, targets, self.limits)
         total = kernel.linear_cross_entropy(
             rows, weight, wanted, ignore_index=IGNORE, reduction="sum", filter_eps=None, impl="cce"

@@ -28,9 +28,11 @@ class Native:
     """Sequential with torch's own linear_cross_entropy: token chunks, a library's kernel (needs torch 2.13)"""
 
     tokens: int | None = None  # per chunk; None: PyTorch's choice
-    rounds_loss: ClassVar[bool] = True
-    not_predicted: ClassVar[str] = "torch chooses chunk and sums by device inside its operator, and here is no CUDA"
     policy: Literal["auto", "accurate", "balanced", "compact"] = "auto"
+    limits: ClassVar[Limits] = Limits(
+        rounds_loss=True,
+        not_predicted="torch chooses chunk and sums by device inside its operator, and here is no CUDA",
+    )
 
     def __post_init__(self) -> None:
         if self.tokens is not None and self.tokens < 1:
@@ -48,7 +50,7 @@ class Native:
 
     def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy of one head over its valid targets, 0-dim in the loss dtype."""
-        rows, weight, wanted, count = flat(hidden, unembedding, targets, Limits())
+        rows, weight, wanted, count = flat(hidden, unembedding, targets, self.limits)
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=self.tokens, acc_policy=self.policy)
         total = F.linear_cross_entropy(rows, weight, wanted, reduction="sum", ignore_index=IGNORE, options=options)
         return total.to(loss_dtype(hidden.dtype)) / count

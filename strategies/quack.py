@@ -20,6 +20,8 @@ from mtp_mem.kernels_here import flat, library
 from mtp_mem.limits import Limits
 from mtp_mem.losses import loss_dtype
 
+LIBRARY = ("quack", "quack.linear_cross_entropy", "quack-kernels")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quack:
@@ -32,7 +34,7 @@ class Quack:
     def __post_init__(self) -> None:
         if self.chunk < 8 or self.chunk % 8:
             raise BadInput(f"chunk = {self.chunk}: expected a multiple of 8, at least 8")
-        library("quack", "quack.linear_cross_entropy", "quack-kernels")
+        library(*LIBRARY)
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
         """See `mtp_mem.strategy.Strategy.backward`."""
@@ -40,7 +42,7 @@ class Quack:
 
     def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy of one head over its valid targets, 0-dim in the loss dtype."""
-        kernel = library("quack", "quack.linear_cross_entropy", "quack-kernels")
+        kernel = library(*LIBRARY)
         rows, weight, wanted, count = flat(hidden, unembedding, targets, self.limits)
         total = kernel.chunked_linear_cross_entropy(
             rows, weight, wanted, chunk_size=self.chunk, ignore_index=IGNORE, reduction="sum"

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mtp_mem.environment import footer
+from mtp_mem.files import whole
 from mtp_mem.memory.record import Record
 from mtp_mem.memory.trace import Category
 from mtp_mem.strategy import BUILTIN
@@ -173,13 +174,12 @@ def save(figure: Figure, out: Path, name: str, write_csv: Callable[[Path], objec
     written = []
     for suffix in ("png", "svg", "csv"):
         path = out / f"{name}.{suffix}"
-        partial = path.with_name(f".{path.name}.tmp")
-        if suffix == "csv":
-            write_csv(partial)
-        else:
-            metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-            figure.savefig(partial, format=suffix, metadata=metadata)
-        partial.replace(path)
+        with whole(path) as partial:
+            if suffix == "csv":
+                write_csv(partial)
+            else:
+                metadata = {"Date": None} if suffix == "svg" else {"Software": None}
+                figure.savefig(partial, format=suffix, metadata=metadata)
         written.append(path)
     return written
 

@@ -1,6 +1,7 @@
 """`mtp-mem verify`: is it the same gradient, and would the verifier notice if it were not?"""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -58,17 +59,18 @@ def run(args: argparse.Namespace) -> int:
         return _prove(args, device)
     asked = _asked(args)
     checks: list[Check] = []
-    try:
+    remarks: tuple[str, ...] | None = None
+    with contextlib.suppress(KeyboardInterrupt):
         if args.profile:
-            found = _on_profile(args, asked, device, checks.append)
+            remarks = _on_profile(args, asked, device, checks.append)
         else:
             dtypes: tuple[Dtype, ...] = (args.dtype,) if args.dtype else ALL_DTYPES
             with progress(sum(d in s.dtypes for s in SCENARIOS for d in dtypes)) as begin:
-                found = verify(asked, dtypes=dtypes, device=device, progress=begin, each=checks.append)
-    except KeyboardInterrupt:
-        _show(args, Verification(tuple(checks), complete=False))
-        return 130
+                remarks = verify(asked, dtypes=dtypes, device=device, progress=begin, each=checks.append).remarks
+    found = Verification(tuple(checks), remarks or (), complete=remarks is not None)
     _show(args, found)
+    if not found.complete:
+        return 130
     return 1 if found.failures else 0
 
 
@@ -107,14 +109,14 @@ def _asked(args: argparse.Namespace) -> list[str] | None:
 
 def _on_profile(
     args: argparse.Namespace, asked: list[str] | None, device: "torch.device", each: "Callable[[Check], None]"
-) -> "Verification":
+) -> tuple[str, ...]:
+    """Every check to `each`; returns what was left out, a line each."""
     from mtp_mem.bench import Bench
     from mtp_mem.config import load_profile
     from mtp_mem.data import load_corpus
-    from mtp_mem.limits import refusal
+    from mtp_mem.limits import refusal, require
     from mtp_mem.scenarios import Problem, Scenario
     from mtp_mem.strategy import load_strategy, loadable
-    from mtp_mem.verdicts import Verification
     from mtp_mem.verification import verify_problem
 
     profile = load_profile(args.profile)
@@ -122,22 +124,19 @@ def _on_profile(
         profile = dataclasses.replace(profile, workload=dataclasses.replace(profile.workload, dtype=args.dtype))
     corpus = load_corpus(profile.workload, profile.model.vocab_size)
     strategies = {spec: load_strategy(spec) for spec in asked or loadable()}
+    if asked:
+        require(strategies, profile.model, profile.workload)
     unable = {spec: why for spec, s in strategies.items() if (why := refusal(s, profile.model, profile.workload))}
-    for spec in unable:
-        if asked:
-            raise BadInput(f"strategy {spec!r} {unable[spec]}")
-        del strategies[spec]
-    checks: list[Check] = []
+    able = {spec: strategy for spec, strategy in strategies.items() if spec not in unable}
     with progress(len(profile.sweep.n)) as begin:
         for n in profile.sweep.n:
             begin(f"{profile.name}, n = {n}")
             bench = Bench(profile, profile.model.with_n(n), corpus, device)
             scenario = Scenario(name=f"{profile.name}, n = {n}", n=n, chunk=None)
             problem = Problem(scenario, bench.model, (bench.batch,), {})
-            for check in verify_problem(problem, profile.workload.dtype, strategies):
-                checks.append(check)
+            for check in verify_problem(problem, profile.workload.dtype, able):
                 each(check)
-    return Verification(tuple(checks), tuple(f"{spec} is left out: it {why}" for spec, why in unable.items()))
+    return tuple(f"{spec} is left out: it {why}" for spec, why in unable.items())
 
 
 def _prove(args: argparse.Namespace, device: "torch.device") -> int:

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from mtp_mem.config import GPU, ModelConfig, Profile, Sweep, Workload, load_gpu, load_gpus
 from mtp_mem.environment import code_digest
-from mtp_mem.errors import MtpMemError, guarded
+from mtp_mem.errors import MtpMemError, crashed
+from mtp_mem.files import whole
 from mtp_mem.memory import fake, isolated
 from mtp_mem.memory.kernels import KERNELS
 from mtp_mem.memory.record import writable
@@ -230,10 +231,9 @@ def _before(out: Path | None, about: dict[str, Any]) -> list[Row]:
 def _write(out: Path | None, about: dict[str, Any], rows: list[Row], kernels: list[dict[str, Any]]) -> None:
     """Everything found so far; whole at any moment."""
     if out:
-        partial = out / ".check.json.tmp"
-        cases = [asdict(row) for row in rows]
-        partial.write_text(json.dumps(about | {"cases": cases, "kernels": kernels}, indent=1) + "\n")
-        partial.replace(out / "check.json")
+        document = about | {"cases": [asdict(row) for row in rows], "kernels": kernels}
+        with whole(out / "check.json") as partial:
+            partial.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _line(row: Row) -> str:
@@ -247,4 +247,7 @@ def _line(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    try:
+        sys.exit(main())
+    except Exception:
+        sys.exit(crashed())

@@ -23,6 +23,7 @@ from mtp_mem.data import make_batch
 from mtp_mem.errors import BadInput
 from mtp_mem.floor import NoLogits
 from mtp_mem.layers import Attention
+from mtp_mem.limits import limits_of
 from mtp_mem.memory.kernels import KERNELS
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker
@@ -99,7 +100,7 @@ class Rehearsal:
             BadInput: the strategy needs real data or an operator that fake tensors do not know, or it says that its
                 kernel decides by the device.
         """
-        why = getattr(strategy, "not_predicted", "")
+        why = limits_of(strategy).not_predicted
         if why and self._for_cuda:
             raise BadInput(f"{type(strategy).__name__} cannot be predicted: {why}")
         tracker, begun = self._tracker, len(self._tracker.trace.events)

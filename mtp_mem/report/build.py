@@ -9,6 +9,7 @@ from typing import Any, Literal
 from mtp_mem import charts
 from mtp_mem.advice import peak_bytes
 from mtp_mem.errors import BadInput
+from mtp_mem.files import whole
 from mtp_mem.memory.reading import Located, groups, machine, read
 from mtp_mem.memory.record import Record, writable
 from mtp_mem.report.content import gpu_of, section
@@ -74,10 +75,9 @@ def build(
         kept = (
             [c.png.with_suffix(suffix) for c in drawn for suffix in (".png", ".svg", ".csv")] if charts_folder else []
         )
-    partial = out.with_name(f".{out.name}.tmp")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(out)
+        with whole(out) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as e:
         raise BadInput(f"--output {out}: cannot be written: {e.strerror}") from None
     return Report((out, *(kept if charts_folder else ())), sections, tuple(notes))

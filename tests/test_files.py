@@ -1,0 +1,20 @@
+"""A file is whole or as it was."""
+
+from pathlib import Path
+
+import pytest
+
+from mtp_mem.files import whole
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "kept.json"
+    with whole(path) as partial:
+        partial.write_text("first")
+        assert not path.exists()
+    assert path.read_text() == "first"
+    with pytest.raises(KeyboardInterrupt), whole(path) as partial:
+        partial.write_text("half of the sec")
+        raise KeyboardInterrupt
+    assert path.read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.json"]
