@@ -1,12 +1,12 @@
 """Profile and verify head-backward strategies for multi-token prediction."""
 
-from mtp_mem.config import ModelConfig, Profile, Sweep, Workload, load_profile
+from mtp_mem.config.schema import ModelConfig, Profile, Sweep, Workload, load_profile
 from mtp_mem.data import IGNORE, Batch, make_batch
-from mtp_mem.model import MTPModel
+from mtp_mem.model.mtp_model import MTPModel
 from mtp_mem.step import TrainingStep, forward_backward, make_optimizer
 from mtp_mem.strategy import Strategy, load_strategy
-from mtp_mem.verdicts import Verification
-from mtp_mem.verification import verify
+from mtp_mem.verification.checks import Verification
+from mtp_mem.verification.verify import verify
 
 __all__ = [
     "IGNORE",

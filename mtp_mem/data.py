@@ -9,9 +9,9 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from mtp_mem.config import ModelConfig, Workload
+from mtp_mem._util import whole
+from mtp_mem.config.schema import ModelConfig, Workload
 from mtp_mem.errors import BadInput
-from mtp_mem.files import whole
 
 IGNORE = -100
 """Target value of positions that have no target; torch's own default for `ignore_index`."""

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_mem.config import GPU, Profile, Sweep, load_profile
+from mtp_mem._util import whole
+from mtp_mem.config.schema import GPU, Profile, Sweep, load_profile
 from mtp_mem.environment import code_digest
-from mtp_mem.estimate import Estimate, estimate
-from mtp_mem.files import whole
 from mtp_mem.head_phase import SHAPES
-from mtp_mem.memory.record import writable
+from mtp_mem.prediction.estimate import Estimate, estimate
+from mtp_mem.runs.record import writable
 
 OWN = "naive,sequential,chunked_vocab,chunked_tokens,checkpointed"
 BITWISE = "naive,sequential,checkpointed"
@@ -105,7 +105,7 @@ def plan(gpu: GPU | None, out: Path, *, quick: bool, tests: Path | None, determi
         timeline = ("mtp_mem", "timeline", "--profile", "quick", "--strategy", spec, "--n", "4", *on)
         where = ("--out", str(out / f"timeline-{spec}"))
         made.append(Stage(f"timeline-{spec}", timeline + where, 0.5, "what is live during one step"))
-    check = ("mtp_mem.memory.check", "--out", str(out), *(["--quick"] if quick else []))
+    check = ("mtp_mem.runs.check_prediction", "--out", str(out), *(["--quick"] if quick else []))
     made.append(Stage("check", check, 1 if quick else 5, "predicted bytes against measured ones"))
     if not small:
         measure(_large_vocabulary(gpu))

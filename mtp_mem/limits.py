@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mtp_mem.config import Dtype, ModelConfig, Workload
+from mtp_mem.config.schema import Dtype, ModelConfig, Workload
 from mtp_mem.errors import BadInput
-from mtp_mem.model import PRODUCT_DTYPES
+from mtp_mem.model.mtp_model import PRODUCT_DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mtp_mem.data import Batch
 from mtp_mem.errors import BadInput
-from mtp_mem.heads import Phase, no_phase
-from mtp_mem.losses import loss_dtype
-from mtp_mem.model import MTPModel
+from mtp_mem.model.head_tree import Phase, no_phase
+from mtp_mem.model.losses import loss_dtype
+from mtp_mem.model.mtp_model import MTPModel
 from mtp_mem.strategy import Strategy
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from mtp_mem.errors import BadInput, Missing, unknown
-from mtp_mem.heads import Heads
+from mtp_mem.model.head_tree import Heads
 
 BUILTIN = {
     "naive": "mtp_mem.strategies.naive:Naive",

@@ -1,20 +1,20 @@
 """Lets the step decide: its bytes are rehearsed without data, and the logits get what the rest needs anyway.
 
-    choice = the strategy and chunk for which the logits do not define the step's peak     # mtp_mem/choice.py
+    choice = the strategy and chunk for which the logits do not define the step's peak     # mtp_mem/prediction/auto.py
     choice.backward(...)
 
 `compare`, `predict` and `timeline` choose before they run, and say what and why. A trainer does the same once:
-`mtp_mem.choice.choose(config, workload, cuda=True).spec`. Where a step is run with `auto` itself there is no model to
-rehearse, and it is `chunked_tokens` with its default chunk.
+`mtp_mem.prediction.auto.choose(config, workload, cuda=True).spec`. Where a step is run with `auto` itself there is no
+model to rehearse, and it is `chunked_tokens` with its default chunk.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from mtp_mem.choice import Choice, choose
-from mtp_mem.config import GPU, ModelConfig, Workload
-from mtp_mem.heads import Heads
+from mtp_mem.config.schema import GPU, ModelConfig, Workload
+from mtp_mem.model.head_tree import Heads
+from mtp_mem.prediction.auto import Choice, choose
 from mtp_mem.strategies.chunked_tokens import ChunkedTokens
 
 
@@ -23,7 +23,7 @@ class Auto:
     """Chooses strategy and chunk so that the logits never define the step's peak, and says what it chose"""
 
     def for_step(self, config: ModelConfig, workload: Workload, *, cuda: bool, gpu: GPU | None = None) -> Choice:
-        """See `mtp_mem.choice`."""
+        """See `mtp_mem.prediction.auto`."""
         return choose(config, workload, cuda=cuda, gpu=gpu)
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mtp_mem.heads import Head, Heads
-from mtp_mem.losses import VOCAB_CHUNK, LossName, named
+from mtp_mem.model.head_tree import Head, Heads
+from mtp_mem.model.losses import VOCAB_CHUNK, LossName, named
 
 
 @dataclass(frozen=True, kw_only=True)

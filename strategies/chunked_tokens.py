@@ -11,7 +11,7 @@
 
 Memory above the cut: one chunk of logits (chunk, V), the unembedding's gradient (fp32 for low precision), one head's
 activations. FLOPs: 1, three products per head, and none twice. It needs the loss weights before the backward, which
-every trainer has; the arithmetic is in mtp_mem/token_chunks.py.
+every trainer has; the arithmetic is in mtp_mem/model/token_chunks.py.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from mtp_mem.errors import BadInput
-from mtp_mem.heads import Head, Heads
-from mtp_mem.token_chunks import Accumulate, RowKernel, UnembeddingGradient, default_chunk, head_loss
+from mtp_mem.model.head_tree import Head, Heads
+from mtp_mem.model.token_chunks import Accumulate, RowKernel, UnembeddingGradient, default_chunk, head_loss
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,15 +6,15 @@
 
 Memory above the cut: a slab (N, chunk), two copies of the unembedding's gradient, one head layer's activations.
 FLOPs: 4/3, because the logits are computed twice. It loses to token chunks where the loss weights are known in advance,
-and pays off where the unembedding arrives or leaves slab by slab. The two passes are in mtp_mem/losses.py.
+and pays off where the unembedding arrives or leaves slab by slab. The two passes are in mtp_mem/model/losses.py.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from mtp_mem.heads import Heads
-from mtp_mem.losses import VOCAB_CHUNK, named
+from mtp_mem.model.head_tree import Heads
+from mtp_mem.model.losses import VOCAB_CHUNK, named
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtp_mem.heads import Head, Heads
-from mtp_mem.losses import VOCAB_CHUNK, LossName, named
+from mtp_mem.model.head_tree import Head, Heads
+from mtp_mem.model.losses import VOCAB_CHUNK, LossName, named
 
 
 @dataclass(frozen=True, kw_only=True)

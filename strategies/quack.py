@@ -15,10 +15,10 @@ from torch import Tensor
 
 from mtp_mem.data import IGNORE
 from mtp_mem.errors import BadInput
-from mtp_mem.heads import Heads
-from mtp_mem.kernels_here import flat, library
 from mtp_mem.limits import Limits
-from mtp_mem.losses import loss_dtype
+from mtp_mem.model.head_tree import Heads
+from mtp_mem.model.losses import loss_dtype
+from mtp_mem.strategies.library_kernel import flat, library
 
 LIBRARY = ("quack", "quack.linear_cross_entropy", "quack-kernels")
 

@@ -9,15 +9,15 @@ Memory above the cut: 3 tensors (N, V) of the loss dtype and one head layer's ac
 second head on, one unembedding gradient (V, D) beside the accumulated one. Where heads read heads (causal, anticausal,
 deepseek) the layers of a chain all run forward first: still one head's logits, but every head layer's activations until
 its turn comes (figure S11). FLOPs: 1, no more than the joint backward.
-The gradients are bit-identical to the joint backward's: see mtp_mem/heads.py.
+The gradients are bit-identical to the joint backward's: see mtp_mem/model/head_tree.py.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from mtp_mem.heads import Head, Heads
-from mtp_mem.losses import VOCAB_CHUNK, LossName, named
+from mtp_mem.model.head_tree import Head, Heads
+from mtp_mem.model.losses import VOCAB_CHUNK, LossName, named
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from mtp_mem.memory.record import Record
-from mtp_mem.units import MiB
+from mtp_mem._util import MiB
+from mtp_mem.runs.record import Record
 
 MODEL: dict[str, Any] = {
     "vocab_size": 8192,

@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNNABLE = ("naive", "sequential", "chunked_vocab", "chunked_tokens", "checkpointed", "native")
 TARGETS: dict[str, tuple[str, ...]] = {
     **{f"strategies/{name}.py": (name,) for name in RUNNABLE},
-    "mtp_mem/losses.py": ("chunked_vocab", "naive"),
-    "mtp_mem/heads.py": ("sequential", "checkpointed", "native", "chunked_tokens"),
-    "mtp_mem/token_chunks.py": ("chunked_tokens",),
+    "mtp_mem/model/losses.py": ("chunked_vocab", "naive"),
+    "mtp_mem/model/head_tree.py": ("sequential", "checkpointed", "native", "chunked_tokens"),
+    "mtp_mem/model/token_chunks.py": ("chunked_tokens",),
 }
 """Every strategy that runs without a GPU and all that they share above the cut, with the strategies that run it."""
 FILES = ("token_chunks", "losses", "strategy", "fake", "formulas", "tracker", "equivalence", "kinds")
@@ -157,7 +157,7 @@ def _suite(specs: tuple[str, ...]) -> int:
     words = " or ".join((*specs, "token_chunks", "losses", "counted_by_hand"))
     if run(("properties",), " or ".join(f"plain_autograd[{spec}" for spec in specs)):
         return 1
-    from mtp_mem.verification import verify
+    from mtp_mem.verification.verify import verify
 
     for check in verify(specs).checks:
         if not check.passed or (

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from mtp_mem import Batch, ModelConfig, MTPModel, make_batch
-from mtp_mem.config import HeadKind, Unembedding
-from mtp_mem.heads import Head, Phase, no_phase
-from mtp_mem.losses import full, loss_dtype
+from mtp_mem.config.schema import HeadKind, Unembedding
+from mtp_mem.model.head_tree import Head, Phase, no_phase
+from mtp_mem.model.losses import full, loss_dtype
 
 KINDS: tuple[str, ...] = typing.get_args(HeadKind)
 UNEMBEDDINGS: tuple[str, ...] = typing.get_args(Unembedding)

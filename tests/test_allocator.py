@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_mem.memory.allocator import ROUND, Block, CachingAllocator
-from mtp_mem.units import MiB
+from mtp_mem._util import MiB
+from mtp_mem.prediction.caching_allocator import ROUND, Block, CachingAllocator
 
 
 def after(*sizes: int, expandable: bool = False) -> tuple[int, int]:

@@ -14,15 +14,15 @@ from small import build, tiny
 from torch.cuda._utils import _get_device_index
 
 from mtp_mem import Profile, Sweep, TrainingStep, Workload, load_strategy, make_optimizer
-from mtp_mem.bench import Bench, resolve_device
 from mtp_mem.data import load_corpus
 from mtp_mem.errors import Missing
-from mtp_mem.gradients import Gradients
 from mtp_mem.memory import cuda, nvml
-from mtp_mem.memory.record import Record
+from mtp_mem.report.tables import remarks
+from mtp_mem.runs.bench import Bench, resolve_device
+from mtp_mem.runs.record import Record
+from mtp_mem.runs.sweep import cases, run
 from mtp_mem.strategy import Strategy
-from mtp_mem.sweep import cases, run
-from mtp_mem.tables import remarks
+from mtp_mem.verification.gradient_error import Gradients
 
 PROFILE = Profile(
     name="small",

@@ -15,11 +15,11 @@ from fixed import MODEL, record, records
 from matplotlib.testing.compare import compare_images
 from PIL import Image
 
-from mtp_mem import charts
-from mtp_mem.charts.time import paper_times
-from mtp_mem.charts.tradeoff import chunk_of, family, pareto
-from mtp_mem.config import GPU
-from mtp_mem.memory.record import Record
+from mtp_mem.config.schema import GPU
+from mtp_mem.report import charts
+from mtp_mem.report.charts.time import paper_times
+from mtp_mem.report.charts.tradeoff import chunk_of, family, pareto
+from mtp_mem.runs.record import Record
 from mtp_mem.strategy import BUILTIN
 
 BASELINES = Path(__file__).parent / "baselines"

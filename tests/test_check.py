@@ -1,4 +1,4 @@
-"""`python -m mtp_mem.memory.check`: says that there is no GPU, and judges what it would measure on one."""
+"""`python -m mtp_mem.runs.check_prediction`: says that there is no GPU, and judges what it would measure on one."""
 
 import json
 import os
@@ -10,27 +10,27 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_mem.config import Profile, Sweep, load_gpu
-from mtp_mem.memory import check
+from mtp_mem.config.schema import GPU, Profile, Sweep, load_gpu
 from mtp_mem.memory.trace import Trace
+from mtp_mem.runs import check_prediction
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so it would measure")
 def test_without_a_gpu_it_prints_predictions(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mtp_mem.memory.check", "--quick", "--out", "out", "--gpu", "h100-80gb"]
+    command = [sys.executable, "-m", "mtp_mem.runs.check_prediction", "--quick", "--out", "out", "--gpu", "h100-80gb"]
     found = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr
     assert found.stdout.startswith("No CUDA device here: nothing is measured. Predictions for NVIDIA H100")
     document = json.loads((tmp_path / "out/check.json").read_text())
     assert document["measured"] is False
-    assert len(document["cases"]) == len(check.N) * len(check.STRATEGIES)
+    assert len(document["cases"]) == len(check_prediction.N) * len(check_prediction.STRATEGIES)
     assert all(row["predicted"]["requested"] > 0 and row["measured"] is None for row in document["cases"])
     assert {row["measured"] for row in document["kernels"]} == {None}
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predicted: list[str] = []
-    trace_step, stop_at = check.fake.trace_step, 3
+    trace_step, stop_at = check_prediction.simulated_step.trace_step, 3
 
     def counting(*args: Any, **kwargs: Any) -> Trace:
         if len(predicted) == stop_at:
@@ -38,37 +38,41 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.Mon
         predicted.append("one more")
         return trace_step(*args, **kwargs)
 
-    monkeypatch.setattr(check.fake, "trace_step", counting)
+    monkeypatch.setattr(check_prediction.simulated_step, "trace_step", counting)
     args = ["--quick", "--out", str(tmp_path), "--gpu", "h200"]
     with pytest.raises(KeyboardInterrupt):
-        check.main(args)
+        check_prediction.main(args)
     kept = json.loads((tmp_path / "check.json").read_text())
     assert (len(kept["cases"]), kept["kernels"]) == (3, [])
     stop_at = 100
-    assert check.main(args) == 0
+    assert check_prediction.main(args) == 0
     whole = json.loads((tmp_path / "check.json").read_text())
     assert whole["cases"][:3] == kept["cases"]
-    assert len(predicted) == len(whole["cases"]) == len(check.N) * len(check.STRATEGIES)
+    assert len(predicted) == len(whole["cases"]) == len(check_prediction.N) * len(check_prediction.STRATEGIES)
     assert whole["kernels"]
-    assert check.main([*args[:-1], "l4"]) == 0  # another GPU's figures are no part of this one's
+    assert check_prediction.main([*args[:-1], "l4"]) == 0  # another GPU's figures are no part of this one's
     assert len(predicted) == 2 * len(whole["cases"])
 
 
 def test_unknown_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
-        assert check.main(["--gpu", "h3000"]) == 2
+        assert check_prediction.main(["--gpu", "h3000"]) == 2
         assert "unknown GPU 'h3000'" in capsys.readouterr().err
+
+
+def compare_default(profile: Profile, gpu: GPU, facts: dict[str, Any] | None) -> check_prediction.Row:
+    return check_prediction.compare("narrow", "sequential", 1, "default", profile, gpu, facts)
 
 
 def test_what_counts_as_right() -> None:
     gpu = load_gpu("h200")
-    model, workload = check.SHAPES["narrow"]
+    model, workload = check_prediction.SHAPES["narrow"]
     profile = Profile(name="narrow", model=model, workload=workload, sweep=Sweep(n=(1,)))
-    alone = check.compare("narrow", "sequential", 1, "default", profile, gpu, None)
+    alone = compare_default(profile, gpu, None)
     assert alone.measured is None
-    assert not check.is_right(alone)
+    assert not check_prediction.is_right(alone)
     # A device that shows one workspace fewer than expected: predicted with what was found, not with what was assumed.
-    shown = {f"peak_{key}_bytes": alone.predicted[key] - gpu.workspace_bytes for key in check.FIELDS}
+    shown = {f"peak_{key}_bytes": alone.predicted[key] - gpu.workspace_bytes for key in check_prediction.FIELDS}
     facts = {
         "status": "ok",
         **shown,
@@ -76,12 +80,12 @@ def test_what_counts_as_right() -> None:
         "alloc_retries": 0,
         "peak_spread_bytes": 0,
     }
-    row = check.compare("narrow", "sequential", 1, "default", profile, gpu, facts)
+    row = compare_default(profile, gpu, facts)
     assert row.difference is not None
     assert row.difference["requested"] == 0
-    assert check.is_right(row)
+    assert check_prediction.is_right(row)
     facts["peak_requested_bytes"] += 1
-    assert not check.is_right(check.compare("narrow", "sequential", 1, "default", profile, gpu, facts))
-    failed = check.compare("narrow", "sequential", 1, "default", profile, gpu, {"status": "oom", "error": "too large"})
+    assert not check_prediction.is_right(compare_default(profile, gpu, facts))
+    failed = compare_default(profile, gpu, {"status": "oom", "error": "too large"})
     assert failed.error == "too large"
-    assert not check.is_right(failed)
+    assert not check_prediction.is_right(failed)

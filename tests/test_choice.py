@@ -4,8 +4,8 @@ import pytest
 from small import build, gradients, tiny
 
 from mtp_mem import Workload, forward_backward, load_strategy
-from mtp_mem.choice import Choice, choose, settled
-from mtp_mem.memory.fake import trace_step
+from mtp_mem.prediction.auto import Choice, choose, settled
+from mtp_mem.prediction.simulated_step import trace_step
 
 LONG = Workload(batch=4, sequence=256)
 

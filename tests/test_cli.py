@@ -188,7 +188,7 @@ def test_fresh_starts_over(work: Path) -> None:
 
 THIRD_PARTY = """
 import torch
-from mtp_mem.losses import full
+from mtp_mem.model.losses import full
 
 class Forward:
     '''Sequential with the first head first.'''

@@ -9,11 +9,11 @@ from small import tiny
 from torch.profiler import ProfilerActivity, profile
 
 from mtp_mem import ModelConfig, Workload, load_strategy, verify
-from mtp_mem.compiled_rows import compiled_rows
-from mtp_mem.formulas import Shape, peak_over_baseline
-from mtp_mem.memory.fake import trace_step
-from mtp_mem.scenarios import SCENARIOS
-from mtp_mem.token_chunks import _softmax_minus_onehot
+from mtp_mem.model.compiled_rows import compiled_rows
+from mtp_mem.model.token_chunks import _softmax_minus_onehot
+from mtp_mem.prediction.formulas import Shape, peak_over_baseline
+from mtp_mem.prediction.simulated_step import trace_step
+from mtp_mem.verification.scenarios import SCENARIOS
 
 needs_a_compiler = pytest.mark.skipif(
     not (torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler"

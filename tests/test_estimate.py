@@ -7,11 +7,11 @@ from small import build, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtp_mem import Profile, Sweep, Workload, forward_backward, load_profile, load_strategy
-from mtp_mem.config import load_gpu
-from mtp_mem.estimate import baseline, capacity, estimate
-from mtp_mem.flops import step_flops
-from mtp_mem.formulas import Shape
-from mtp_mem.memory.fake import trace_step
+from mtp_mem.config.schema import load_gpu
+from mtp_mem.prediction.estimate import baseline, capacity, estimate
+from mtp_mem.prediction.flops import step_flops
+from mtp_mem.prediction.formulas import Shape
+from mtp_mem.prediction.simulated_step import trace_step
 
 
 @pytest.mark.parametrize("spec", ["naive", "sequential", "checkpointed", "naive:loss=chunked_vocab"])

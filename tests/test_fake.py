@@ -10,14 +10,14 @@ import torch
 from small import KINDS, build, tiny
 
 from mtp_mem import TrainingStep, Workload, load_strategy, make_optimizer
-from mtp_mem.config import load_gpu, load_gpus
+from mtp_mem.config.schema import load_gpu, load_gpus
 from mtp_mem.errors import BadInput
-from mtp_mem.floor import NoLogits
-from mtp_mem.memory import kernels
-from mtp_mem.memory.allocator import replay
 from mtp_mem.memory.cpu import track
-from mtp_mem.memory.fake import Rehearsal, trace_step
-from mtp_mem.prediction import predicted
+from mtp_mem.prediction import kernel_buffers
+from mtp_mem.prediction.caching_allocator import replay
+from mtp_mem.prediction.floor import NoLogits
+from mtp_mem.prediction.peaks import predicted
+from mtp_mem.prediction.simulated_step import Rehearsal, trace_step
 
 SPECS = ["naive", "sequential", "chunked_vocab:chunk=1000", "checkpointed", "chunked_tokens:chunk=40"]
 
@@ -85,13 +85,13 @@ def test_buffers_inside_kernels() -> None:
     small = torch.empty(1, 8, 1024, 64, dtype=torch.bfloat16, device="meta")
     kv = torch.empty(1, 8, 8192, 128, dtype=torch.bfloat16, device="meta")
     rows, indices = torch.empty(8192, 4096, device="meta"), torch.empty(8192, device="meta")
-    assert sum(kernels.flash_backward((None, q, q), 132)) == 129 * 2**20  # 32 * 8192 * (128 + 1) * 4
-    assert kernels.flash_backward((None, q, kv), 132)[2:] == [2 * 8192 * 32 * 128] * 2
-    assert kernels.flash_forward((q, q, q, 0.0), 132) == []
-    assert sum(kernels.flash_forward((small, small, small, 0.0), 132)) == 2 * 8 * 1024 * (64 + 1) * 4
-    assert kernels.embedding_backward((rows, indices[:3072], 128256), 132) == []
-    assert kernels.embedding_backward((rows, indices, 128256), 132)[-1] == (819 + 8192) * 4096 * 4
-    assert kernels.foreach_norm(([rows, indices],), 132) == [4 * 2 * 512]
+    assert sum(kernel_buffers.flash_backward((None, q, q), 132)) == 129 * 2**20  # 32 * 8192 * (128 + 1) * 4
+    assert kernel_buffers.flash_backward((None, q, kv), 132)[2:] == [2 * 8192 * 32 * 128] * 2
+    assert kernel_buffers.flash_forward((q, q, q, 0.0), 132) == []
+    assert sum(kernel_buffers.flash_forward((small, small, small, 0.0), 132)) == 2 * 8 * 1024 * (64 + 1) * 4
+    assert kernel_buffers.embedding_backward((rows, indices[:3072], 128256), 132) == []
+    assert kernel_buffers.embedding_backward((rows, indices, 128256), 132)[-1] == (819 + 8192) * 4096 * 4
+    assert kernel_buffers.foreach_norm(([rows, indices],), 132) == [4 * 2 * 512]
 
 
 class ReadsBack:
@@ -130,8 +130,8 @@ class Watch(TorchDispatchMode):
             assert not (isinstance(leaf, torch.device) and leaf.type != "cpu"), func
         return out
 from mtp_mem import ModelConfig, Workload, load_strategy
-from mtp_mem.config import load_gpu
-from mtp_mem.memory.fake import trace_step
+from mtp_mem.config.schema import load_gpu
+from mtp_mem.prediction.simulated_step import trace_step
 config = ModelConfig(vocab_size=300, dim=32, n_layers=3, n_attention_heads=2, n_future=2)
 with Watch():
     trace_step(config, Workload(batch=1, sequence=16, dtype="bf16"), load_strategy("naive"), gpu=load_gpu("h200"))

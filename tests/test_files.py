@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_mem.files import whole
+from mtp_mem._util import whole
 
 
 def cut_short(path: Path) -> None:

@@ -6,10 +6,10 @@ import pytest
 from small import tiny
 
 from mtp_mem import ModelConfig, Workload, load_strategy
-from mtp_mem.floor import NoLogits
-from mtp_mem.formulas import Shape, peak_over_baseline, slope
 from mtp_mem.head_phase import HeadPhase, HeadShape
-from mtp_mem.memory.fake import trace_step
+from mtp_mem.prediction.floor import NoLogits
+from mtp_mem.prediction.formulas import Shape, peak_over_baseline, slope
+from mtp_mem.prediction.simulated_step import trace_step
 
 WIDE = {"vocab_size": 4099, "n_layers": 6}  # logits larger than all else; no formula's moment is in doubt
 

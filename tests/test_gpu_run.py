@@ -14,7 +14,7 @@ import torch
 
 from mtp_mem import gpu_run
 from mtp_mem.cli import main
-from mtp_mem.config import load_gpu
+from mtp_mem.config.schema import load_gpu
 from mtp_mem.gpu_run import Outcome, Stage, run
 from mtp_mem.head_phase import SHAPES
 from mtp_mem.strategy import loadable

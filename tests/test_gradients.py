@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from mtp_mem import gradients
-from mtp_mem.gradients import compare, relative_error
+from mtp_mem.verification import gradient_error
+from mtp_mem.verification.gradient_error import compare, relative_error
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -19,7 +19,7 @@ def test_the_error_is_frobenius_relative_in_any_number_of_blocks(
     apart = math.sqrt(sum((a.double() - b.double()).square().sum().item() for a, b in zip(mine, right, strict=True)))
     whole = apart / math.sqrt(sum(b.double().square().sum().item() for b in right))
     assert relative_error([*mine], [*right]) == pytest.approx(whole)
-    monkeypatch.setattr(gradients, "BLOCK", 4)
+    monkeypatch.setattr(gradient_error, "BLOCK", 4)
     assert relative_error([*mine], [*right]) == pytest.approx(whole)
     assert all(torch.equal(a, b) for a, b in zip((*right, *mine), before, strict=True))
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from hf_configs import CONFIGS, NAMES, PUBLISHED, changed
 
-from mtp_mem.config import Profile, from_table, load_profile
+from mtp_mem.config.profiles import to_toml, write_new
+from mtp_mem.config.schema import Profile, from_table, load_profile
 from mtp_mem.errors import BadInput
-from mtp_mem.hf import FAMILIES, Conversion, convert
-from mtp_mem.parameters import parameters
-from mtp_mem.profile_file import to_toml, write_new
+from mtp_mem.model.hf import FAMILIES, Conversion, convert
+from mtp_mem.model.parameters import parameters
 
 WEIGHTY = {"deepseek-v3", "gemma-2-2b", "qwen3-0.6b"}
 

@@ -7,7 +7,7 @@ from small import build, tiny
 
 from mtp_mem import TrainingStep, load_strategy, make_optimizer
 from mtp_mem.memory.cpu import track
-from mtp_mem.memory.history import Sizes, resident_blocks, trace_of
+from mtp_mem.memory.cuda_history import Sizes, resident_blocks, trace_of
 from mtp_mem.memory.trace import Trace
 
 

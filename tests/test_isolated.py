@@ -3,10 +3,10 @@
 import torch
 
 from mtp_mem import ModelConfig, Workload, load_strategy
-from mtp_mem.bench import Bench
-from mtp_mem.config import Profile, Sweep
+from mtp_mem.config.schema import Profile, Sweep
 from mtp_mem.data import load_corpus
-from mtp_mem.memory.isolated import measure
+from mtp_mem.runs.bench import Bench
+from mtp_mem.runs.isolated import measure
 
 PROFILE = Profile(
     name="small",

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from mtp_mem.errors import BadInput
-from mtp_mem.heads import Heads
-from mtp_mem.kernels_here import flat
 from mtp_mem.limits import Limits, limits_of
-from mtp_mem.losses import full
-from mtp_mem.scenarios import ALL_DTYPES, SCENARIOS
+from mtp_mem.model.head_tree import Heads
+from mtp_mem.model.losses import full
 from mtp_mem.strategies.cce import CCE
+from mtp_mem.strategies.library_kernel import flat
 from mtp_mem.strategies.liger import Liger
 from mtp_mem.strategies.quack import Quack
 from mtp_mem.strategies.sequential import Sequential
-from mtp_mem.verification import verify
+from mtp_mem.verification.scenarios import ALL_DTYPES, SCENARIOS
+from mtp_mem.verification.verify import verify
 
 
 class InEights:

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from mtp_mem import IGNORE
+from mtp_mem._util import MiB
 from mtp_mem.errors import BadInput
-from mtp_mem.losses import VOCAB_CHUNK, chunked_vocab, full, named
-from mtp_mem.units import MiB
+from mtp_mem.model.losses import VOCAB_CHUNK, chunked_vocab, full, named
 
 
 def test_the_default_slab_is_what_the_documentation_says() -> None:

@@ -8,8 +8,8 @@ from small import KINDS, UNEMBEDDINGS, build, small_kind, tiny
 
 from mtp_mem import MTPModel
 from mtp_mem.errors import BadInput
-from mtp_mem.layers import RMSNorm, rotate, rotation
-from mtp_mem.model import default_attention
+from mtp_mem.model.layers import RMSNorm, rotate, rotation
+from mtp_mem.model.mtp_model import default_attention
 
 
 def test_n_moves_layers_and_keeps_the_parameters() -> None:

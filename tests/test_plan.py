@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from small import tiny
 
 from mtp_mem import Workload, load_strategy
+from mtp_mem._util import MiB
 from mtp_mem.cli import main
-from mtp_mem.config import Profile, Sweep, load_gpu
-from mtp_mem.memory.fake import trace_step
-from mtp_mem.plan import AXES, SEQUENCE_STEP, Answer, Axis, Plan, advice, hint, plan, search
-from mtp_mem.prediction import predicted
-from mtp_mem.probes import Figures, Point, ProbeCache, Prober
-from mtp_mem.units import MiB
+from mtp_mem.config.schema import Profile, Sweep, load_gpu
+from mtp_mem.prediction.largest_fit import AXES, SEQUENCE_STEP, Answer, Axis, Plan, advice, hint, plan, search
+from mtp_mem.prediction.peaks import predicted
+from mtp_mem.prediction.probes import Figures, Point, ProbeCache, Prober
+from mtp_mem.prediction.simulated_step import trace_step
 
 SPECS = ("naive", "sequential", "chunked_vocab:chunk=1000", "chunked_tokens", "checkpointed")
 GPU = load_gpu("l4")

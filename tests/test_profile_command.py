@@ -12,9 +12,9 @@ import pytest
 from hf_configs import CONFIGS, PUBLISHED, changed
 
 from mtp_mem.cli import main
-from mtp_mem.config import load_profile
-from mtp_mem.hf import convert
-from mtp_mem.profile_file import to_toml
+from mtp_mem.config.profiles import to_toml
+from mtp_mem.config.schema import load_profile
+from mtp_mem.model.hf import convert
 from mtp_mem.strategy import loadable
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mtp_mem.config import GPU, ModelConfig, Profile, Sweep, Workload, load_profile
-from mtp_mem.hf import FAMILIES
+from mtp_mem.config.schema import GPU, ModelConfig, Profile, Sweep, Workload, load_profile
+from mtp_mem.model.hf import FAMILIES
 
 TEXT = (Path(__file__).parent.parent / "profiles/README.md").read_text()
 TABLES: dict[str, type[Any]] = {

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mtp_mem import load_strategy
-from mtp_mem.scenarios import SCENARIOS
 from mtp_mem.testing import check_strategy
-from mtp_mem.testing.broken import BROKEN
-from mtp_mem.verification import verify
+from mtp_mem.verification.broken_strategies import BROKEN
+from mtp_mem.verification.scenarios import SCENARIOS
+from mtp_mem.verification.verify import verify
 
 USUAL = [scenario for scenario in SCENARIOS if scenario.name == "n = 3"]
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from fixed import ENVIRONMENT, MODEL, record, records
 
-from mtp_mem.charts import memory_vs_n
 from mtp_mem.errors import BadInput
-from mtp_mem.memory.reading import groups, machine, read, what_is_wrong
+from mtp_mem.report.charts import memory_vs_n
 from mtp_mem.report.content import gpu_of
+from mtp_mem.runs.read_results import groups, machine, read, what_is_wrong
 
 
 def line(**changes: Any) -> str:

@@ -9,7 +9,7 @@ import pytest
 from fixed import record
 
 from mtp_mem.cli import main
-from mtp_mem.memory.record import Record
+from mtp_mem.runs.record import Record
 
 BENCH: dict[str, Any] = {
     "machine_info": {"mtp_mem": {"device": "cpu", "cpu": "A CPU", "torch": "2.13.0"}},

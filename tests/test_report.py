@@ -14,11 +14,11 @@ import pytest
 from fixed import MODEL, WORKLOAD, record, records
 
 from mtp_mem.cli import main
-from mtp_mem.config import load_profile
-from mtp_mem.memory.record import Record
-from mtp_mem.report import timeline as timeline_module
+from mtp_mem.config.schema import load_profile
+from mtp_mem.report import timeline_page as timeline_module
 from mtp_mem.report.reproduce import command
-from mtp_mem.report.timeline import read_timeline
+from mtp_mem.report.timeline_page import read_timeline
+from mtp_mem.runs.record import Record
 
 RECORDED = Path(__file__).parent.parent / "profiles" / "recorded"
 TIMELINE = RECORDED / "cpu-2-cores" / "timeline-quick-sequential" / "timeline.csv"

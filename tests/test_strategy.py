@@ -48,7 +48,7 @@ def test_registered_strategies_come_after_the_builtin_ones(monkeypatch: pytest.M
         ("no_such_module:Class", "no module 'no_such_module'"),
         ("mtp_mem.step:Nothing", "module 'mtp_mem.step' has no 'Nothing'"),
         ("mtp_mem.step:TrainingStep", "missing"),
-        ("mtp_mem.config:Sweep", "has no method backward"),
+        ("mtp_mem.config.schema:Sweep", "has no method backward"),
         ("mtp_mem.step:forward_backward", "is no class"),
         ("", "unknown strategy ''"),
     ],

@@ -10,9 +10,9 @@ from small import tiny
 
 from mtp_mem import Workload, load_strategy
 from mtp_mem.cli import main
-from mtp_mem.config import load_gpu
-from mtp_mem.memory.fake import trace_step
-from mtp_mem.timeline import live_by_category, phases
+from mtp_mem.config.schema import load_gpu
+from mtp_mem.prediction.simulated_step import trace_step
+from mtp_mem.report.charts.timeline import live_by_category, phases
 
 
 @pytest.mark.parametrize("spec", ["naive", "sequential"])

@@ -7,16 +7,17 @@ import torch
 from small import build, gradients, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtp_mem import TrainingStep, Workload, load_strategy, make_optimizer, token_chunks
-from mtp_mem.config import load_gpu
+from mtp_mem import TrainingStep, Workload, load_strategy, make_optimizer
+from mtp_mem.config.schema import load_gpu
 from mtp_mem.errors import BadInput
 from mtp_mem.head_phase import HeadPhase, HeadShape
-from mtp_mem.heads import Heads
 from mtp_mem.memory.cpu import track
-from mtp_mem.memory.fake import trace_step
 from mtp_mem.memory.tracker import Tracker
+from mtp_mem.model import token_chunks
+from mtp_mem.model.head_tree import Heads
+from mtp_mem.model.token_chunks import UnembeddingGradient, default_chunk, head_loss
+from mtp_mem.prediction.simulated_step import trace_step
 from mtp_mem.step import forward_backward
-from mtp_mem.token_chunks import UnembeddingGradient, default_chunk, head_loss
 
 
 @pytest.mark.parametrize("chunk", [16, 96, 200])

@@ -15,10 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from mtp_mem import TrainingStep, load_strategy, make_optimizer
 from mtp_mem.errors import Missing
-from mtp_mem.losses import full
 from mtp_mem.memory.cpu import track
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker, calibrate
+from mtp_mem.model.losses import full
 from mtp_mem.step import forward_backward
 
 

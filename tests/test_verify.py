@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import mtp_mem
-from mtp_mem.scenarios import ALL_DTYPES, SCENARIOS, Scenario, build, oracle, run
 from mtp_mem.strategy import loadable
-from mtp_mem.testing.broken import BROKEN
-from mtp_mem.verification import allowed, verify
+from mtp_mem.verification.broken_strategies import BROKEN
+from mtp_mem.verification.scenarios import ALL_DTYPES, SCENARIOS, Scenario, build, oracle, run
+from mtp_mem.verification.verify import allowed, verify
 
 RIGHT = [*loadable(), "naive:loss=chunked_vocab"]
 
@@ -116,7 +116,7 @@ def test_the_command(tmp_path: Path, columns: int) -> None:
 
 
 def test_a_wrong_strategy_ends_with_1_and_is_named(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("from mtp_mem.testing.broken import ScaleIgnored as Mine\n")
+    (tmp_path / "mine.py").write_text("from mtp_mem.verification.broken_strategies import ScaleIgnored as Mine\n")
     found = cli(tmp_path, "--strategy", "mine:Mine", "--strategies", "naive", "--dtype", "fp32")
     assert found.returncode == 1
     assert "mine:Mine: upstream scale 0.37, fp32: gradient of " in found.stdout

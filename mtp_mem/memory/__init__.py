@@ -1,1 +1,1 @@
-"""Instruments that say how many bytes a training step holds, and the record they all fill."""
+"""Instruments: what one training step allocates, on a CPU or on a CUDA device."""

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mtp_mem import tables
-from mtp_mem.advice import advise, choose, peak_bytes, saving, slowdown
-from mtp_mem.charts.style import HOW
-from mtp_mem.config import GPU, load_gpus
-from mtp_mem.memory.reading import code_versions, machine
-from mtp_mem.memory.record import Record
+from mtp_mem._util import show_bytes
+from mtp_mem.config.schema import GPU, load_gpus
+from mtp_mem.report import tables
+from mtp_mem.report.charts.style import HOW
+from mtp_mem.report.recommend import advise, choose, peak_bytes, saving, slowdown
 from mtp_mem.report.reproduce import command
-from mtp_mem.units import show_bytes
+from mtp_mem.runs.read_results import code_versions, machine
+from mtp_mem.runs.record import Record
 
 HIDDEN = ("code", "torch_git", "variables")
 
@@ -49,7 +49,7 @@ def section(records: Sequence[Record]) -> Section:
     """The content of one group's section.
 
     Args:
-        records: of one group (mtp_mem/memory/reading.py); at least one.
+        records: of one group (mtp_mem/runs/read_results.py); at least one.
     """
     first = records[0]
     model, workload = first.model, first.workload

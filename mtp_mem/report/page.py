@@ -40,7 +40,7 @@ def to_html(
     groups: Sequence[Group], panels: Chart | None, timelines: Sequence[dict[str, Any]], notes: Sequence[str]
 ) -> str:
     """The page. All text is escaped by the template engine; only our own SVG, style and script go in as they are."""
-    folder = resources.files("mtp_mem.report")
+    folder = resources.files("mtp_mem.report").joinpath("assets")
     # A template engine, because it escapes every value unless told otherwise.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(folder.joinpath("page.html").read_text(encoding="utf-8"))

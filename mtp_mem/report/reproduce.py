@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from mtp_mem.config import ModelConfig, Profile, Workload, builtin_profiles, load_gpus, load_profile
-from mtp_mem.memory.record import Record
+from mtp_mem.config.schema import ModelConfig, Profile, Workload, builtin_profiles, load_gpus, load_profile
+from mtp_mem.runs.record import Record
 
 DEFAULT_TEXT = "CPython's pydoc_data.topics"
 
@@ -16,7 +16,7 @@ def command(records: Sequence[Record]) -> str:
     """Shell lines; a profile that does not ship is written out first. What a record does not hold is said in a comment.
 
     Args:
-        records: of one group (mtp_mem/memory/reading.py).
+        records: of one group (mtp_mem/runs/read_results.py).
     """
     first = records[0]
     ns = list(dict.fromkeys(r.n for r in records))

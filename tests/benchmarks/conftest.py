@@ -7,8 +7,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mtp_mem._util import show_bytes
 from mtp_mem.environment import environment
-from mtp_mem.units import show_bytes
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_mem.config import Dtype
+from mtp_mem.config.schema import Dtype
 from mtp_mem.data import IGNORE
-from mtp_mem.gradients import relative_error
 from mtp_mem.limits import Limits
-from mtp_mem.losses import Loss, full
-from mtp_mem.scenarios import SCENARIOS
+from mtp_mem.model.losses import Loss, full
 from mtp_mem.strategies.cce import CCE
 from mtp_mem.strategies.liger import Liger
-from mtp_mem.verification import verify
+from mtp_mem.verification.gradient_error import relative_error
+from mtp_mem.verification.scenarios import SCENARIOS
+from mtp_mem.verification.verify import verify
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")

@@ -1,0 +1,59 @@
+"""The command line: `mtp-mem COMMAND`.
+
+Results go to stdout, progress and notes to stderr. Exit codes: 0 ok; 1 a check failed; 2 usage or bad input;
+3 something needed is missing; 70 anything unexpected, with its traceback; 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from mtp_mem import __version__
+from mtp_mem.cli import chart, compare, gpu, listing, plan, predict, profile, regressions, report, timeline, verify
+from mtp_mem.cli.common import note
+from mtp_mem.errors import MtpMemError, crashed
+
+COMMANDS = (compare, verify, predict, plan, timeline, report, chart, regressions, profile, gpu, listing)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # so that `--strategy my_module:Class` finds what lies here, as `python -m` does
+    args = _parser().parse_args(argv)
+    # Deprecation notes of the libraries we call are for us, not for the user in front of a table.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
+    try:
+        code: int = args.run(args)
+        return code
+    except MtpMemError as e:
+        note(f"mtp-mem: {e}")
+        return e.exit_code
+    except KeyboardInterrupt:
+        note("mtp-mem: interrupted")
+        return 130
+    except BrokenPipeError:  # the reader of stdout has gone, `| head` say; nothing is wrong here
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception:
+        return crashed()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mtp-mem", description="Profile and verify head-backward strategies for multi-token prediction."
+    )
+    parser.add_argument("--version", action="version", version=f"mtp-mem {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], help_: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_, description=help_)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        return sub
+
+    for module in COMMANDS:
+        module.add(command)
+    return parser

@@ -1,0 +1,139 @@
+"""What commands share: options, the profile with its changes, notes on stderr, the console, the progress bar."""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from mtp_mem.config.schema import Profile
+
+AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+"""(name, what it runs, its help) -> its parser, with `--json`."""
+
+
+def case_options(sub: argparse.ArgumentParser, profile: str, dtypes: str) -> None:
+    """The options that choose cases."""
+    sub.add_argument(
+        "--profile", default=profile, help=f"a shipped profile (see list) or a TOML file; default {profile}"
+    )
+    sub.add_argument("--strategies", type=names, metavar="A,B", help="instead of the profile's; name[:option=value]...")
+    sub.add_argument("--strategy", action="append", metavar="SPEC", help="one more: a name or package.module:Class")
+    sub.add_argument("--n", type=numbers, metavar="1,2,4", help="numbers of heads, instead of the profile's")
+    sub.add_argument("--dtype", help=f"{dtypes}, instead of the profile's")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where results go; default under results/")
+
+
+def device_option(sub: argparse.ArgumentParser) -> None:
+    """`--device`."""
+    sub.add_argument("--device", default="auto", type=_device, help="cpu, cuda or cuda:N; default: CUDA if any")
+
+
+def deterministic_option(sub: argparse.ArgumentParser) -> None:
+    """`--require-deterministic`."""
+    sub.add_argument(
+        "--require-deterministic",
+        action="store_true",
+        help="take deterministic kernels only; a case that needs another one is an error",
+    )
+
+
+def settle_numerics(args: argparse.Namespace) -> None:
+    """Act on `--require-deterministic`; before the first work on a device."""
+    from mtp_mem.environment import require_deterministic
+
+    if args.require_deterministic:
+        require_deterministic()
+
+
+def profile_of(args: argparse.Namespace) -> "Profile":
+    """The profile with the command line's changes; every strategy in it can be loaded."""
+    from mtp_mem.config.schema import load_profile
+    from mtp_mem.strategy import load_strategy
+
+    profile = load_profile(args.profile)
+    changes = {key: value for key in ("n", "rounds") if (value := getattr(args, key, None)) is not None}
+    specs = tuple(args.strategies or profile.sweep.strategies) + tuple(args.strategy or ())
+    for spec in specs:
+        load_strategy(spec)
+    changes["strategies"] = tuple(dict.fromkeys(specs))
+    workload = dataclasses.replace(profile.workload, dtype=args.dtype) if args.dtype else profile.workload
+    return dataclasses.replace(profile, sweep=dataclasses.replace(profile.sweep, **changes), workload=workload)
+
+
+def note(line: str) -> None:
+    """A line for people, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def console() -> Console:
+    """Stdout as wide as the terminal; a pipe gets what fits 120 columns, or COLUMNS."""
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        return Console(highlight=False, soft_wrap=False)
+    return Console(highlight=False, width=120)
+
+
+@contextlib.contextmanager
+def progress(total: int | None) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr for a person, nothing in a pipe; None: nobody knows yet how many units of work there are.
+
+    Ctrl-C or a termination signal ends the block.
+
+    The signal is only noted, and acted on when the next unit of work begins: an exception raised at any moment may be
+    raised inside a finalizer, and Python drops it there. A second signal interrupts at once.
+    """
+    stopping = False
+
+    def stop(*_: Any) -> None:
+        nonlocal stopping
+        if stopping:
+            raise KeyboardInterrupt
+        stopping = True
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    terminal = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=terminal, disable=not terminal.is_terminal, transient=True) as bar:
+            task = bar.add_task("", total=total)
+            begun = 0
+
+            def begin(what: str) -> None:
+                nonlocal begun
+                if stopping:
+                    raise KeyboardInterrupt
+                bar.update(task, description=what, completed=begun)
+                begun += 1
+
+            yield begin
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """`a,b` as an argument."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """`1,2,4` as an argument."""
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers like 1,2,4,8") from None
+
+
+def _device(text: str) -> str:
+    kind, _, index = text.partition(":")
+    if (kind, index) not in (("auto", ""), ("cpu", ""), ("cuda", "")) and not (kind == "cuda" and index.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected auto, cpu, cuda or cuda:N")
+    return text

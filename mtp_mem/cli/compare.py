@@ -1,0 +1,88 @@
+"""`mtp-mem compare`: bytes, time and gradients of strategies against the number of heads."""
+
+import argparse
+import json
+from pathlib import Path
+
+from mtp_mem.cli.common import (
+    AddCommand,
+    case_options,
+    console,
+    deterministic_option,
+    device_option,
+    note,
+    profile_of,
+    progress,
+    settle_numerics,
+)
+
+
+def add(command: AddCommand) -> None:
+    """Register the command."""
+    sub = command("compare", run, "bytes, time and gradients of strategies against the number of heads")
+    case_options(sub, "quick", "fp64, fp32, bf16 or bf16-mixed")
+    sub.add_argument("--rounds", type=int, help="timed steps per case, instead of the profile's")
+    sub.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text; default: CPython's help topics")
+    device_option(sub)
+    deterministic_option(sub)
+    sub.add_argument("--fresh", action="store_true", help="forget the results in --out and start over")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the profile's cases that are still missing, then show them all."""
+    # Torch takes seconds to import: only for commands that need it.
+    from mtp_mem.data import load_corpus
+    from mtp_mem.report import charts, recommend, tables
+    from mtp_mem.runs import bench, sweep
+    from mtp_mem.runs.record import ResultsFile
+
+    settle_numerics(args)
+    profile = profile_of(args)
+    device = bench.resolve_device(args.device)
+    corpus = load_corpus(profile.workload, profile.model.vocab_size, args.text)
+    if corpus.note:
+        note(f"note: {corpus.note}")
+    out = args.out or Path("results") / profile.name
+    results = ResultsFile(out, fresh=args.fresh)
+
+    wanted = sweep.cases(profile, corpus, device)
+    found = {record.case: record for record in results.read()}
+    for line in results.notes:
+        note(f"note: {line}")
+    todo = [case for case in wanted if case.fingerprint not in found or found[case.fingerprint].status == "error"]
+    if len(todo) < len(wanted):
+        note(
+            f"{len(wanted) - len(todo)} of {len(wanted)} cases are in {results.path} already (--fresh runs them again)"
+        )
+    try:
+        with progress(sweep.units(todo, profile.sweep.rounds)) as begin:
+            for record in sweep.run(profile, corpus, device, todo, begin):
+                results.append(record)
+                found[record.case] = record
+    except KeyboardInterrupt:
+        finished = sum(case.fingerprint in found for case in wanted)
+        note(f"stopped: {finished} of {len(wanted)} cases are in {results.path}; the same command runs the others")
+        return 130
+    records = [found[case.fingerprint] for case in wanted]
+    files = charts.memory_vs_n(records, out)
+    sentence = recommend.advise(records)
+    if args.json:
+        document = {
+            "schema": records[0].schema,
+            "records": [record.to_json() for record in records],
+            "advice": sentence,
+            "files": [str(path) for path in (results.path, *files)],
+        }
+        print(json.dumps(document, indent=1))
+    else:
+        screen = console()
+        screen.print(tables.comparison(records, screen))
+        if slopes := tables.slopes(records):
+            screen.print()
+            screen.print(slopes)
+        for line in tables.remarks(records):
+            screen.print(line, markup=False)
+        screen.print(f"\nrecords {results.path}, chart {out / 'memory-vs-n.png'} (.svg, .csv)", markup=False)
+        screen.print(sentence, markup=False)
+    failed = any(record.status == "error" or record.gradient == "differs" for record in records)
+    return 1 if failed else 0

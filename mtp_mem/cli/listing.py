@@ -1,0 +1,58 @@
+"""`mtp-mem list` and `mtp-mem env`: what there is, and on what machine."""
+
+import argparse
+import json
+
+from rich.table import Table
+from rich.text import Text
+
+from mtp_mem.cli.common import AddCommand, console
+from mtp_mem.errors import MtpMemError
+
+
+def add(command: AddCommand) -> None:
+    """Register the commands."""
+    command("list", list_, "strategies and profiles, a line each")
+    command("env", env, "the machine, as every record describes it")
+
+
+def list_(args: argparse.Namespace) -> int:
+    """Strategies and profiles, a line each."""
+    from mtp_mem.config.schema import builtin_profiles, load_gpus, load_profile
+    from mtp_mem.strategy import available, summary
+
+    strategies: dict[str, str] = {}
+    for name in available():
+        try:
+            strategies[name] = summary(name)
+        except MtpMemError as e:
+            strategies[name] = f"not available: {e}"
+    profiles = {name: load_profile(name).description for name in builtin_profiles()}
+    gpus = {name: gpu.name for name, gpu in load_gpus().items()}
+    if args.json:
+        print(json.dumps({"strategies": strategies, "profiles": profiles, "gpus": gpus}, indent=1))
+        return 0
+    screen = console()
+    for title, entries in (("Strategies", strategies), ("Profiles", profiles), ("GPUs", gpus)):
+        screen.print(title)
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        for name, line in entries.items():
+            table.add_row(f"  {name}", Text(line))
+        screen.print(table)
+    return 0
+
+
+def env(args: argparse.Namespace) -> int:
+    """The machine, as every record describes it."""
+    import torch
+
+    from mtp_mem.environment import environment
+
+    found = environment("cuda" if torch.cuda.is_available() else "cpu")
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        for key, value in found.items():
+            print(f"{key:18} {value}")
+    return 0

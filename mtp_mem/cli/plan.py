@@ -1,0 +1,246 @@
+"""`mtp-mem plan`: the largest batch, sequence and n that fit on a GPU that need not be here."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtp_mem.cli.common import AddCommand, console, names, progress
+from mtp_mem.errors import BadInput, Missing
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mtp_mem.config.schema import GPU, Profile
+    from mtp_mem.prediction.largest_fit import Answer, Plan
+    from mtp_mem.strategy import Strategy
+
+TIGHT = "*"
+LARGEST_HEADROOM = 90  # per cent; beyond that no model is left to plan for
+
+
+def add(command: AddCommand) -> None:
+    """Register the command."""
+    sub = command("plan", run, "the largest batch, sequence and n that fit on a GPU that need not be here")
+    sub.add_argument(
+        "--profile", default="llama3-8b", help="a shipped one (see list) or a TOML file; default llama3-8b"
+    )
+    sub.add_argument("--gpu", help="a GPU of gpus.toml (see list); default the first of the profile's")
+    sub.add_argument(
+        "--headroom", default="5%", help="share of the GPU to leave for the CUDA context and libraries; default 5%%"
+    )
+    sub.add_argument("--strategies", type=names, metavar="A,B", help="instead of the profile's; name[:option=value]...")
+    sub.add_argument("--strategy", action="append", metavar="SPEC", help="one more: a name or package.module:Class")
+    sub.add_argument("--n", help="number of heads while batch and sequence vary; default the profile's largest")
+    sub.add_argument("--dtype", help="bf16, instead of the profile's")
+    sub.add_argument("--fresh", action="store_true", help="ask nothing of what earlier runs found out")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="keep the plan there, and a chart of the batch by n")
+
+
+def run(args: argparse.Namespace) -> int:
+    """What of the profile fits on the GPU, strategy by strategy."""
+    from mtp_mem.config.schema import load_gpu, load_profile
+    from mtp_mem.prediction.largest_fit import plan
+    from mtp_mem.prediction.peaks import check_predictable
+    from mtp_mem.prediction.probes import Point, ProbeCache, Prober
+    from mtp_mem.report.draw_files import plan_chart
+    from mtp_mem.runs.record import writable
+
+    profile, percent = load_profile(args.profile), headroom(args.headroom)
+    gpu = load_gpu(args.gpu or profile.gpus[0])
+    limit = int(gpu.total_bytes * (1 - percent / 100))
+    if args.dtype:
+        profile = dataclasses.replace(profile, workload=dataclasses.replace(profile.workload, dtype=args.dtype))
+    check_predictable(profile)
+    workload = profile.workload
+    base = Point(batch=workload.batch, sequence=workload.sequence, n=one_n(args.n, profile))
+    profile.model.with_n(base.n)  # raises where the layers do not allow it
+    specs = tuple(dict.fromkeys((*(args.strategies or profile.sweep.strategies), *(args.strategy or ()))))
+    strategies, left_out = loaded(specs)
+    out = writable(args.out) if args.out else None
+    batches: list[Answer] = []
+    with progress(None) as begin:
+        prober = Prober(profile, gpu, strategies, ProbeCache(fresh=args.fresh), begin)
+        found = plan(prober, profile, base, limit, list(strategies))
+        for n in profile.sweep.n if out else ():
+            batches += plan(prober, profile, dataclasses.replace(base, n=n), limit, list(strategies), ["batch"]).answers
+    found = dataclasses.replace(found, left_out={**left_out, **found.left_out})
+    if not found.answers:
+        raise BadInput("no strategy can be predicted: " + "; ".join(found.left_out.values()))
+    made = document(found, batches, profile, gpu, float(percent))
+    files = []
+    if out:
+        kept = out / "plan.json"
+        kept.write_text(json.dumps(made, indent=1) + "\n")
+        files = [kept, *plan_chart(made, out)]
+    if args.json:
+        print(json.dumps({**made, "files": [str(path) for path in files]}, indent=1))
+    else:
+        show(found, profile, gpu, float(percent))
+        if files:
+            print(f"plan {files[0]}, chart {files[1]} (.svg, .csv)")
+    return 0
+
+
+def headroom(text: str) -> Fraction:
+    """`5%` or `5` as a number of per cent.
+
+    Raises:
+        BadInput: no number, or none from 0 to 90.
+    """
+    try:
+        value = Fraction(text.strip().removesuffix("%"))
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(-1)
+    if not 0 <= value <= LARGEST_HEADROOM:
+        raise BadInput(f"--headroom {text}: expected a percentage from 0% to {LARGEST_HEADROOM}%, like 5%")
+    return value
+
+
+def one_n(text: str | None, profile: "Profile") -> int:
+    """The number of heads at which batch and sequence vary.
+
+    Raises:
+        BadInput: no number, or several.
+    """
+    if text is None:
+        return max(profile.sweep.n)
+    try:
+        return int(text)
+    except ValueError:
+        raise BadInput(f"--n {text}: expected one number of heads, like 4") from None
+
+
+def loaded(specs: tuple[str, ...]) -> "tuple[dict[str, Strategy], dict[str, str]]":
+    """The strategies that can be loaded here, and why the others cannot.
+
+    Raises:
+        BadInput: an unknown strategy or option.
+        Missing: none of them can be loaded.
+    """
+    from mtp_mem.strategy import load_strategy
+
+    strategies, left_out = {}, {}
+    for spec in specs:
+        try:
+            strategies[spec] = load_strategy(spec)
+        except Missing as e:
+            left_out[spec] = str(e)
+    if not strategies:
+        raise Missing("no strategy can be predicted here: " + "; ".join(left_out.values()))
+    return strategies, left_out
+
+
+def document(
+    found: "Plan", batches: "Sequence[Answer]", profile: "Profile", gpu: "GPU", percent: float
+) -> dict[str, Any]:
+    """The plan as JSON: one list a question, a row a strategy; bytes are integers.
+
+    `batches` are the largest batches at several n, for the chart; none are asked for without --out.
+    """
+    from mtp_mem.environment import environment
+    from mtp_mem.prediction.largest_fit import AXES, advice, largest_n
+
+    def row(answer: "Answer") -> dict[str, Any]:
+        figures, beyond = answer.figures, answer.next_figures
+        return {
+            "strategy": answer.strategy,
+            **dataclasses.asdict(answer.point),
+            "fits": found.verdict(figures),
+            "peak_allocated_bytes": figures.allocated,
+            "peak_reserved_bytes": figures.reserved,
+            "left_bytes": found.left(answer),
+            "next": None
+            if beyond is None or answer.next_point is None
+            else {
+                **dataclasses.asdict(answer.next_point),
+                "fits": found.verdict(beyond),
+                "peak_allocated_bytes": beyond.allocated,
+                "peak_reserved_bytes": beyond.reserved,
+            },
+        }
+
+    best = found.recommended()
+    return {
+        "schema": 1,
+        "exactness": "predicted",
+        "profile": profile.name,
+        "model": dataclasses.asdict(profile.model.with_n(found.base.n)),
+        "workload": dataclasses.asdict(profile.workload),
+        "gpu": dataclasses.asdict(gpu),
+        "headroom_percent": percent,
+        "limit_bytes": found.limit,
+        "model_limit_n": largest_n(profile.model),
+        **{f"largest_{axis}": [row(answer) for answer in found.of(axis)] for axis in AXES},
+        "largest_batch_by_n": [row(answer) for answer in batches],
+        "recommended": best and {"strategy": best.strategy, "axis": best.axis},
+        "advice": advice(found),
+        "left_out": [{"strategy": spec, "reason": reason} for spec, reason in found.left_out.items()],
+        "environment": environment("cpu"),
+    }
+
+
+def show(found: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None:
+    """The plan for a terminal."""
+    from mtp_mem._util import show_bytes
+    from mtp_mem.prediction.largest_fit import AXES, advice, largest_n
+
+    screen, base = console(), found.base
+    screen.print(
+        f"{profile.name} on {gpu.name}: a step may allocate {show_bytes(found.limit)} of {show_bytes(gpu.total_bytes)},"
+        f" headroom {percent:g}%. A column varies one of batch {base.batch}, sequence {base.sequence}, n = {base.n}.\n",
+        markup=False,
+    )
+    screen.print(table(found, screen))
+    screen.print()
+    for axis in AXES:
+        if misses := [answer for answer in found.of(axis) if not answer.fits]:
+            needs = ", ".join(f"{a.strategy} misses {show_bytes(-found.left(a))} at {a.value}" for a in misses)
+            screen.print(f"No {axis} fits: {needs}.", markup=False)
+    if any(answer.fits and answer.next_point is None for answer in found.of("n")):
+        screen.print(f"n = {largest_n(profile.model)}: every layer is a head, the model's own limit.", markup=False)
+    if any(found.verdict(answer.figures) == "tight" for answer in found.answers):
+        screen.print(
+            f"{TIGHT} tight: with the unused parts of its segments it reserves more than that, and the allocator may"
+            " have to give segments back and try again.",
+            markup=False,
+        )
+    for spec, reason in found.left_out.items():
+        screen.print(f"{spec} is left out: {reason}", markup=False)
+    screen.print(advice(found), markup=False)
+    screen.print(
+        f"Predicted for {gpu.name}, not measured on one. The CUDA context and libraries come on top: the headroom is"
+        " for them. No time is predicted.",
+        markup=False,
+    )
+
+
+def table(found: "Plan", screen: "Console") -> "Table":
+    """One row a strategy; for each axis the answer, the bytes left and, where there is room, what the next misses."""
+    from rich.table import Table
+
+    from mtp_mem._util import show_bytes
+    from mtp_mem.prediction.largest_fit import AXES
+
+    wide = screen.width >= 110
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    made.add_column("strategy", overflow="fold")
+    for axis in AXES:
+        for title in (axis, "left", "next misses")[: 3 if wide else 2]:
+            made.add_column(title, justify="right", no_wrap=True)
+    rows: dict[str, list[str]] = {}
+    for answer in found.answers:
+        beyond = answer.next_figures
+        cells = [
+            f"{answer.value}{TIGHT * (found.verdict(answer.figures) == 'tight')}" if answer.fits else "none",
+            show_bytes(found.left(answer)),
+            "-" if beyond is None else show_bytes(beyond.allocated - found.limit),
+        ]
+        rows.setdefault(answer.strategy, []).extend(cells[: 3 if wide else 2])
+    for spec, cells in rows.items():
+        made.add_row(spec, *cells)
+    return made

@@ -1,0 +1,63 @@
+"""`mtp-mem regressions`: what changed between two results, and whether it got worse."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from mtp_mem.cli.common import AddCommand, console, note
+
+
+def add(command: AddCommand) -> None:
+    """Register the command."""
+    sub = command("regressions", run, "what changed between two results; exit 1 if bytes, time or gradients got worse")
+    what = "pytest-benchmark JSON, results.jsonl, or a folder of those"
+    sub.add_argument("old", type=Path, metavar="OLD", help=what)
+    sub.add_argument("new", type=Path, metavar="NEW", help="the same, later")
+    sub.add_argument("--memory", type=_share, default=0.0, metavar="0%", help="how much bytes may grow; default 0%%")
+    sub.add_argument("--time", type=_share, default=0.1, metavar="10%", help="how much times may grow; default 10%%")
+
+
+def run(args: argparse.Namespace) -> int:
+    """A line for each change; 1 if one is a regression."""
+    from mtp_mem._util import show_bytes
+    from mtp_mem.report.diff import changes, load
+
+    notes: list[str] = []
+    old, new = load(args.old, notes), load(args.new, notes)
+    for line in notes:
+        note(f"note: {line}")
+    found = changes(old, new, args.memory, args.time)
+    worse = [change for change in found if change.worse]
+    missing = [case for case in old.cases if case not in new.cases]
+    added = [case for case in new.cases if case not in old.cases]
+    if args.json:
+        rows = [{**dataclasses.asdict(change), "share": change.share} for change in found]
+        print(json.dumps({"changes": rows, "regressions": len(worse), "missing": missing, "added": added}, indent=1))
+        return 1 if worse else 0
+    screen = console()
+    for change in found:
+        if change.kind == "gradient":
+            figures = f"{change.old} -> {change.new}"
+        elif isinstance(change.old, int) and isinstance(change.new, int):
+            figures = f"{show_bytes(change.old)} -> {show_bytes(change.new)} ({change.new - change.old:+,} B)"
+        else:
+            figures = f"{change.old:.4g} -> {change.new:.4g} ({change.share or 0:+.1%})"
+        mark = "WORSE" if change.worse else "     "
+        screen.print(f"{mark} {change.kind:8} {change.case}: {figures}", markup=False)
+    for word, cases in (("only in the old results", missing), ("only in the new results", added)):
+        for case in cases:
+            screen.print(f"      {word}: {case}", markup=False)
+    common = len(new.cases) - len(added)
+    screen.print(f"{common} cases compared, {len(found)} figures changed, {len(worse)} got worse", markup=False)
+    return 1 if worse else 0
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text.strip().removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a percentage like 10%")
+    return value / 100

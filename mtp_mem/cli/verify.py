@@ -1,0 +1,211 @@
+"""`mtp-mem verify`: is it the same gradient, and would the verifier notice if it were not?"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from mtp_mem.cli.common import (
+    AddCommand,
+    console,
+    deterministic_option,
+    device_option,
+    names,
+    progress,
+    settle_numerics,
+)
+from mtp_mem.errors import BadInput
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from mtp_mem.verification.checks import Check, Verification
+
+SHOWN = 20  # failures in the terminal; --json has all
+
+
+def add(command: AddCommand) -> None:
+    """Register the command."""
+    sub = command("verify", run, "every strategy's gradients against an fp64 oracle, in every way that has caught bugs")
+    sub.add_argument("--strategies", type=names, metavar="A,B", help="default: all that are available here")
+    sub.add_argument("--strategy", action="append", metavar="SPEC", help="one more: a name or package.module:Class")
+    sub.add_argument("--profile", help="verify on this profile's model and text instead (the oracle needs it in fp64)")
+    sub.add_argument("--dtype", help="fp64, fp32, bf16 or bf16-mixed; default: all, or the profile's")
+    sub.add_argument("--prove", action="store_true", help="run the shipped broken strategies: each must be caught")
+    device_option(sub)
+    deterministic_option(sub)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0: all right, and with --prove all wrong ones caught; 1: not; 130: stopped, what it had is shown."""
+    from mtp_mem.config.schema import Dtype
+    from mtp_mem.errors import unknown
+    from mtp_mem.runs.bench import resolve_device
+    from mtp_mem.verification.checks import Verification
+    from mtp_mem.verification.scenarios import ALL_DTYPES, SCENARIOS
+    from mtp_mem.verification.verify import verify
+
+    settle_numerics(args)
+    device = resolve_device(args.device)
+    if args.dtype and args.dtype not in ALL_DTYPES:
+        raise unknown("dtype", args.dtype, ALL_DTYPES)
+    if args.prove:
+        if args.profile or args.strategies or args.strategy:
+            raise BadInput("--prove runs the shipped broken strategies on the scenarios: no --profile, no --strategies")
+        return _prove(args, device)
+    asked = _asked(args)
+    checks: list[Check] = []
+    remarks: tuple[str, ...] | None = None
+    with contextlib.suppress(KeyboardInterrupt):
+        if args.profile:
+            remarks = _on_profile(args, asked, device, checks.append)
+        else:
+            dtypes: tuple[Dtype, ...] = (args.dtype,) if args.dtype else ALL_DTYPES
+            with progress(sum(d in s.dtypes for s in SCENARIOS for d in dtypes)) as begin:
+                remarks = verify(asked, dtypes=dtypes, device=device, progress=begin, each=checks.append).remarks
+    found = Verification(tuple(checks), remarks or (), complete=remarks is not None)
+    _show(args, found)
+    if not found.complete:
+        return 130
+    return 1 if found.failures else 0
+
+
+def _show(args: argparse.Namespace, found: "Verification") -> None:
+    from mtp_mem.report import tables
+
+    failures, specs = found.failures, list(dict.fromkeys(check.strategy for check in found.checks))
+    if args.json:
+        document = {
+            "passed": found.complete and not failures,
+            "summary": _sentence(found, specs),
+            "remarks": found.remarks,
+        }
+        print(json.dumps(document | {"checks": [_json(check) for check in found.checks]}, indent=1))
+        return
+    screen = console()
+    screen.print(tables.verification(found, specs, screen))
+    for line in found.remarks:
+        screen.print(line, markup=False)
+    for check in failures[:SHOWN]:
+        screen.print(check.explain(), markup=False)
+    if len(failures) > SHOWN:
+        screen.print(f"... and {len(failures) - SHOWN} more; --json has them all", markup=False)
+    screen.print(_sentence(found, specs), markup=False)
+
+
+def _asked(args: argparse.Namespace) -> list[str] | None:
+    """The specs that were asked for, all of which can be loaded; None: everything that can."""
+    from mtp_mem.strategy import load_strategy
+
+    specs = [*(args.strategies or ()), *(args.strategy or ())]
+    for spec in specs:
+        load_strategy(spec)
+    return list(dict.fromkeys(specs)) or None
+
+
+def _on_profile(
+    args: argparse.Namespace, asked: list[str] | None, device: "torch.device", each: "Callable[[Check], None]"
+) -> tuple[str, ...]:
+    """Every check to `each`; returns what was left out, a line each."""
+    from mtp_mem.config.schema import load_profile
+    from mtp_mem.data import load_corpus
+    from mtp_mem.limits import refusal, require
+    from mtp_mem.runs.bench import Bench
+    from mtp_mem.strategy import load_strategy, loadable
+    from mtp_mem.verification.scenarios import Problem, Scenario
+    from mtp_mem.verification.verify import verify_problem
+
+    profile = load_profile(args.profile)
+    if args.dtype:
+        profile = dataclasses.replace(profile, workload=dataclasses.replace(profile.workload, dtype=args.dtype))
+    corpus = load_corpus(profile.workload, profile.model.vocab_size)
+    strategies = {spec: load_strategy(spec) for spec in asked or loadable()}
+    if asked:
+        require(strategies, profile.model, profile.workload)
+    unable = {spec: why for spec, s in strategies.items() if (why := refusal(s, profile.model, profile.workload))}
+    able = {spec: strategy for spec, strategy in strategies.items() if spec not in unable}
+    with progress(len(profile.sweep.n)) as begin:
+        for n in profile.sweep.n:
+            begin(f"{profile.name}, n = {n}")
+            bench = Bench(profile, profile.model.with_n(n), corpus, device)
+            scenario = Scenario(name=f"{profile.name}, n = {n}", n=n, chunk=None)
+            problem = Problem(scenario, bench.model, (bench.batch,), {})
+            for check in verify_problem(problem, profile.workload.dtype, able):
+                each(check)
+    return tuple(f"{spec} is left out: it {why}" for spec, why in unable.items())
+
+
+def _prove(args: argparse.Namespace, device: "torch.device") -> int:
+    from mtp_mem.report import tables
+    from mtp_mem.verification.broken_strategies import BROKEN
+    from mtp_mem.verification.scenarios import ALL_DTYPES, SCENARIOS
+    from mtp_mem.verification.verify import verify
+
+    with progress(sum(len(s.dtypes) for s in SCENARIOS)) as begin:
+        found = verify([broken() for broken in BROKEN], dtypes=ALL_DTYPES, device=device, progress=begin)
+    caught = {b.__name__: [c for c in found.of(b.__name__) if not c.passed] for b in BROKEN}
+    missed = [b.__name__ for b in BROKEN if not any(c.scenario == b.caught_by for c in caught[b.__name__])]
+    if args.json:
+        rows = [
+            {
+                "strategy": b.__name__,
+                "bug": (b.__doc__ or "").strip(),
+                "origin": b.origin,
+                "caught_by": b.caught_by,
+                "caught": b.__name__ not in missed,
+                "failures": [_json(check) for check in caught[b.__name__]],
+            }
+            for b in BROKEN
+        ]
+        print(json.dumps({"passed": not missed, "broken": rows}, indent=1))
+    else:
+        screen = console()
+        screen.print(tables.proof(BROKEN, caught, screen))
+        said = f"NOT caught: {', '.join(missed)}." if missed else f"All {len(BROKEN)} broken strategies were caught."
+        screen.print(said, markup=False)
+    return 1 if missed else 0
+
+
+def _sentence(found: "Verification", specs: list[str]) -> str:
+    wrong = sorted({check.strategy for check in found.failures})
+    if wrong and not found.complete:
+        return f"WRONG: {', '.join(wrong)}. Stopped before the end: of the others nothing is known."
+    if wrong:
+        return f"WRONG: {', '.join(wrong)}. The others are right." if len(wrong) < len(specs) else "WRONG: all of them."
+    if not found.complete:
+        return f"Stopped: of {len(found.checks)} checks none failed; the others were not run."
+    same = [s for s in specs if all(c.identical for c in found.of(s) if c.exact)]
+    sentence = f"Right: {len(found.checks)} checks, none failed."
+    if same:
+        sentence += f" Bit-identical to naive wherever the order allows it: {', '.join(same)}."
+    return sentence
+
+
+def _json(check: "Check") -> dict[str, Any]:
+    def number(value: float) -> float | str:
+        return value if math.isfinite(value) else "inf"
+
+    parts = [
+        {
+            "part": p.name,
+            "passed": p.passed,
+            "error": number(p.error),
+            "naive_error": number(p.naive_error),
+            "allowed": number(p.allowed),
+            "problem": p.problem,
+        }
+        for p in check.parts
+    ]
+    return {
+        "strategy": check.strategy,
+        "scenario": check.scenario,
+        "dtype": check.dtype,
+        "passed": check.passed,
+        "bit_identical": check.identical,
+        "broken": check.broken,
+        "parts": parts,
+    }

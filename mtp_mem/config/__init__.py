@@ -1,0 +1,1 @@
+"""What to run: models, workloads, sweeps, GPUs, and the files that describe them."""

@@ -1,0 +1,60 @@
+"""A profile as a TOML file: the inverse of `config.load_profile`."""
+
+import dataclasses
+import json
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mtp_mem._util import whole
+from mtp_mem.config.schema import Profile
+from mtp_mem.errors import BadInput
+
+
+def to_toml(profile: Profile, comments: Iterable[str] = ()) -> str:
+    """The file's text: the comments, a paragraph each, then n and every field that is not at its default.
+
+    The name is left out: a profile is called as its file is.
+    """
+    lines = []
+    for comment in comments:
+        lines += textwrap.wrap(comment, 118, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)
+    lines += _entries({"description": profile.description, "gpus": profile.gpus})
+    for table in ("model", "workload", "sweep"):
+        if entries := _entries(_changed(getattr(profile, table))):
+            lines += ["", f"[{table}]", *entries]
+    return "\n".join(lines) + "\n"
+
+
+def write_new(path: Path, text: str, *, force: bool = False) -> None:
+    """Write a profile, whole or not at all.
+
+    Args:
+        path: must end in .toml, by which a profile's file is told from a shipped profile's name.
+        text: what it holds.
+        force: replace a file that is there.
+
+    Raises:
+        BadInput: the file is there, cannot be written, or is not called .toml.
+    """
+    if path.suffix != ".toml":
+        raise BadInput(f"-o {path}: a profile's file must end in .toml")
+    if path.exists() and not force:
+        raise BadInput(f"-o {path}: is there already; --force replaces it")
+    try:
+        with whole(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise BadInput(f"-o {path}: cannot be written: {e.strerror}") from None
+
+
+def _changed(table: Any) -> dict[str, Any]:
+    values = {field.name: (getattr(table, field.name), field.default) for field in dataclasses.fields(table)}
+    return {name: value for name, (value, default) in values.items() if value != default or name == "n"}
+
+
+def _entries(values: dict[str, Any]) -> list[str]:
+    # What JSON writes of a string, a number, a boolean or a list of them is TOML too, but for one unescaped character.
+    dumped = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
+    return [f"{key} = {text}".replace("\x7f", "\\u007f") for key, text in dumped.items()]

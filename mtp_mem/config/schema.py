@@ -1,0 +1,308 @@
+"""What to run: model, workload and sweep as frozen dataclasses, read from a TOML profile and validated.
+
+Symbols used throughout: B sequences of S tokens (N = B*S), D model width, V vocabulary, n future tokens (heads).
+"""
+
+import dataclasses
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mtp_mem.errors import BadInput, unknown
+
+HeadKind = Literal["parallel", "causal", "anticausal", "linear", "deepseek", "medusa"]
+Unembedding = Literal["shared", "tied", "replicated"]
+Dtype = Literal["fp64", "fp32", "bf16", "bf16-mixed"]
+Tokenizer = Literal["bytes", "bpe", "uniform"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the multi-token-prediction model (Gloeckle et al. 2024, section 2 and appendix M).
+
+    `n_layers` counts trunk and head layers together, as the paper does: a larger `n_future` moves layers from the
+    trunk into the heads, so models of different n have the same number of parameters. With `match_layers=False` the
+    trunk keeps `n_layers - 1` layers and every further head adds one (the paper's "+3" row, table S4).
+
+    That holds for parallel, causal, anticausal and deepseek heads, which are transformer layers; a deepseek head from
+    the second on adds its projection and two norms (2 D^2 + 2 D), and DeepSeek's own count is `match_layers=False`:
+    the model keeps all its layers. Linear and medusa heads are no layers: the trunk keeps all `n_layers`, n may be
+    larger than `n_layers`, every head adds D^2 or `medusa_blocks` (D^2 + D) parameters, the first one included, and
+    `match_layers` changes nothing. Replicated unembeddings add V D for every head after the first.
+
+    What each kind computes: mtp_mem/model/heads.py.
+    """
+
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_attention_heads: int
+    n_kv_heads: int | None = None  # None: as many as attention heads
+    ffn_dim: int | None = None  # None: 8/3 of dim, rounded up to a multiple of 32
+    n_future: int = 1
+    head: HeadKind = "parallel"
+    medusa_blocks: int = 1  # residual blocks of a medusa head
+    unembedding: Unembedding = "shared"  # "tied": the embedding's own weight; "replicated": one for each head
+    match_layers: bool = True
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "dim", "n_layers", "n_attention_heads", "n_kv_heads", "ffn_dim", "n_future")
+        for name in (*sizes, "medusa_blocks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadInput(f"model.{name} = {value}: must be at least 1")
+        if not 0 < self.rope_theta < math.inf:
+            raise BadInput(f"model.rope_theta = {self.rope_theta}: must be positive and finite")
+        if not 0 <= self.norm_eps < math.inf:
+            raise BadInput(f"model.norm_eps = {self.norm_eps}: must be at least 0 and finite")
+        _one_of("model.head", self.head, HeadKind)
+        _one_of("model.unembedding", self.unembedding, Unembedding)
+        if self.dim % self.n_attention_heads or self.dim // self.n_attention_heads % 2:
+            raise BadInput(
+                f"model.dim = {self.dim} must be an even multiple of n_attention_heads = {self.n_attention_heads}"
+                " (rotary embeddings turn pairs of channels)"
+            )
+        if self.n_attention_heads % self.kv_heads:
+            raise BadInput(
+                f"model.n_kv_heads = {self.kv_heads} must divide n_attention_heads = {self.n_attention_heads}"
+            )
+        if self.heads_are_layers and self.match_layers and self.n_future > self.n_layers:
+            raise BadInput(
+                f"n = {self.n_future} heads need {self.n_future} of the model's layers, but n_layers = {self.n_layers}"
+                f" (trunk and heads together); valid: n from 1 to {self.n_layers}, or match_layers = false"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads (grouped-query attention)."""
+        return self.n_kv_heads or self.n_attention_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the SwiGLU feed-forward layer."""
+        return self.ffn_dim or -(-8 * self.dim // 3 // 32) * 32
+
+    @property
+    def heads_are_layers(self) -> bool:
+        """Whether a head is a transformer layer, so that `n_layers` counts it."""
+        return self.head not in ("linear", "medusa")
+
+    @property
+    def trunk_layers(self) -> int:
+        """Layers left in the trunk after the heads took one each, where heads are layers."""
+        if not self.heads_are_layers:
+            return self.n_layers
+        return self.n_layers - (self.n_future if self.match_layers else 1)
+
+    def with_n(self, n: int) -> "ModelConfig":
+        """The same model with n heads."""
+        return dataclasses.replace(self, n_future=n)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One training step's input and numerics."""
+
+    batch: int  # B, sequences
+    sequence: int  # S, tokens per sequence
+    dtype: Dtype = "fp32"
+    tokenizer: Tokenizer = "bpe"
+    seed: int = 0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "sequence"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"workload.{name} = {getattr(self, name)}: must be at least 1")
+        if not self.clip_norm > 0:  # nan is not
+            raise BadInput(f"workload.clip_norm = {self.clip_norm}: must be positive")
+        _one_of("workload.dtype", self.dtype, Dtype)
+        _one_of("workload.tokenizer", self.tokenizer, Tokenizer)
+
+    @property
+    def tokens(self) -> int:
+        """N = B * S."""
+        return self.batch * self.sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What to vary, and how often to time it."""
+
+    n: tuple[int, ...] = (1, 2, 4, 8)
+    strategies: tuple[str, ...] = ("naive", "sequential", "chunked_vocab", "chunked_tokens", "checkpointed")
+    rounds: int = 5  # timed steps per case, interleaved over the strategies
+
+    def __post_init__(self) -> None:
+        if not self.n or min(self.n) < 1 or len(set(self.n)) != len(self.n):
+            raise BadInput(f"sweep.n = {list(self.n)}: needs distinct numbers of heads, each at least 1")
+        if not self.strategies or len(set(self.strategies)) != len(self.strategies):
+            raise BadInput(f"sweep.strategies = {list(self.strategies)}: needs distinct strategies, at least one")
+        if self.rounds < 1:
+            raise BadInput(f"sweep.rounds = {self.rounds}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A named run: model, workload, sweep, and the GPUs it is planned for."""
+
+    name: str
+    model: ModelConfig
+    workload: Workload
+    description: str = ""
+    gpus: tuple[str, ...] = ("h200",)  # names in gpus.toml
+    sweep: Sweep = field(default_factory=Sweep)
+
+    def __post_init__(self) -> None:
+        known = load_gpus()
+        for name in self.gpus:
+            if name not in known:
+                raise unknown("GPU", name, known, "gpus")
+        if not self.gpus or len(set(self.gpus)) != len(self.gpus):
+            raise BadInput(f"gpus = {list(self.gpus)}: needs distinct GPUs, at least one")
+        for n in self.sweep.n:
+            self.model.with_n(n)  # raises where the layers do not allow it
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPU:
+    """A target to predict for; where each figure comes from is its `source`."""
+
+    name: str
+    total_bytes: int  # what CUDA reports to a process
+    workspace_bytes: int  # of one cuBLAS handle
+    multiprocessors: int
+    flops: float  # dense bf16, per second
+    bandwidth: float  # bytes per second
+    source: str
+    expandable_segments: bool = False  # torch's default
+
+
+def builtin_folder() -> Path:
+    """Where the shipped profiles lie."""
+    return Path(str(resources.files("mtp_mem.profiles")))
+
+
+def builtin_profiles() -> dict[str, Path]:
+    """The profiles that ship with the package, by name."""
+    return {path.stem: path for path in sorted(builtin_folder().glob("*.toml")) if path.stem != "gpus"}
+
+
+@cache
+def load_gpus() -> dict[str, GPU]:
+    """The target GPUs of profiles/gpus.toml, by name."""
+    table = tomllib.loads((builtin_folder() / "gpus.toml").read_text(encoding="utf-8"))
+    return {name: from_table(GPU, row, f"{name}.") for name, row in table.items()}
+
+
+def load_gpu(name: str) -> GPU:
+    """A target GPU by name.
+
+    Raises:
+        BadInput: no such GPU; names the valid ones.
+    """
+    gpus = load_gpus()
+    if name.lower() not in gpus:
+        raise unknown("GPU", name, gpus)
+    return gpus[name.lower()]
+
+
+def load_profile(name: str) -> Profile:
+    """Read a shipped profile by name, or a TOML file by path (anything that ends in `.toml` or holds a slash).
+
+    Raises:
+        BadInput: no such profile or file, TOML that does not parse, unknown keys, values of the wrong type or range.
+    """
+    shipped = builtin_profiles()
+    if name in shipped:
+        path = shipped[name]
+    elif name.endswith(".toml") or "/" in name:
+        path = Path(name)
+    else:
+        raise unknown("profile", name, shipped)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise BadInput(f"{path}: is not valid TOML: {e}") from None
+    try:
+        return from_table(Profile, {"name": path.stem, **table})
+    except BadInput as e:
+        raise BadInput(f"{path}: {e}") from None
+
+
+def from_table(cls: type[T], table: dict[str, Any], where: str = "") -> T:
+    """Build the dataclass `cls` from a TOML table; unknown or missing keys and wrong types are named ."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values = {}
+    for key, value in table.items():
+        if key not in fields:
+            raise _unknown_key(key, where, list(fields))
+        values[key] = _convert(hints[key], value, f"{where}{key}")
+    for name, f in fields.items():
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise BadInput(f"key {where}{name} is missing (expected {_describe(hints[name])})")
+    return cls(**values)
+
+
+def _unknown_key(key: str, where: str, valid: list[str]) -> BadInput:
+    tables = {"model.": ModelConfig, "workload.": Workload, "sweep.": Sweep}
+    if where in ("", *tables):
+        for table, cls in tables.items():
+            if key in (f.name for f in dataclasses.fields(cls)):
+                return BadInput(f"key {where}{key} stands in the wrong table: it belongs to [{table[:-1]}]")
+    return unknown("key", f"{where}{key}", [where + name for name in valid])
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    wrong = BadInput(f"{where} = {value!r}: expected {_describe(hint)}")
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise wrong
+        return from_table(typing.cast(type, hint), value, f"{where}.")
+    if origin is Literal:
+        if value not in args:
+            raise unknown("value", str(value), map(str, args), where)
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise wrong
+        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:  # not isinstance: true is no integer here
+        raise wrong
+    return value
+
+
+def _describe(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _describe(next(a for a in args if a is not type(None)))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin is tuple:
+        return f"a list, each item {_describe(args[0])}"
+    if dataclasses.is_dataclass(hint):
+        return "a table"
+    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}[hint]
+
+
+def _one_of(where: str, value: str, literal: Any) -> None:
+    if value not in typing.get_args(literal):
+        raise unknown("value", value, typing.get_args(literal), where)

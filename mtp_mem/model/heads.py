@@ -1,0 +1,112 @@
+"""The kinds of heads: what each computes, and on whose hidden states it hangs.
+
+z is the trunk's output, h[i] the hidden states of the head with index i (0-based, i < n), all (B, S, D). Whatever the
+kind, logits of head i are unembedding_i(norm(h[i])) with the model's one final norm, and h[i] at position t predicts
+token t + i + 1: every kind trains on the same targets, so kinds can be compared.
+
+| kind | h[i] | hangs on |
+|---|---|---|
+| parallel | Layer_i(z) | trunk |
+| causal | Layer_i(h[i-1]), h[-1] = z | head i - 1 |
+| anticausal | Layer_i(h[i+1]), h[n] = z | head i + 1 |
+| linear | W_i z, W_i (D, D), no bias | trunk |
+| medusa | `medusa_blocks` times h + SiLU(W h + b), from z | trunk |
+| deepseek | Layer_0(z); then Layer_i(M_i [RMSNorm(h[i-1]); RMSNorm(Emb(token t + i))]), M_i (D, 2D) | head i - 1 |
+
+Sources: parallel, section 2, and causal, anticausal, linear, appendix B of Gloeckle et al. 2024 (arXiv 2404.19737);
+deepseek, section 2.2 of DeepSeek-AI 2024 (arXiv 2412.19437); medusa, Cai et al. 2024 (arXiv 2401.10774). Medusa itself
+keeps the model's own head for token t + 1, trains its heads from t + 2 on, and starts W at zero; not so here.
+
+deepseek: head index 0 is the main model's own: the last of its transformer layers, as in every kind at n = 1, so that
+the cut lies below it. Index k >= 1 is MTP depth k. Each depth has its own two norms, projection and layer; embedding,
+unembedding and final norm are the main model's. Positions without a token t + k (the last k) get the id `NO_TOKEN`.
+Nothing valid depends on it: head k has a target at t only if token t + k + 1 exists, attention looks back only, and
+every earlier position has its token t + k too. DeepSeek's loss is sum_k lambda / D L_k over the depths plus the main
+model's: weights (1, lambda / D, ...).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_mem.config.schema import HeadKind, ModelConfig
+from mtp_mem.model.head_tree import Head
+from mtp_mem.model.layers import Attention, Factory, Layer, RMSNorm, Rotation
+
+NO_TOKEN = 0
+"""Id that a DeepSeek depth reads where the sequence has no token t + k; any valid id would do."""
+
+
+class DeepSeekDepth(nn.Module):
+    """MTP depth k >= 1: parent (B, S, D) and embeddings of the tokens t + k (B, S, D) -> (B, S, D)."""
+
+    def __init__(self, config: ModelConfig, make: Factory, attention: Attention) -> None:
+        super().__init__()
+        self.hidden_norm, self.token_norm = RMSNorm(config, make), RMSNorm(config, make)
+        self.projection = nn.Linear(2 * config.dim, config.dim, bias=False, **make)
+        self.layer = Layer(config, make, attention)
+
+    def forward(self, x: Tensor, embedded: Tensor, turn: Rotation) -> Tensor:
+        """TRM_k(M_k [RMSNorm(x); RMSNorm(embedded)])."""
+        both = torch.cat([self.hidden_norm(x), self.token_norm(embedded)], dim=-1)  # (B, S, 2D)
+        return self.layer(self.projection(both), turn)  # type: ignore[no-any-return]
+
+
+class MedusaHead(nn.Module):
+    """Residual blocks h + SiLU(W h + b), (B, S, D) -> (B, S, D)."""
+
+    def __init__(self, config: ModelConfig, make: Factory) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(config.dim, config.dim, **make) for _ in range(config.medusa_blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All blocks, one after the other."""
+        for block in self.blocks:
+            x = x + F.silu(block(x))
+        return x
+
+
+def make_head(index: int, config: ModelConfig, make: Factory, attention: Attention) -> nn.Module:
+    """The module of the head with this index."""
+    match config.head:
+        case "linear":
+            return nn.Linear(config.dim, config.dim, bias=False, **make)
+        case "medusa":
+            return MedusaHead(config, make)
+        case "deepseek" if index > 0:
+            return DeepSeekDepth(config, make, attention)
+        case _:
+            return Layer(config, make, attention)
+
+
+def on_parent(
+    module: nn.Module, index: int, embedding: nn.Embedding, tokens: Tensor, turn: Rotation
+) -> Callable[[Tensor], Tensor]:
+    """A head's module as a function of its parent's hidden states alone, for one step over `tokens` (B, S).
+
+    The embedding is looked up when the head runs, not before: its gradient then flows back with the head's other
+    gradients, in the order of the heads (see mtp_mem/model/head_tree.py).
+    """
+    if isinstance(module, DeepSeekDepth):
+        return lambda parent: module(parent, embedding(tokens_ahead(tokens, index)), turn)
+    return partial(module, turn=turn) if isinstance(module, Layer) else module
+
+
+def tokens_ahead(tokens: Tensor, k: int) -> Tensor:
+    """Token t + k at every position t of `tokens` (B, S); `NO_TOKEN` where there is none."""
+    k = min(k, tokens.shape[1])
+    return F.pad(tokens[:, k:], (0, k), value=NO_TOKEN)  # (B, S)
+
+
+def tree(kind: HeadKind, layers: Sequence[Callable[[Tensor], Tensor]], unembeddings: Sequence[Tensor]) -> list[Head]:
+    """The heads that hang on the trunk, with those that hang on them."""
+    n = len(layers)
+    if kind in ("causal", "anticausal", "deepseek"):
+        below: tuple[Head, ...] = ()
+        for i in range(n) if kind == "anticausal" else reversed(range(n)):  # from the far end towards the trunk
+            below = (Head(i, layers[i], unembeddings[i], below),)
+        return list(below)
+    return [Head(i, layers[i], unembeddings[i]) for i in range(n)]

@@ -1,0 +1,122 @@
+"""The building blocks of every model here: the transformer layer, its norm and its rotary positions.
+
+Llama-style: RMSNorm before each branch, rotary embeddings, grouped-query attention, SwiGLU, no biases.
+"""
+
+from typing import Literal, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from mtp_mem.config.schema import ModelConfig
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines of the rotary angles, each (S, D/H/2), computed once per step and shared by all layers."""
+
+
+class Factory(TypedDict):
+    """Where and as what parameters are made."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+Attention = Literal["sdpa", "flash"]
+"""How attention runs: torch's choice for the device, or the flash-attention operator by name."""
+
+FLASH_CHANNELS = 256
+"""The most channels, D/H, that flash attention on CUDA takes (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
+
+
+class Layer(nn.Module):
+    """One pre-norm transformer layer, (B, S, D) -> (B, S, D)."""
+
+    def __init__(self, config: ModelConfig, make: Factory, attention: Attention) -> None:
+        super().__init__()
+        self.attention_kind = attention
+        D, kv_dim = config.dim, config.dim // config.n_attention_heads * config.kv_heads
+        self.config = config
+        self.attention_norm, self.ffn_norm = RMSNorm(config, make), RMSNorm(config, make)
+        self.q = nn.Linear(D, D, bias=False, **make)
+        self.k = nn.Linear(D, kv_dim, bias=False, **make)
+        self.v = nn.Linear(D, kv_dim, bias=False, **make)
+        self.o = nn.Linear(D, D, bias=False, **make)
+        self.gate = nn.Linear(D, config.hidden_dim, bias=False, **make)
+        self.up = nn.Linear(D, config.hidden_dim, bias=False, **make)
+        self.down = nn.Linear(config.hidden_dim, D, bias=False, **make)
+
+    def forward(self, x: Tensor, turn: Rotation) -> Tensor:
+        """Attention and feed-forward, each on a residual branch."""
+        x = x + self.attention(self.attention_norm(x), turn)
+        h = self.ffn_norm(x)
+        x = x + self.down(F.silu(self.gate(h)) * self.up(h))
+        return x
+
+    def attention(self, x: Tensor, turn: Rotation) -> Tensor:
+        """Causal self-attention with grouped queries and rotary position embeddings."""
+        B, S, D = x.shape
+        heads, kv_heads = self.config.n_attention_heads, self.config.kv_heads
+        # Turned before they are transposed: attention's output takes the layout of q, and then needs no copy below.
+        q = rotate(self.q(x).view(B, S, heads, -1), *turn).transpose(1, 2)  # (B, H, S, D/H)
+        k = rotate(self.k(x).view(B, S, kv_heads, -1), *turn).transpose(1, 2)
+        v = self.v(x).view(B, S, kv_heads, -1).transpose(1, 2)
+        if self.attention_kind == "flash":
+            y = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
+        return self.o(y.transpose(1, 2).reshape(B, S, D))  # type: ignore[no-any-return]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, statistics in fp32 (fp64 for fp64 input), output in x's dtype."""
+
+    def __init__(self, config: ModelConfig, make: Factory) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.dim, **make))
+        self.eps = config.norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Saves x and one number per row, on every device alike.
+
+    `F.rms_norm` is one kernel on CUDA and a chain of operators on CPU that saves several times as much: bytes tracked
+    on a CPU would say little about a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        scale = wide.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale * weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+        normed = x.to(scale.dtype) * scale  # (..., D)
+        d_weight = (grad * normed).flatten(0, -2).sum(dim=0).to(weight.dtype)  # (D,)
+        d_normed = grad.to(scale.dtype) * weight  # (..., D)
+        along = (d_normed * normed).mean(dim=-1, keepdim=True)  # (..., 1)
+        return ((d_normed - normed * along) * scale).to(x.dtype), d_weight, None
+
+
+def rotation(S: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Rotation:
+    """Cosines and sines of the rotary angles, each (S, head_dim / 2) (Su et al. 2021, section 3.4.2)."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    frequencies = theta ** (torch.arange(0, head_dim, 2, device=device, dtype=wide) / -head_dim)
+    angles = torch.outer(torch.arange(S, device=device, dtype=wide), frequencies)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the channel pairs (j, j + half) of x (B, S, H, D/H) by their angle; cos and sin are (S, D/H/2)."""
+    cos, sin = cos[:, None], sin[:, None]
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)

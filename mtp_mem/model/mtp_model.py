@@ -1,0 +1,165 @@
+"""The one multi-token-prediction model: a decoder trunk, n heads on top of it, one norm, unembeddings.
+
+Gloeckle et al. 2024, section 2: P(x_{t+i} | x_{<=t}) = softmax(unembedding(norm(head_i(trunk(x))))), each head one
+transformer layer. The other kinds of heads: mtp_mem/model/heads.py.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_mem.config.schema import Dtype, ModelConfig
+from mtp_mem.model.head_tree import Heads, Phase, no_phase
+from mtp_mem.model.heads import NO_TOKEN, make_head, on_parent, tree
+from mtp_mem.model.layers import Attention, Factory, Layer, RMSNorm, Rotation, rotation
+
+PARAMETER_DTYPES: dict[Dtype, torch.dtype] = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bf16-mixed": torch.float32,
+}
+
+PRODUCT_DTYPES: dict[Dtype, torch.dtype] = PARAMETER_DTYPES | {"bf16-mixed": torch.bfloat16}
+"""What the matrix products are in, under autocast too: the rows and the unembedding that a head's loss gets."""
+
+
+def default_attention(dtype: Dtype, device: torch.device) -> Attention:
+    """Flash on CUDA in bf16, so that a prediction can count on it; torch's choice elsewhere."""
+    return "flash" if device.type == "cuda" and dtype.startswith("bf16") else "sdpa"
+
+
+class MTPModel(nn.Module):
+    """tokens (B, S) -> logits (n, B, S, V).
+
+    Args:
+        config: the model's shape.
+        dtype: of parameters and matmuls; "bf16-mixed" keeps fp32 parameters and runs forward passes under autocast.
+        device: where the parameters are made.
+        attention: see `Attention`; by default `default_attention`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: Dtype = "fp32",
+        device: torch.device | str = "cpu",
+        attention: Attention | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.attention = attention or default_attention(dtype, torch.device(device))
+        make: Factory = {"device": torch.device(device), "dtype": PARAMETER_DTYPES[dtype]}
+        self.embedding = nn.Embedding(config.vocab_size, config.dim, **make)
+        self.trunk_layers = nn.ModuleList(Layer(config, make, self.attention) for _ in range(config.trunk_layers))
+        self.head_layers = nn.ModuleList(make_head(i, config, make, self.attention) for i in range(config.n_future))
+        self.norm = RMSNorm(config, make)
+        self.unembedding: nn.Linear | nn.ModuleList  # (V, D); n of them where replicated
+        if config.unembedding == "replicated":
+            self.unembedding = nn.ModuleList(
+                nn.Linear(config.dim, config.vocab_size, bias=False, **make) for _ in range(config.n_future)
+            )
+        else:
+            self.unembedding = nn.Linear(config.dim, config.vocab_size, bias=False, **make)
+        if config.unembedding == "tied":
+            self.unembedding.weight = self.embedding.weight
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+
+    def moved(self, dtype: Dtype, device: torch.device) -> "MTPModel":
+        """A copy in another dtype on another device, with the attention that runs there; tied weights stay tied."""
+        found = copy.deepcopy(self).to(device, PARAMETER_DTYPES[dtype])
+        found.dtype, found.attention = dtype, default_attention(dtype, device)
+        for module in found.modules():
+            if isinstance(module, Layer):
+                module.attention_kind = found.attention
+        return found
+
+    def trunk(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, S) -> hidden states (B, S, D), before any head and before the final norm."""
+        with self.autocast():
+            turn = self.rotation(tokens)
+            x: Tensor = self.embedding(tokens)
+            for layer in self.trunk_layers:
+                x = layer(x, turn)
+            return x
+
+    def heads(self, tokens: Tensor, phase: Phase = no_phase) -> Heads:
+        """The heads of one step over `tokens` (B, S) as a tree, for a strategy."""
+        turn = self.rotation(tokens)
+        layers = [on_parent(head, i, self.embedding, tokens, turn) for i, head in enumerate(self.head_layers)]
+        weights = [unembedding.weight for unembedding in self.unembeddings()]
+        roots = tuple(tree(self.config.head, layers, weights))
+        # Flash attention runs nowhere else: a model without data that asks for it is predicted for CUDA.
+        on_cuda = self.attention == "flash" or tokens.is_cuda
+        return Heads(roots, self.norm, self.autocast, phase, self.config.n_future, on_cuda)
+
+    def unembeddings(self) -> list[nn.Linear]:
+        """Each head's unembedding (V, D), in the order of the heads; the same one n times unless replicated."""
+        if isinstance(self.unembedding, nn.Linear):
+            return [self.unembedding] * self.config.n_future
+        return [module for module in self.unembedding if isinstance(module, nn.Linear)]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (n, B, S, V) of all heads, written out kind by kind: it shares no tree and no order with `heads`."""
+        z, turn = self.trunk(tokens), self.rotation(tokens)
+        with self.autocast():
+            hidden = self._hidden(z, tokens, turn)
+            return torch.stack([u(self.norm(h)) for h, u in zip(hidden, self.unembeddings(), strict=True)])
+
+    def _hidden(self, z: Tensor, tokens: Tensor, turn: Rotation) -> list[Tensor]:
+        heads = self.head_layers
+        match self.config.head:
+            case "parallel":
+                return [head(z, turn) for head in heads]
+            case "causal":
+                return list(accumulate(heads, lambda h, head: head(h, turn), initial=z))[1:]
+            case "anticausal":
+                return list(accumulate(reversed(heads), lambda h, head: head(h, turn), initial=z))[:0:-1]
+            case "linear" | "medusa":
+                return [head(z) for head in heads]
+            case "deepseek":
+                S = tokens.shape[1]
+                embedded = self.embedding(F.pad(tokens, (0, len(heads)), value=NO_TOKEN))  # (B, S + n, D)
+                hidden = [heads[0](z, turn)]
+                for k in range(1, len(heads)):
+                    hidden.append(heads[k](hidden[-1], embedded[:, k : k + S], turn))
+                return hidden
+
+    def rotation(self, tokens: Tensor) -> Rotation:
+        """Rotary tables for the positions of `tokens` (B, S), in the dtype of queries and keys."""
+        config = self.config
+        dtype, head_dim = PRODUCT_DTYPES[self.dtype], config.dim // config.n_attention_heads
+        return rotation(tokens.shape[1], head_dim, config.rope_theta, dtype, tokens.device)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context in which forward passes run: bf16 autocast for "bf16-mixed", else nothing."""
+        if self.dtype == "bf16-mixed":
+            return torch.autocast(self.embedding.weight.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by the part of the model that owns them; a tied weight belongs to the embedding."""
+        parts: dict[str, nn.Module] = {"embedding": self.embedding, "trunk": self.trunk_layers}
+        parts |= {f"head {i + 1}": layer for i, layer in enumerate(self.head_layers)}
+        parts |= {"norm": self.norm}
+        if isinstance(self.unembedding, nn.ModuleList):
+            parts |= {f"unembedding {i + 1}": module for i, module in enumerate(self.unembedding)}
+        else:
+            parts |= {"unembedding": self.unembedding}
+        seen: set[nn.Parameter] = set()
+
+        def new(module: nn.Module) -> Iterator[nn.Parameter]:
+            for parameter in module.parameters():
+                if parameter not in seen:
+                    seen.add(parameter)
+                    yield parameter
+
+        return {name: own for name, module in parts.items() if (own := list(new(module)))}

@@ -1,0 +1,108 @@
+"""Which strategy, and how large a chunk: so that the logits do not define the step's peak.
+
+A step needs some bytes whatever its heads do: the trunk's backward, the optimizer, the heads without logits. That is
+the floor (mtp_mem/prediction/floor.py), rehearsed on tensors without data. Below it logits are free.
+
+1. `sequential`, if its peak is the floor: the full loss then costs nothing, and its gradients are naive's bit for bit.
+2. Else `chunked_tokens` with the largest power of two of tokens whose peak is the floor.
+3. Else, where no chunk reaches it (in low precision the fp32 sum of the unembedding's gradient stands above it), the
+   largest chunk whose peak is within 1 % of the smallest chunk's: its logits no longer decide anything.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol, runtime_checkable
+
+from mtp_mem._util import show_bytes
+from mtp_mem.config.schema import GPU, ModelConfig, Workload
+from mtp_mem.model.layers import Attention
+from mtp_mem.model.token_chunks import CPU_TOKENS, CUDA_TOKENS
+from mtp_mem.prediction.simulated_step import Rehearsal
+from mtp_mem.strategy import Strategy, load_strategy
+
+SMALLEST = {False: CPU_TOKENS[0], True: CUDA_TOKENS[0]}  # tokens; by whether CUDA runs
+NEAR = 1.01
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A strategy for one step.
+
+    Attributes:
+        spec: the strategy as `load_strategy` takes it.
+        why: one clause for people.
+        peak: predicted peak of the step with it, in bytes.
+        floor: that of the step without logits.
+    """
+
+    spec: str
+    why: str
+    peak: int
+    floor: int
+
+
+@runtime_checkable
+class ChoosesByStep(Protocol):
+    """A strategy that stands for another one, which depends on the step."""
+
+    def for_step(self, config: ModelConfig, workload: Workload, *, cuda: bool, gpu: GPU | None = None) -> Choice:
+        """The strategy to run in its place."""
+        ...
+
+
+def settled(
+    strategy: Strategy, config: ModelConfig, workload: Workload, *, cuda: bool, gpu: GPU | None = None
+) -> tuple[Strategy, str | None]:
+    """The strategy that is to run, and what was chosen and why where one was chosen."""
+    if not isinstance(strategy, ChoosesByStep):
+        return strategy, None
+    choice = strategy.for_step(config, workload, cuda=cuda, gpu=gpu)
+    return load_strategy(choice.spec), f"{choice.spec}: {choice.why}"
+
+
+@lru_cache(maxsize=64)
+def choose(config: ModelConfig, workload: Workload, *, cuda: bool, gpu: GPU | None = None) -> Choice:
+    """See the file's head.
+
+    Args:
+        config: the model, with its n.
+        workload: batch, sequence, dtype.
+        cuda: whether the step runs on CUDA: its attention, its products, its smallest useful chunk.
+        gpu: adds the buffers of its kernels.
+    """
+    attention: Attention = "flash" if cuda and workload.dtype.startswith("bf16") else "sdpa"
+    rehearsal = Rehearsal(config, workload, attention=attention, gpu=gpu)
+    floor = rehearsal.floor().peak().nbytes
+    peaks: dict[str, int] = {}
+
+    def peak(spec: str) -> int:
+        if spec not in peaks:
+            peaks[spec] = rehearsal.trace(load_strategy(spec)).peak().nbytes
+        return peaks[spec]
+
+    def choice(spec: str, why: str) -> Choice:
+        return Choice(spec, why, peak(spec), floor)
+
+    if peak("sequential") <= floor:
+        return choice("sequential", "even one head's full logits fit below what the rest of the step needs anyway")
+    chunks = _chunks(workload.tokens, SMALLEST[cuda])
+    specs = [f"chunked_tokens:chunk={c}" for c in chunks]
+    limit = max(floor, int(NEAR * peak(specs[0])))
+    low, high = 0, len(specs)  # specs[low] is within the limit; specs[high] is not, or does not exist
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if peak(specs[middle]) <= limit else (low, middle)
+    found = specs[low]
+    if peak(found) <= floor:
+        return choice(found, "the largest chunk whose logits fit below what the rest of the step needs anyway")
+    over = show_bytes(peak(found) - floor)
+    why = f"no chunk reaches the step without logits; this one needs {over} more, smaller ones hardly less"
+    return choice(found, why)
+
+
+def _chunks(tokens: int, smallest: int) -> list[int]:
+    """Powers of two from the smallest useful chunk up to all tokens."""
+    found = [min(smallest, tokens)]
+    while found[-1] < tokens:
+        found.append(min(2 * found[-1], tokens))
+    return found

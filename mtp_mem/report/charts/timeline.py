@@ -1,0 +1,116 @@
+"""One step's live bytes over its allocations: a stacked area by category, the phases, and what the peak holds."""
+
+import csv
+from collections import Counter
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from mtp_mem._util import show_bytes
+from mtp_mem.memory.trace import CATEGORIES, Category, Storage, Trace
+from mtp_mem.report.charts.style import COLOURS, RC, save, unit_for
+
+LARGEST = 10
+
+
+def live_by_category(trace: Trace) -> dict[Category, np.ndarray]:
+    """Live bytes of each category before the step (index 0) and after each of its events; (events + 1,) int64 each."""
+    live = Counter[Category]()
+    for storage in trace.live_after(trace.start - 1):
+        live[storage.category] += storage.nbytes
+    events = trace.events[trace.start :]
+    rows = {c: np.zeros(len(events) + 1, dtype=np.int64) for c in CATEGORIES}
+    for i in range(len(events) + 1):
+        if i:
+            event = events[i - 1]
+            storage = trace.storages[event.key]
+            if event.kind == "free":
+                live[storage.category] -= storage.nbytes
+            else:
+                live[storage.category] += storage.nbytes
+                if event.kind == "move":
+                    old = trace.storages[event.old]
+                    live[old.category] -= old.nbytes
+        for category, row in rows.items():
+            row[i] = live[category]
+    return {category: row for category, row in rows.items() if row.any()}
+
+
+def phases(trace: Trace) -> list[tuple[str, int]]:
+    """Each phase with the index (as in `live_by_category`) of its first allocation, in order; a repeated one again."""
+    found: list[tuple[str, int]] = []
+    for i, event in enumerate(trace.events[trace.start :], start=1):
+        phase = trace.storages[event.key].phase
+        if event.kind == "alloc" and (not found or found[-1][0] != phase):
+            found.append((phase, i))
+    return found
+
+
+def draw(trace: Trace, out: Path, title: str, footer: str) -> list[Path]:
+    """Write timeline.png, .svg and .csv under `out`; returns the files."""
+    rows, peak = live_by_category(trace), trace.peak()
+    order = [c for c in COLOURS if c in rows]
+    unit, unit_name = unit_for(peak.nbytes)
+    at = peak.event - trace.start + 1
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(11, 6.2), dpi=130, layout="constrained", facecolor="white")
+        axes, notes = figure.subplots(1, 2, width_ratios=[2.4, 1])
+        steps = np.arange(len(next(iter(rows.values()))))
+        areas = axes.stackplot(steps, [rows[c] / unit for c in order], colors=[COLOURS[c][0] for c in order], lw=0)
+        for area, category in zip(areas, order, strict=True):
+            area.set(hatch=COLOURS[category][1], edgecolor="white", label=category, rasterized=True)
+        axes.plot([at], [peak.nbytes / unit], "v", color="black", markersize=9, clip_on=False)
+        label = f"peak {show_bytes(peak.nbytes)} in {peak.phase}"
+        left = at > len(steps) / 2
+        axes.annotate(
+            label,
+            (at, peak.nbytes / unit),
+            xytext=(-9 if left else 9, 6),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            weight="bold",
+            bbox={"fc": "white", "ec": "none", "pad": 1.5},
+            zorder=5,
+        )
+        axes.set_ylim(0, 1.3 * peak.nbytes / unit)
+        axes.set_xlim(0, len(steps) - 1)
+        _mark_phases(axes, phases(trace), len(steps))
+        axes.set_xlabel("allocations and frees of the step, in order")
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} {unit_name}"))
+        notes.axis("off")
+        handles, labels = axes.get_legend_handles_labels()
+        notes.legend(handles[::-1], labels[::-1], loc="upper left", frameon=False, title="Live bytes", alignment="left")
+        text = "\n".join([f"The {LARGEST} largest at the peak:", *map(_line, peak.live[:LARGEST])])
+        notes.text(0, 0, text, family="DejaVu Sans Mono", size=6.8, va="bottom", linespacing=1.5)
+        figure.suptitle(title, x=0.02, ha="left", size=13)
+        figure.supxlabel(footer, x=0.02, ha="left", size=7.5, color="#666666")
+
+        def write_csv(path: Path) -> None:
+            with path.open("w", newline="", encoding="utf-8") as file:
+                table = csv.writer(file, lineterminator="\n")
+                table.writerow(["event", "phase", "op", *order, "total"])
+                for i in steps:
+                    made = trace.storages[trace.events[trace.start + i - 1].key] if i else None
+                    values = [int(rows[c][i]) for c in order]
+                    table.writerow([i, made.phase if made else "", made.op if made else "", *values, sum(values)])
+
+        return save(figure, out, "timeline", write_csv)
+
+
+def _line(storage: Storage) -> str:
+    shape = "x".join(map(str, storage.shape)) or "scalar"
+    made = ", ".join(filter(None, (storage.op.partition(".")[0], storage.phase)))
+    return f"{show_bytes(storage.nbytes):>10} {storage.dtype} {shape}\n{'':>10} {storage.name or made}"
+
+
+def _mark_phases(axes: mpl.axes.Axes, found: list[tuple[str, int]], width: int) -> None:
+    """A line where each phase begins, and its name where there is room for it."""
+    for (name, begin), (_, end) in zip(found, [*found[1:], ("", width)], strict=True):
+        axes.axvline(begin, color="black", lw=0.5, alpha=0.35)
+        if end - begin > 0.022 * width:
+            axes.annotate(name, ((begin + end) / 2, 0.99), xycoords=("data", "axes fraction"), rotation=90,
+                          ha="center", va="top", size=7, color="#333333")  # fmt: skip

@@ -1,0 +1,161 @@
+"""Tokens per second against memory at one n: which strategies nothing beats in both."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
+
+from mtp_mem.errors import MtpMemError
+from mtp_mem.report.charts.style import figure, foot, grid, save, styles, subtitle, unit_for, write_rows
+from mtp_mem.runs.record import Record
+from mtp_mem.strategy import BUILTIN, load_strategy
+
+Point = tuple[float, float]
+
+# Where a label may stand beside its point, the best place first: offset in points, horizontal and vertical alignment.
+PLACES = (
+    *((9, 0, "left", "center"), (-9, 0, "right", "center"), (0, 9, "center", "bottom"), (0, -9, "center", "top")),
+    *((8, 8, "left", "bottom"), (8, -8, "left", "top"), (-8, 8, "right", "bottom"), (-8, -8, "right", "top")),
+    *((9, 20, "left", "bottom"), (9, -20, "left", "top"), (-9, 20, "right", "bottom"), (-9, -20, "right", "top")),
+    *((9, 34, "left", "bottom"), (9, -34, "left", "top"), (-9, 34, "right", "bottom"), (-9, -34, "right", "top")),
+)
+
+
+def pareto(points: Sequence[Point]) -> list[int]:
+    """Indices of the points (memory, speed) that no other beats in both, by rising memory.
+
+    Of equal points the first counts.
+    """
+    front: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if not front or points[i][1] > points[front[-1]][1]:
+            front.append(i)
+    return front
+
+
+def throughput_vs_memory(records: Sequence[Record], out: Path, n: int | None = None) -> list[Path]:
+    """Tokens per second against peak bytes over the baseline, with the Pareto front; chunk sizes join into a path.
+
+    Args:
+        records: of one profile.
+        out: folder for the files.
+        n: the number of heads; default the largest that was timed.
+
+    Returns:
+        The files written under `out`: throughput-vs-memory.png, .svg and .csv. None without two timed cases at n.
+    """
+    timed = [r for r in records if r.status == "ok" and r.tokens_per_s and r.peak_over_baseline_bytes is not None]
+    n = n or max((r.n for r in timed), default=0)
+    here = [r for r in timed if r.n == n]
+    if len(here) < 2:
+        return []
+    unit, unit_name = unit_for(max(r.peak_over_baseline_bytes or 0 for r in here))
+    points = [((r.peak_over_baseline_bytes or 0) / unit, r.tokens_per_s or 0.0) for r in here]
+    front = pareto(points)
+    title = f"Throughput against memory at n = {n}: up and to the left is better"
+    with figure(8, 5, title, subtitle(here[0]), foot(here[0])) as drawing:
+        axes = drawing.add_subplot()
+        axes.set_xlim(0, 1.1 * max(x for x, _ in points))
+        axes.set_ylim(0, 1.12 * max(y for _, y in points))
+        axes.set_xlabel("peak on top of weights, optimizer and batch")
+        axes.set_ylabel("tokens per second")
+        grid(axes, "x", f" {unit_name}")
+        grid(axes, "y")
+        x, y = [points[i][0] for i in front], [points[i][1] for i in front]
+        x, y = [*x, axes.get_xlim()[1]], [*y, y[-1]]
+        axes.step(x, y, where="post", color="#999999", linewidth=1, zorder=1)
+        corners = [(a, b) for i in range(len(y)) for a, b in ((x[i], y[max(0, i - 1)]), (x[i], y[i]))]
+        lines = list(itertools.pairwise(corners))
+        axes.annotate("Pareto front", (x[-1], y[-1]), xytext=(0, 3), textcoords="offset points", ha="right", size=8.5)
+        families = [family(r.strategy) for r in here]
+        for name, (colour, marker, dash) in styles(families).items():
+            mine = [points[i] for i, f in enumerate(families) if f == name]
+            axes.plot(*zip(*mine, strict=True), color=colour, marker=marker, linestyle="", markersize=8, zorder=3)
+            chunks = {c: points[i] for i, r in enumerate(here) if families[i] == name and (c := chunk_of(r.strategy))}
+            path = [chunks[c] for c in sorted(chunks)]
+            if len(path) > 1:
+                axes.plot(*zip(*path, strict=True), color=colour, linestyle=dash, linewidth=1.4, zorder=2)
+                lines += itertools.pairwise(path)
+        labels = [_label(r.strategy, families) for r in here]
+        colours = [styles(families)[name][0] for name in families]
+        _label_points(axes, points, labels, colours, lines)
+        columns = ("n", "strategy", "peak_over_baseline_bytes", "tokens_per_s", "pareto")
+        rows = [
+            [r.n, r.strategy, r.peak_over_baseline_bytes, r.tokens_per_s, int(i in front)] for i, r in enumerate(here)
+        ]
+        return save(drawing, out, "throughput-vs-memory", write_rows(columns, rows))
+
+
+def family(spec: str) -> str:
+    """The strategy of a spec without its options; `package.module:Class` stays whole."""
+    name = spec.partition(":")[0]
+    return name if name in BUILTIN else ":".join(part for part in spec.split(":") if "=" not in part)
+
+
+def chunk_of(spec: str) -> int | None:
+    """The chunk size of a built-in strategy's spec, its default included; None where there is none."""
+    if spec.partition(":")[0] not in BUILTIN:  # a results file may come from anywhere: import nothing for it
+        return None
+    try:
+        chunk = getattr(load_strategy(spec), "chunk", None)
+    except MtpMemError:
+        return None
+    return chunk if isinstance(chunk, int) else None
+
+
+def _label(spec: str, families: Sequence[str]) -> str:
+    """The options alone where the same strategy stands here more than once, its name on the bare spec."""
+    name = family(spec)
+    return spec if families.count(name) < 2 or spec == name else spec[len(name) + 1 :]
+
+
+def _label_points(
+    axes: Axes,
+    points: Sequence[Point],
+    labels: Sequence[str],
+    colours: Sequence[str],
+    lines: Sequence[tuple[Point, Point]],
+) -> None:
+    """Write each label at the first place where it touches no point, line or other label and stays inside the axes."""
+    drawing = axes.figure
+    drawing.draw_without_rendering()  # type: ignore[union-attr]
+    drawing.set_layout_engine("none")  # type: ignore[union-attr]
+    scale = drawing.dpi / 72
+    at = [axes.transData.transform(point) for point in points]
+    taken = [Bbox.from_extents(x - 6 * scale, y - 6 * scale, x + 6 * scale, y + 6 * scale) for x, y in at]
+    taken += [box for a, b in lines for box in _along(axes.transData.transform(a), axes.transData.transform(b))]
+    frame = axes.get_window_extent()
+    for point, text, colour in zip(points, labels, colours, strict=True):
+        tried: list[tuple[float, int, Annotation, Bbox]] = []
+        for dx, dy, ha, va in PLACES:
+            arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6} if abs(dy) > 9 else None
+            label = axes.annotate(
+                text, point, xytext=(dx, dy), textcoords="offset points", ha=ha, va=va, color=colour, size=9.5,
+                arrowprops=arrow,
+            )  # fmt: skip
+            box = label.get_window_extent()
+            overlap = sum(_area(Bbox.intersection(box, other)) for other in taken)
+            outside = _area(box) - _area(Bbox.intersection(box, frame))
+            tried.append((overlap + outside, len(tried), label, box))
+            if tried[-1][0] == 0:
+                break
+        best = min(tried, key=lambda t: t[:2])
+        for _, i, label, _ in tried:
+            if i != best[1]:
+                label.remove()
+        taken.append(best[3])
+
+
+def _along(a: np.ndarray, b: np.ndarray) -> Iterator[Bbox]:
+    """Boxes of four pixels along the line from a to b, in display coordinates."""
+    steps = max(2, int(np.hypot(*(b - a)) / 6))
+    for x, y in np.linspace(a, b, steps):
+        yield Bbox.from_extents(x - 2, y - 2, x + 2, y + 2)
+
+
+def _area(box: Bbox | None) -> float:
+    return box.width * box.height if box is not None else 0.0

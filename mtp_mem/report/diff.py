@@ -1,0 +1,152 @@
+"""What changed between two sets of results: pytest-benchmark's JSON or our own results.jsonl, old against new."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mtp_mem.errors import BadInput
+from mtp_mem.report.recommend import peak_bytes
+from mtp_mem.runs.read_results import machine, read
+
+Kind = Literal["memory", "time", "gradient"]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One case: its bytes, its time, whether its gradient was right.
+
+    `seconds` is the median; `times_floor` the same over the bare products of the same round, which a busy machine
+    disturbs less, and which is compared where both sides have it.
+    """
+
+    nbytes: int | None
+    seconds: float | None
+    times_floor: float | None = None
+    gradient: str | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """The cases of one file or folder by name, and the device they were measured on."""
+
+    path: Path
+    device: str
+    cases: dict[str, Figures]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure of one case, before and after."""
+
+    case: str
+    kind: Kind
+    old: float | str
+    new: float | str
+    worse: bool
+
+    @property
+    def share(self) -> float | None:
+        """New over old, less one."""
+        if isinstance(self.old, str) or isinstance(self.new, str) or not self.old:
+            return None
+        return self.new / self.old - 1
+
+
+def load(path: Path, notes: list[str]) -> Results:
+    """Either kind of file, or a folder with results.jsonl.
+
+    Args:
+        path: the file or folder.
+        notes: what was skipped, and why, is added here.
+
+    Raises:
+        BadInput: it cannot be read, holds no case, or holds cases of several devices.
+    """
+    document = json_document(path, "benchmarks")
+    if document is not None:
+        return _benchmarks(path, document)
+    found = [one.record for one in read([path], notes)]
+    devices = {f"{machine(r)} ({r.exactness})" for r in found}
+    if len(devices) > 1:
+        raise BadInput(f"{path}: holds results of {', '.join(sorted(devices))}; compare one at a time")
+    cases = {}
+    for r in found:
+        m, w = r.model, r.workload
+        shape = f"V={m['vocab_size']} D={m['dim']} {w['dtype']} {w['batch']}x{w['sequence']}"
+        cases[f"{r.strategy} n={r.n} {shape}"] = Figures(
+            peak_bytes(r), r.step_ms / 1e3 if r.step_ms else None, gradient=r.gradient if r.status == "ok" else r.status
+        )
+    return Results(path, devices.pop(), cases)
+
+
+def changes(old: Results, new: Results, memory: float, time: float) -> list[Change]:
+    """Every figure that both sides have and that differs, in the order of the new results.
+
+    Args:
+        old: before.
+        new: after, on the same device.
+        memory: share by which bytes may grow.
+        time: share by which times may grow.
+
+    Raises:
+        BadInput: different devices, or no case in common.
+    """
+    if old.device != new.device:
+        raise BadInput(f"{old.path} was measured on {old.device}, {new.path} on {new.device}; not comparable")
+    common = [case for case in new.cases if case in old.cases]
+    if not common:
+        raise BadInput(f"{old.path} and {new.path} have no case in common")
+    found = []
+    for case in common:
+        a, b = old.cases[case], new.cases[case]
+        pairs: list[tuple[Kind, float | None, float | None, float]] = [("memory", a.nbytes, b.nbytes, memory)]
+        if a.times_floor is not None and b.times_floor is not None:
+            pairs.append(("time", a.times_floor, b.times_floor, time))
+        else:
+            pairs.append(("time", a.seconds, b.seconds, time))
+        found += [
+            Change(case, kind, x, y, worse=y > x * (1 + allowed))
+            for kind, x, y, allowed in pairs
+            if x is not None and y is not None and x != y
+        ]
+        if a.gradient != b.gradient and a.gradient is not None and b.gradient is not None:
+            good = ("bit-identical", "within bound")
+            worse = b.gradient not in good or (a.gradient == good[0] and b.gradient == good[1])
+            found.append(Change(case, "gradient", a.gradient, b.gradient, worse))
+    return found
+
+
+def json_document(path: Path, key: str) -> dict[str, Any] | None:
+    """The JSON document there, if it is one with this key (pytest-benchmark's has "benchmarks"); None otherwise.
+
+    Raises:
+        BadInput: the file cannot be read.
+    """
+    if path.is_dir() or path.suffix == ".jsonl":
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and key in found else None
+
+
+def _benchmarks(path: Path, document: dict[str, Any]) -> Results:
+    cases = {}
+    try:
+        for bench in document["benchmarks"]:
+            info = bench["extra_info"]
+            nbytes = info.get("peak_over_inputs_bytes", info.get("max_rss_bytes"))
+            cases[bench["fullname"]] = Figures(nbytes, bench["stats"]["median"], info.get("times_floor"))
+        facts = document["machine_info"]
+        device = facts.get("mtp_mem", {}).get("device") or "unknown"
+        if device == "cpu":
+            device = facts["mtp_mem"]["cpu"]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise BadInput(f"{path}: not a file of pytest-benchmark: {type(e).__name__} {e}") from None
+    if not cases:
+        raise BadInput(f"{path}: holds no benchmark")
+    return Results(path, device, cases)

@@ -1,0 +1,85 @@
+"""Charts from files of any kind: our results.jsonl, `plan`'s plan.json, and the JSON of pytest-benchmark."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mtp_mem.environment import footer
+from mtp_mem.errors import BadInput
+from mtp_mem.report import charts
+from mtp_mem.report.build import draw_group
+from mtp_mem.report.diff import json_document
+from mtp_mem.runs.read_results import groups, read
+from mtp_mem.runs.record import writable
+
+
+def draw(paths: Sequence[Path], out: Path, notes: list[str]) -> list[Path]:
+    """Every chart that the files have figures for.
+
+    Args:
+        paths: files and folders.
+        out: folder for the charts; one folder inside it for each group of records that cannot share a chart.
+        notes: what was skipped, and why, is added here.
+
+    Returns:
+        The files written.
+
+    Raises:
+        BadInput: a path cannot be read or holds nothing that can be drawn, or `out` cannot be written.
+    """
+    documents = {path: document for path in paths if (document := json_document(path, "benchmarks")) is not None}
+    plans = {path: document for path in paths if (document := json_document(path, "largest_batch_by_n")) is not None}
+    results = [path for path in paths if path not in documents and path not in plans]
+    apart = groups(read(results, notes), notes) if results else []
+    files: list[Path] = []
+    for path, document in plans.items():
+        try:
+            drawn = plan_chart(document, writable(out / path.stem if len(plans) > 1 else out))
+        except BadInput as e:
+            raise BadInput(f"{path}: {e}") from None
+        if not drawn:
+            notes.append(f"{path}: no batch by n in it, nothing to draw")
+        files += drawn
+    for i, records in enumerate(apart, 1):
+        folder = writable(out / f"group-{i}" if len(apart) > 1 else out)
+        files += [path.with_suffix(s) for path in draw_group(records, folder) for s in (".png", ".svg", ".csv")]
+    for path, document in documents.items():
+        phases: dict[str, list[dict[str, object]]] = {}
+        for bench in document.get("benchmarks", []):
+            if "times_floor" in bench.get("extra_info", {}):
+                phases.setdefault(str(bench.get("group")), []).append(bench["extra_info"])
+        if not phases:
+            notes.append(f"{path}: no head phase in it, nothing to draw")
+        machine = document.get("machine_info", {}).get("mtp_mem", {})
+        foot = f"{machine.get('cpu') if machine.get('device') == 'cpu' else machine.get('device')} · torch"
+        for group, rows in phases.items():
+            name = re.sub(r"[^A-Za-z0-9]+", "-", group).strip("-").lower()
+            title = group.partition(", ")[2]
+            foot_here = f"{foot} {machine.get('torch')} · {path.name}"
+            files += charts.head_phase(rows, writable(out), title=title, foot=foot_here, name=name)
+    if not files:
+        raise BadInput("; ".join([*notes, "nothing to draw"]))
+    return files
+
+
+def plan_chart(document: Mapping[str, Any], out: Path) -> list[Path]:
+    """The largest batch against n, from what `mtp-mem plan --out` keeps.
+
+    Raises:
+        BadInput: a field that the chart needs is missing or of another type.
+    """
+    try:
+        model, gpu, sequence = document["model"], document["gpu"], document["workload"]["sequence"]
+        rows = [
+            (row["strategy"], row["n"], row["batch"] if row["fits"] != "no" else 0)
+            for row in document["largest_batch_by_n"]
+        ]
+        under = (
+            f"{document['profile']}: V = {model['vocab_size']:,}, D = {model['dim']:,}, {sequence:,} tokens a sequence,"
+            f" {document['workload']['dtype']}, on {gpu['name']}, headroom {document['headroom_percent']:g} %"
+        )
+        foot = f"predicted, not measured · {footer(document['environment'])}"
+    except (KeyError, TypeError, ValueError) as e:
+        raise BadInput(f"not a whole plan: {type(e).__name__} {e}") from None
+    return charts.largest_batch(rows, out, under=under, foot=foot)

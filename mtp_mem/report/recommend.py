@@ -1,0 +1,87 @@
+"""From records to the sentence that tells people what to use."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mtp_mem._util import show_bytes
+from mtp_mem.runs.record import Record
+
+SLOWER = 1.10  # a step this much slower than naive's still counts as no slower: timings are noisy
+SMALLER = 0.90  # worth a second sentence
+
+
+def peak_bytes(record: Record) -> int | None:
+    """The peak people compare: `torch.cuda.max_memory_allocated` on CUDA, live tensor bytes elsewhere."""
+    return record.peak_allocated_bytes if record.peak_allocated_bytes is not None else record.peak_requested_bytes
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to use at the largest n, of the strategies with right gradients."""
+
+    n: int
+    naive: Record | None
+    best: Record  # the least memory of those that are about as fast as naive
+    least: Record  # the least memory of all
+
+
+def choose(records: Sequence[Record]) -> Choice | None:
+    """The choice at the largest n; None where no strategy ran with right gradients."""
+    usable = [r for r in records if r.status == "ok" and r.gradient in ("bit-identical", "within bound")]
+    if not usable:
+        return None
+    n = max(r.n for r in usable)
+    here = {r.strategy: r for r in usable if r.n == n}
+    naive = here.get("naive")
+    pool = [r for r in here.values() if naive is None or _time(r) <= SLOWER * _time(naive)]
+    return Choice(n, naive, min(pool, key=_over), min(here.values(), key=_over))
+
+
+def advise(records: Sequence[Record]) -> str:
+    """One or two sentences: which strategy at the largest n, what it saves, what it costs, and whether it is exact."""
+    wrong = sorted({r.strategy for r in records if r.status == "ok" and r.gradient == "differs"})
+    warning = f" Do not use {', '.join(wrong)}: the gradients differ." if wrong else ""
+    choice = choose(records)
+    if choice is None:
+        return "No strategy ran with right gradients." + warning
+    naive, best, least = choice.naive, choice.best, choice.least
+    sentence = f"At n = {choice.n} use {best.strategy}: it needs {show_bytes(_over(best))} over the baseline"
+    if naive is None:
+        sentence += f", gradients {best.gradient} to naive's."
+    elif best is naive:
+        sentence += ", and nothing as fast needs less."
+    else:
+        sentence += (
+            f" where naive needs {show_bytes(_over(naive))} ({saving(best, naive)}),"
+            f" takes {slowdown(best, naive)} naive's time, and its gradients are {_same(best)}."
+        )
+    if least is not best and _over(least) < SMALLER * _over(best):
+        sentence += f" If that does not fit, {least.strategy} needs {show_bytes(_over(least))}"
+        sentence += f" at {slowdown(least, best)} the time, gradients {_same(least)}."
+    return sentence + warning
+
+
+def saving(record: Record, naive: Record) -> str:
+    """The change in bytes over the baseline against naive, in percent."""
+    return f"{_over(record) / _over(naive) - 1:+.0%}" if _over(naive) else "-"
+
+
+def slowdown(record: Record, naive: Record) -> str:
+    """The record's time over naive's, as `0.56x`; `an unknown multiple of` where one was not timed."""
+    if not record.step_ms or not naive.step_ms:
+        return "an unknown multiple of"
+    return f"{record.step_ms / naive.step_ms:.2f}x"
+
+
+def _over(record: Record) -> int:
+    return record.peak_over_baseline_bytes or 0
+
+
+def _time(record: Record) -> float:
+    return record.step_ms or 0.0
+
+
+def _same(record: Record) -> str:
+    if record.gradient == "bit-identical" or record.gradient_error is None:
+        return record.gradient
+    return f"within {record.gradient_error:.0e} of naive's"

@@ -1,0 +1,1 @@
+"""Cases become records: sweeps, isolated measurements, predictions, and the files that keep them."""

@@ -1,0 +1,226 @@
+"""One model with its optimizer and batch on one device, on which strategies take turns: gradients, bytes, time."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mtp_mem.config.schema import ModelConfig, Profile
+from mtp_mem.data import Corpus, corpus_batch
+from mtp_mem.errors import Missing
+from mtp_mem.memory import cuda, cuda_history
+from mtp_mem.memory.cpu import track
+from mtp_mem.memory.rss import sampled_rss
+from mtp_mem.memory.trace import Trace
+from mtp_mem.model.mtp_model import MTPModel
+from mtp_mem.prediction.auto import settled
+from mtp_mem.step import TrainingStep, forward_backward, make_optimizer
+from mtp_mem.strategy import Strategy, load_strategy
+from mtp_mem.verification.gradient_error import Gradients, compare, take
+
+Progress = Callable[[str], None]
+"""Told what is done next; called once per unit of work."""
+
+REFERENCES = ("naive", "sequential")
+"""Whose gradients the others are held against: the first that fits. The two are bit-identical where both do."""
+
+WARM_UP = {"cpu": 1, "cuda": 2}  # steps before the measured one: optimizer state, lazy buffers, the allocator's cache
+
+
+class Bench:
+    """One model with its optimizer and batch, on which strategies take turns."""
+
+    def __init__(self, profile: Profile, config: ModelConfig, corpus: Corpus, device: torch.device) -> None:
+        self.profile, self.device = profile, device
+        with torch.random.fork_rng():
+            torch.manual_seed(profile.workload.seed)
+            self.model = MTPModel(config, dtype=profile.workload.dtype, device=device)
+        batch = corpus_batch(corpus, config, profile.workload)
+        self.batch = dataclasses.replace(batch, tokens=batch.tokens.to(device), targets=batch.targets.to(device))
+        self.optimizer = make_optimizer(self.model)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.reference: Gradients | None = None
+        self.reference_name, self.noise = "", 0.0
+
+    def check(self, strategy: Strategy) -> dict[str, Any]:
+        """The strategy's gradients against naive's, from empty `.grad`; before any step, as steps change weights.
+
+        Naive's are kept in host memory: on the device they would leave less of it to every later case. It is run twice:
+        where a kernel adds in no fixed order, as flash attention's backward does, it is not even identical to itself.
+        """
+        if self.reference is None:
+            self.reference, self.reference_name = self._reference()
+            again, _ = self._gradients(load_strategy(self.reference_name))
+            self.noise = compare(again, self.reference, self.profile.workload.dtype).error
+            del again
+        mine, losses = self._gradients(self.settled(strategy)[0])
+        verdict = compare(mine, self.reference, self.profile.workload.dtype)
+        return {
+            "losses": tuple(losses),
+            "gradient": verdict.verdict,
+            "gradient_error": verdict.error,
+            "gradient_group": verdict.group,
+            "gradient_reference": self.reference_name,
+            "gradient_noise": self.noise,
+        }
+
+    def measure(self, strategy: Strategy) -> dict[str, Any]:
+        """Bytes of one step: tracked on the CPU, the caching allocator's on CUDA."""
+        step, chosen = self.step(strategy), self.settled(strategy)[1]
+        with sampled_rss() as rss:
+            for _ in range(WARM_UP[self.device.type]):
+                step()
+        facts: dict[str, Any] = {
+            "status": "ok",
+            "chosen": chosen,
+            "host_rss_bytes": rss.nbytes,
+            "steps_before": WARM_UP[self.device.type],
+        }
+        if self.device.type == "cuda":
+            peaks = cuda.measure(step)
+            # In a step of its own: what it says of categories and phases is not what the peak was measured with.
+            peak = explained(cuda_history.record(step))
+            return facts | {
+                **peak,
+                "baseline_bytes": peaks.baseline,
+                "peak_requested_bytes": peaks.requested,
+                "peak_over_baseline_bytes": peaks.requested - peaks.baseline,
+                "peak_allocated_bytes": peaks.allocated,
+                "peak_reserved_bytes": peaks.reserved,
+                "peak_spread_bytes": peaks.spread,
+                "live_unnamed_bytes": peaks.unnamed,
+                "alloc_retries": peaks.retries,
+                "nvml_process_bytes": peaks.nvml_process,
+            }
+        return facts | explained(track(step))
+
+    def time(self, strategies: dict[str, Strategy], progress: Progress) -> dict[str, list[float] | Exception]:
+        """Seconds of untracked steps; the strategies take turns, a different one first in each round.
+
+        A strategy that fails here, for want of memory say, is out from then on, and its entry is how it failed.
+        """
+        seconds: dict[str, list[float]] = {spec: [] for spec in strategies}
+        failed: dict[str, list[float] | Exception] = {}
+        specs = list(strategies)
+        # On CUDA the bytes were measured in other processes: here every strategy still has its first step before it.
+        warm_up = int(self.device.type == "cuda")
+        for turn in range(-warm_up, self.profile.sweep.rounds):
+            start = turn % len(specs) if specs else 0
+            for spec in specs[start:] + specs[:start]:
+                if turn >= 0:
+                    progress(spec)
+                if spec in failed:
+                    continue
+                try:
+                    took = self._seconds(self.step(strategies[spec]))
+                except Exception as e:
+                    failed[spec] = e.with_traceback(None)  # whose frames hold what the step had made
+                    self.recover()
+                else:
+                    if turn >= 0:
+                        seconds[spec].append(took)
+        return {**seconds, **failed}
+
+    def _seconds(self, step: TrainingStep) -> float:
+        self._synchronise()
+        begin = time.perf_counter()
+        step()
+        self._synchronise()
+        return time.perf_counter() - begin
+
+    def recover(self) -> None:
+        """Drop what a failed case left behind."""
+        self.optimizer.zero_grad(set_to_none=True)
+        free(self.device)
+
+    def _reference(self) -> tuple[Gradients, str]:
+        for name in REFERENCES[:-1]:
+            try:
+                return _on_host(self._gradients(load_strategy(name))[0]), name
+            except (torch.OutOfMemoryError, MemoryError):
+                self.recover()
+        return _on_host(self._gradients(load_strategy(REFERENCES[-1]))[0]), REFERENCES[-1]
+
+    def _gradients(self, strategy: Strategy) -> tuple[Gradients, list[float]]:
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = forward_backward(self.model, self.batch, strategy)
+        return take(self.model.groups()), losses.tolist()
+
+    def step(self, strategy: Strategy) -> TrainingStep:
+        """The training step with this strategy."""
+        strategy = self.settled(strategy)[0]
+        return TrainingStep(self.model, self.optimizer, self.batch, strategy, self.profile.workload.clip_norm)
+
+    def settled(self, strategy: Strategy) -> tuple[Strategy, str | None]:
+        """The strategy that runs, and what was chosen and why where it depends on the step."""
+        return settled(strategy, self.model.config, self.profile.workload, cuda=self.device.type == "cuda")
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def explained(trace: Trace) -> dict[str, Any]:
+    """What a trace says of its peak."""
+    peak = trace.peak()
+    return {
+        "baseline_bytes": trace.baseline,
+        "peak_requested_bytes": peak.nbytes,
+        "peak_over_baseline_bytes": peak.nbytes - trace.baseline,
+        "peak_phase": peak.phase,
+        "peak_op": peak.op,
+        "phase_peaks": trace.phase_peaks(),
+        "bytes_at_peak": dict(peak.by_category),
+    }
+
+
+def speed(seconds: list[float], tokens: int) -> dict[str, float]:
+    """Median step time with its 20/80 % band, and tokens per second at the median."""
+    p20, median, p80 = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double())
+    return {
+        "step_ms": median.item() * 1e3,
+        "step_ms_p20": p20.item() * 1e3,
+        "step_ms_p80": p80.item() * 1e3,
+        "tokens_per_s": tokens / median.item(),
+    }
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """Out of memory is a result; anything else a strategy raises is one too, with its message."""
+    text = f"{type(error).__name__}: {error}".split("\n")[0]
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        return {"status": "oom", "error": text}
+    return {"status": "error", "error": text}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`cpu`, `cuda`, `cuda:1` or `auto` (CUDA where there is any).
+
+    Raises:
+        Missing: CUDA was asked for and is absent.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            built = torch.version.cuda
+            why = "no CUDA device is visible" if built else f"torch {torch.__version__} is built without CUDA"
+            raise Missing(f"--device {name}: {why}; valid here: cpu")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise Missing(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
+        if device.index is not None:
+            torch.cuda.set_device(device)
+    return device
+
+
+def _on_host(gradients: Gradients) -> Gradients:
+    return {name: [None if g is None else g.cpu() for g in own] for name, own in gradients.items()}
+
+
+def free(device: torch.device) -> None:
+    """Give the allocator's cache back, so that what comes next starts from none."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

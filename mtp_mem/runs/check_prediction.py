@@ -1,0 +1,256 @@
+"""Is the prediction right? `python -m mtp_mem.runs.check_prediction` holds it against a CUDA device, byte by byte.
+
+Each case is measured in a process of its own, under the default allocator and under expandable segments, and predicted
+with the workspaces that were found there. Then each row of the kernel table is run alone. Without a CUDA device it says
+so and prints the predictions.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from mtp_mem._util import whole
+from mtp_mem.config.schema import GPU, ModelConfig, Profile, Sweep, Workload, load_gpu, load_gpus
+from mtp_mem.environment import code_digest
+from mtp_mem.errors import MtpMemError, crashed
+from mtp_mem.prediction import simulated_step
+from mtp_mem.prediction.kernel_buffers import KERNELS
+from mtp_mem.prediction.peaks import predicted
+from mtp_mem.runs import isolated
+from mtp_mem.runs.record import writable
+from mtp_mem.strategy import load_strategy
+
+STRATEGIES = ("naive", "sequential", "chunked_vocab")
+N = (1, 4)
+_BF16 = {"dtype": "bf16", "tokenizer": "uniform"}
+SHAPES = {
+    "narrow": (
+        ModelConfig(vocab_size=32000, dim=512, n_layers=8, n_attention_heads=8, n_kv_heads=2),
+        Workload(batch=1, sequence=4096, **_BF16),  # type: ignore[arg-type]
+    ),
+    "wide": (
+        ModelConfig(vocab_size=128256, dim=2048, n_layers=8, n_attention_heads=16, n_kv_heads=8),
+        Workload(batch=2, sequence=2048, **_BF16),  # type: ignore[arg-type]
+    ),
+}
+ALLOCATORS = {"default": "expandable_segments:False", "expandable": "expandable_segments:True"}
+FIELDS = ("requested", "allocated", "reserved")
+SM90_WORKSPACE, OTHER_WORKSPACE = 4096 * 8 * 1024, 8_519_680
+ASSUMED_FLOPS, ASSUMED_BANDWIDTH = 1e14, 1e12  # of a GPU that gpus.toml does not know; only minutes depend on them
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case: predicted and, on a GPU, measured bytes."""
+
+    shape: str
+    n: int
+    strategy: str
+    allocator: str
+    predicted: dict[str, int]
+    measured: dict[str, int] | None = None
+    unnamed: int | None = None  # live before the step in no tensor of ours
+    retries: int | None = None
+    spread: int | None = None
+    error: str | None = None
+
+    @property
+    def difference(self) -> dict[str, int] | None:
+        """Predicted minus measured."""
+        return None if self.measured is None else {key: self.predicted[key] - self.measured[key] for key in FIELDS}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0: right, or no device to say; 1: off by a byte requested or by more than 1 % allocated."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mtp_mem.runs.check_prediction", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--gpu", default="h200", help="predict for this one where there is no CUDA device")
+    parser.add_argument("--quick", action="store_true", help="the narrow shape under the default allocator only")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write check.json there")
+    args = parser.parse_args(argv)
+    try:
+        out = writable(args.out) if args.out else None
+        here = torch.cuda.is_available()
+        gpu = device_here() if here else load_gpu(args.gpu)
+    except MtpMemError as e:
+        print(f"check: {e}", file=sys.stderr)
+        return e.exit_code
+    if not here:
+        print(f"No CUDA device here: nothing is measured. Predictions for {gpu.name}, bytes:")
+    about = {"gpu": asdict(gpu), "torch": torch.__version__, "code": code_digest(), "measured": here}
+    rows: list[Row] = []
+    kernels: list[dict[str, Any]] = []
+    for row in check(gpu, _before(out, about), quick=args.quick, measure=here):
+        print(_line(row), flush=True)
+        rows.append(row)
+        _write(out, about, rows, kernels)
+    for name, table, measured in check_kernels("cuda" if here else "cpu", gpu.multiprocessors):
+        found = "" if measured is None else f", measured {measured:,}, difference {table - measured:+,}"
+        print(f"kernel {name}: table {table:,}{found}", flush=True)
+        kernels.append({"kernel": name, "table": table, "measured": measured})
+    _write(out, about, rows, kernels)
+    if not here:
+        return 0
+    right = all(map(is_right, rows))
+    print("right: 0 B requested, 1 % allocated" if right else "NOT right: see the differences above")
+    return 0 if right else 1
+
+
+def check(gpu: GPU, before: Sequence[Row] = (), *, quick: bool, measure: bool) -> Iterator[Row]:
+    """Every case, predicted and where asked measured; those of an earlier run that was stopped are taken over."""
+    known = {(row.shape, row.n, row.strategy, row.allocator): row for row in before}
+    shapes = {"narrow": SHAPES["narrow"]} if quick else SHAPES
+    for allocator in list(ALLOCATORS)[: 1 if quick else None]:
+        target = replace(gpu, expandable_segments=allocator == "expandable")
+        for shape, (model, workload) in shapes.items():
+            for n in N:
+                for spec in STRATEGIES:
+                    if old := known.get((shape, n, spec, allocator)):
+                        yield old
+                        continue
+                    profile = Profile(name=shape, model=model, workload=workload, sweep=Sweep(n=(n,)))
+                    facts = None
+                    if measure:
+                        variables = {"PYTORCH_CUDA_ALLOC_CONF": ALLOCATORS[allocator]}
+                        facts = isolated.measure(profile, n, spec, "cuda", environment=variables)
+                    yield compare(shape, spec, n, allocator, profile, target, facts)
+
+
+def compare(
+    shape: str, spec: str, n: int, allocator: str, profile: Profile, gpu: GPU, facts: dict[str, Any] | None
+) -> Row:
+    """Predict one case and set it beside what `isolated.measure` found of it."""
+    trace = simulated_step.trace_step(profile.model.with_n(n), profile.workload, load_strategy(spec), gpu=gpu)
+    if facts is None or facts["status"] != "ok":
+        found = predicted(trace, gpu)
+        error = None if facts is None else facts["error"]
+        return Row(shape, n, spec, allocator, {key: found[f"peak_{key}_bytes"] for key in FIELDS}, error=error)
+    count, rest = divmod(facts["live_unnamed_bytes"], gpu.workspace_bytes)
+    found = predicted(trace, gpu, (gpu.workspace_bytes,) * count + ((rest,) if rest else ()))
+    return Row(
+        shape,
+        n,
+        spec,
+        allocator,
+        {key: found[f"peak_{key}_bytes"] for key in FIELDS},
+        {key: facts[f"peak_{key}_bytes"] for key in FIELDS},
+        facts["live_unnamed_bytes"],
+        facts["alloc_retries"],
+        facts["peak_spread_bytes"],
+    )
+
+
+def is_right(row: Row) -> bool:
+    """Requested to the byte, allocated within 1 % (to the byte with expandable segments), no retries."""
+    if row.difference is None or row.measured is None:
+        return False
+    slack = 0 if row.allocator == "expandable" else row.measured["allocated"] / 100
+    return row.difference["requested"] == 0 and abs(row.difference["allocated"]) <= slack and row.retries == 0
+
+
+def check_kernels(device: str, multiprocessors: int) -> Iterator[tuple[str, int, int | None]]:
+    """Name, bytes by the table, and bytes measured around the operator alone (None off CUDA), row by row."""
+    buffers = {row.operator: row.buffers for row in KERNELS}
+    for name, operator, args in _kernel_cases(device):
+        measured = _inside(operator, args) if device == "cuda" else None
+        yield name, sum(buffers[operator](args, multiprocessors)), measured
+
+
+def device_here() -> GPU:
+    """The CUDA device of this process as a target; its speed is gpus.toml's, or assumed for a GPU that is not there."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    query = getattr(torch.backends.cuda, "cublas_workspace_size", None)  # since torch 2.13
+    known = next((gpu for gpu in load_gpus().values() if gpu.name == properties.name), None)
+    default = SM90_WORKSPACE if properties.major == 9 else OTHER_WORKSPACE
+    return GPU(
+        name=properties.name,
+        total_bytes=properties.total_memory,
+        workspace_bytes=query() if query else default,
+        multiprocessors=properties.multi_processor_count,
+        flops=known.flops if known else ASSUMED_FLOPS,
+        bandwidth=known.bandwidth if known else ASSUMED_BANDWIDTH,
+        source="the device itself" if known else "the device itself; flops and bandwidth assumed",
+    )
+
+
+def _kernel_cases(device: str) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    aten = torch.ops.aten
+    place = torch.device(device if device == "cuda" else "meta")
+    zeros = partial(torch.zeros, dtype=torch.bfloat16, device=place)
+    for B, H, S, width, kv in (
+        (1, 32, 8192, 128, 32),
+        (1, 8, 1024, 64, 8),
+        (1, 12, 1000, 64, 12),
+        (1, 32, 4096, 128, 8),
+    ):
+        q, k, v = (zeros((B, h, S, width)) for h in (H, kv, kv))
+        shape = f"B={B} H={H} kv={kv} S={S} width={width}"
+        yield f"flash forward {shape}", aten._scaled_dot_product_flash_attention.default, (q, k, v, 0.0, True)
+        out = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+        saved = (out[0], q, k, v, *out[:6], 0.0, True, *out[6:8])
+        yield f"flash backward {shape}", aten._scaled_dot_product_flash_attention_backward.default, saved
+    for S, V, D in ((1024, 32000, 1024), (4096, 32000, 1024), (8192, 1000, 1024)):
+        indices = torch.zeros((1, S), dtype=torch.long, device=place)
+        args = (zeros((1, S, D)), indices, V, -1, False)
+        yield f"embedding backward S={S} V={V} D={D}", aten.embedding_dense_backward.default, args
+    yield "norms of gradients", aten._foreach_norm.Scalar, ([zeros((size,)) for size in (10, 1000, 10_000_000)],)
+
+
+def _inside(operator: Any, args: tuple[Any, ...]) -> int:
+    """Bytes the operator takes at its peak, its results aside."""
+    operator(*args)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    out = operator(*args)
+    torch.cuda.synchronize()
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+    tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_cuda]
+    results = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return int(peak) - sum(results.values())
+
+
+def _before(out: Path | None, about: dict[str, Any]) -> list[Row]:
+    """The cases in check.json that this code found on this device, without the failed ones."""
+    try:
+        found = json.loads((out / "check.json").read_text()) if out else {}
+        if any(found.get(key) != value for key, value in about.items()):
+            return []
+        return [Row(**row) for row in found["cases"] if not row["error"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def _write(out: Path | None, about: dict[str, Any], rows: list[Row], kernels: list[dict[str, Any]]) -> None:
+    """Everything found so far; whole at any moment."""
+    if out:
+        document = about | {"cases": [asdict(row) for row in rows], "kernels": kernels}
+        with whole(out / "check.json") as partial:
+            partial.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _line(row: Row) -> str:
+    head = f"{row.shape} n={row.n} {row.strategy} {row.allocator}"
+    if row.error:
+        return f"{head}: {row.error}"
+    if row.difference is None:
+        return f"{head}: " + ", ".join(f"{key} {row.predicted[key]:,}" for key in FIELDS)
+    parts = (f"{key} {row.measured[key]:,} ({row.difference[key]:+,})" for key in FIELDS if row.measured)
+    return f"{head}: measured (predicted minus measured) " + ", ".join(parts) + f", unnamed {row.unnamed:,}"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except Exception:
+        sys.exit(crashed())

@@ -1,0 +1,156 @@
+"""Results files for people who only look: nothing is written, what is damaged is skipped and named."""
+
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mtp_mem.errors import BadInput
+from mtp_mem.runs.record import Record, read_lines
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "model": {"vocab_size": int, "dim": int, "n_layers": int, "n_attention_heads": int, "n_kv_heads": (int, type(None))}
+    | {"ffn_dim": (int, type(None)), "n_future": int, "head": str, "unembedding": str, "match_layers": bool},
+    "workload": {"batch": int, "sequence": int, "dtype": str, "source": str},
+    "environment": {"mtp_mem": str, "torch": str, "device": str, "cpu": str, "commit": (str, type(None))},
+}
+"""What the charts and tables read from a record's nested fields."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """A record, and where it stands."""
+
+    record: Record
+    path: Path
+    line: int
+
+
+def read(paths: Sequence[Path], notes: list[str]) -> list[Located]:
+    """The records of results files, or of all `results.jsonl` below a folder; of records of one case only the last.
+
+    Args:
+        paths: files and folders.
+        notes: what was skipped, and why, is added here, naming file and line.
+
+    Raises:
+        BadInput: a path that is not there or cannot be read, a folder without results, no usable record at all.
+    """
+    files = list(dict.fromkeys(file for path in paths for file in _files(path)))
+    found: dict[str, Located] = {}
+    for file in files:
+        usable = 0
+        try:
+            for line, record in read_lines(file, notes):
+                wrong = what_is_wrong(record)
+                if wrong:
+                    notes.append(f"{file}:{line}: skipped: {wrong}")
+                else:
+                    found.pop(record.case, None)
+                    found[record.case] = Located(record, file, line)
+                    usable += 1
+        except OSError as e:
+            raise BadInput(f"{file}: cannot be read: {e.strerror}") from None
+        if not usable:
+            notes.append(f"{file}: {'no usable record' if file.stat().st_size else 'empty'}")
+    if not found:
+        raise BadInput("; ".join([*notes, "nothing to report: no usable record"]))
+    return list(found.values())
+
+
+def what_is_wrong(record: Record) -> str | None:
+    """The first field whose type or value no record of this version has; None for a sound record."""
+    for name, hint in typing.get_type_hints(Record).items():
+        value = getattr(record, name)
+        if not _is(value, hint):
+            return f"{name} = {_short(value)}: not {_words(hint)}"
+    for name, keys in NEEDED.items():
+        for key, kinds in keys.items():
+            value = getattr(record, name).get(key)
+            right = isinstance(value, kinds) and (type(value) is not int or value > 0)
+            if not right or (isinstance(value, bool) and kinds is not bool):
+                return f"{name}.{key} is {'missing' if key not in getattr(record, name) else _short(value)}"
+    return None if record.n >= 1 else f"n = {record.n}: not a number of heads"
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.rglob("results.jsonl"))
+    if not files:
+        raise BadInput(f"{path}: holds no results.jsonl")
+    return files
+
+
+def _is(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_is(value, arg) for arg in args)
+    if origin is Literal:
+        return isinstance(value, str) and value in args
+    if origin is dict:
+        return isinstance(value, dict) and (args[1] is Any or all(_is(v, args[1]) for v in value.values()))
+    if origin is tuple:
+        return isinstance(value, tuple)
+    if hint is float:
+        return type(value) in (int, float) and (math.isfinite(value) or value == math.inf) and value >= 0
+    return type(value) is hint and (hint is not int or value >= 0)
+
+
+def _words(hint: Any) -> str:
+    return str(hint).replace("typing.", "") if typing.get_origin(hint) else hint.__name__
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def machine(record: Record) -> str:
+    """What the figures are of: the device, the GPU predicted for, or the CPU."""
+    env = record.environment
+    target = env.get("target")
+    if record.exactness == "predicted" and isinstance(target, str):
+        return target
+    return str(env["cpu"] if env["device"] == "cpu" else env["device"])
+
+
+def groups(found: Sequence[Located], notes: list[str]) -> list[list[Record]]:
+    """Records that may stand in one table: one machine, one way of measuring, one model but for n, one workload.
+
+    Of several records of one strategy and n (from two versions of the code, say) the last is kept; `notes` names the
+    others, and files that mix machines.
+    """
+    kept: dict[tuple[str, ...], dict[tuple[str, int], Located]] = {}
+    for one in found:
+        record = one.record
+        model = {k: v for k, v in record.model.items() if k != "n_future"}
+        key = (machine(record), record.backend, record.exactness, _canonical(model), _canonical(record.workload))
+        cases = kept.setdefault(key, {})
+        before = cases.pop((record.strategy, record.n), None)
+        if before:
+            notes.append(
+                f"{before.path}:{before.line}: replaced by {one.path}:{one.line}: {record.strategy} at n = {record.n}"
+            )
+        cases[record.strategy, record.n] = one
+    for path in dict.fromkeys(one.path for one in found):
+        lines: dict[str, list[int]] = {}
+        for one in found:
+            if one.path == path:
+                lines.setdefault(machine(one.record), []).append(one.line)
+        if len(lines) > 1:
+            where = "; ".join(f"{name} from line {min(numbers)}" for name, numbers in lines.items())
+            notes.append(f"{path}: records of {len(lines)} machines, shown apart: {where}")
+    return [[one.record for one in cases.values()] for cases in kept.values()]
+
+
+def _canonical(table: dict[str, Any]) -> str:
+    return repr(sorted((k, repr(v)) for k, v in table.items()))
+
+
+def code_versions(records: Sequence[Record]) -> list[str]:
+    """The versions of mtp_mem's code that a group was made with."""
+    return list(dict.fromkeys(str(r.environment.get("code") or r.environment["mtp_mem"]) for r in records))

@@ -1,0 +1,171 @@
+"""The record of one case, and the file of records: one JSON object a line, appended as each case ends."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mtp_mem.errors import BadInput
+from mtp_mem.verification.gradient_error import Verdict
+
+SCHEMA = 1
+"""Fields are added, never renamed, within a schema version."""
+
+ERRORS = ("gradient_error", "gradient_noise")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One case: a strategy at one n under one instrument. Bytes are integers; what does not exist is None."""
+
+    schema: int = SCHEMA
+    case: str  # identifies the case and everything its figures depend on
+    created_at: str
+    backend: Literal["cuda", "cpu", "fake"]
+    exactness: Literal["measured", "tracked", "predicted"]
+    strategy: str
+    n: int
+    status: Literal["ok", "oom", "error"]
+    chosen: str | None = None  # what a strategy that chooses by step ran, and why
+    error: str | None = None
+    baseline_bytes: int | None = None
+    peak_requested_bytes: int | None = None
+    peak_over_baseline_bytes: int | None = None
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    peak_phase: str | None = None
+    peak_op: str | None = None
+    phase_peaks: dict[str, int] | None = None
+    floor_requested_bytes: int | None = None  # peak of the same step without any logits (mtp_mem/prediction/floor.py)
+    floor_allocated_bytes: int | None = None
+    steps_before: int | None = None  # steps run before the measured one: the first has no optimizer state yet
+    bytes_at_peak: dict[str, int] | None = None
+    peak_spread_bytes: int | None = None  # largest minus smallest allocated peak of the repeats
+    live_unnamed_bytes: int | None = None  # live before the step and no tensor of ours: cuBLAS workspaces
+    alloc_retries: int | None = None
+    nvml_process_bytes: int | None = None
+    host_rss_bytes: int | None = None
+    tokens_per_s: float | None = None
+    step_ms: float | None = None
+    step_ms_p20: float | None = None
+    step_ms_p80: float | None = None
+    gradient: Verdict = "unchecked"
+    gradient_error: float | None = None
+    gradient_group: str | None = None
+    gradient_reference: str | None = None  # whose gradients these were held against
+    gradient_noise: float | None = None  # error of that one against itself, run again
+    losses: tuple[float, ...] | None = None
+    parameters: int | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    workload: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; a number that JSON cannot hold (an infinite error) becomes the string "inf"."""
+        found = dataclasses.asdict(self)
+        return found | {key: "inf" for key in ERRORS if found[key] == float("inf")}
+
+    @staticmethod
+    def from_json(found: dict[str, Any]) -> "Record":
+        """The record of a JSON object; fields that this version does not know are dropped.
+
+        Raises:
+            BadInput: another schema version, or no record at all.
+        """
+        schema = found.get("schema")
+        if schema != SCHEMA:
+            newer = "; update mtp_mem" if isinstance(schema, int) and schema > SCHEMA else ""
+            raise BadInput(f"schema {schema!r}; this version reads schema {SCHEMA}{newer}")
+        names = {f.name for f in dataclasses.fields(Record)}
+        known = {key: value for key, value in found.items() if key in names}
+        known |= {key: float("inf") for key in ERRORS if known.get(key) == "inf"}
+        if known.get("losses") is not None:
+            known["losses"] = tuple(known["losses"])
+        try:
+            return Record(**known)
+        except TypeError as e:
+            raise BadInput(f"no record: {e}") from None
+
+
+def as_floor(facts: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a record that say what the step without logits needed, from that step's own."""
+    return {f"floor_{kind}_bytes": facts.get(f"peak_{kind}_bytes") for kind in ("requested", "allocated")}
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short name for a case and all that its figures depend on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def writable(out: Path) -> Path:
+    """The folder `out`, made if it is not there.
+
+    Raises:
+        BadInput: it cannot be made or written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return out
+    except OSError as e:
+        raise BadInput(f"--out {out}: cannot be written: {e.strerror}") from None
+
+
+def read_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
+    """Each record of a results file with the number of its line; lines that are none are skipped, and named in `notes`.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, Record.from_json(json.loads(line))
+        except (BadInput, ValueError, AttributeError, RecursionError) as e:
+            why = str(e) if isinstance(e, BadInput) else "not a whole JSON object (cut off?)"
+            notes.append(f"{path}:{number}: skipped: {why}")
+
+
+class ResultsFile:
+    """A `results.jsonl` in the folder `out`: reading it skips what is damaged, and says so in `notes`.
+
+    Raises:
+        BadInput: the folder cannot be made or written.
+    """
+
+    def __init__(self, out: Path, *, fresh: bool = False) -> None:
+        self.path = writable(out) / "results.jsonl"
+        self.notes: list[str] = []
+        try:
+            if fresh:
+                self.path.unlink(missing_ok=True)
+            with self.path.open("ab"):
+                pass
+        except OSError as e:
+            raise BadInput(f"--out {out}: cannot be written: {e.strerror}") from None
+
+    def read(self) -> list[Record]:
+        """All records that can be read, oldest first; of records of one case only the last."""
+        records: dict[str, Record] = {}
+        self.notes = []
+        for _, record in read_lines(self.path, self.notes):
+            records[record.case] = record
+        return list(records.values())
+
+    def append(self, record: Record) -> None:
+        """Write one record so that a kill at any moment loses no earlier one."""
+        line = json.dumps(record.to_json()).encode() + b"\n"
+        with self.path.open("rb+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a kill cut the last line off: leave it, and start a new one
+                    line = b"\n" + line
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())

@@ -1,0 +1,127 @@
+"""Profile -> cases -> records: every strategy at every n, checked, measured and timed on the same weights and batch.
+
+Strategies at one n share one model, and their timed steps are interleaved so that a drifting machine slows all alike.
+On CUDA the bytes come first, each case in a process of its own while this one holds nothing on the device.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+import torch
+
+from mtp_mem.config.schema import ModelConfig, Profile
+from mtp_mem.data import Corpus
+from mtp_mem.environment import environment, numerics
+from mtp_mem.limits import require
+from mtp_mem.prediction.floor import NoLogits
+from mtp_mem.runs import isolated
+from mtp_mem.runs.bench import Bench, Progress, failure, free, speed
+from mtp_mem.runs.record import Record, as_floor, fingerprint
+from mtp_mem.strategy import Strategy, load_strategy
+
+Facts = dict[str, Any]
+"""Fields of a record."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One strategy at one n, and the name of everything its figures depend on."""
+
+    strategy: str
+    n: int
+    fingerprint: str
+
+
+def cases(profile: Profile, corpus: Corpus, device: torch.device) -> list[Case]:
+    """The profile's cases, n by n, strategies in the profile's order."""
+    env = environment(device.type)
+    machine = [env[key] for key in ("code", "torch", "cpu", "threads", "device", "variables", *numerics())]
+
+    def case(spec: str, n: int) -> Case:
+        model, workload = profile.model.with_n(n), profile.workload
+        parts = (spec, dataclasses.asdict(model), dataclasses.asdict(workload), profile.sweep.rounds, corpus.digest)
+        return Case(spec, n, fingerprint(*parts, machine))
+
+    return [case(spec, n) for n in profile.sweep.n for spec in profile.sweep.strategies]
+
+
+def units(todo: list[Case], rounds: int) -> int:
+    """How often `run` will call its progress callback."""
+    return len(todo) * (2 + rounds) + len({case.n for case in todo})
+
+
+def run(
+    profile: Profile, corpus: Corpus, device: torch.device, todo: list[Case], progress: Progress
+) -> Iterator[Record]:
+    """Run the cases n by n; each n's records are yielded as they become complete."""
+    strategies = {case.strategy: load_strategy(case.strategy) for case in todo}  # bad specs fail before any work
+    require(strategies, profile.model, profile.workload)
+    for n in dict.fromkeys(case.n for case in todo):
+        here = [case for case in todo if case.n == n]
+        mine = {case.strategy: strategies[case.strategy] for case in here}
+        yield from _run_n(profile, profile.model.with_n(n), corpus, device, here, mine, progress)
+        free(device)
+
+
+def _run_n(
+    profile: Profile,
+    config: ModelConfig,
+    corpus: Corpus,
+    device: torch.device,
+    todo: list[Case],
+    strategies: dict[str, Strategy],
+    progress: Progress,
+) -> Iterator[Record]:
+    n, workload = config.n_future, profile.workload
+    bytes_alone: dict[str, Facts] = {}
+    if device.type == "cuda":
+        for spec in ("", *strategies):
+            progress(f"n={n} {spec or 'floor'}: bytes")
+            bytes_alone[spec] = isolated.measure(profile, n, spec, str(device), text=corpus.path)
+    bench = Bench(profile, config, corpus, device)
+    found = {spec: bytes_alone.get(spec, {}) for spec in strategies}
+    for spec, facts in found.items():  # all of them before the first step, which changes the weights
+        if "error" not in facts:
+            progress(f"n={n} {spec}: gradients")
+            facts |= _tried(bench, partial(bench.check, strategies[spec]))
+    if device.type != "cuda":
+        progress(f"n={n} floor: bytes")
+        bytes_alone[""] = _tried(bench, partial(bench.measure, NoLogits()))
+        for spec, facts in found.items():
+            if "error" not in facts:
+                progress(f"n={n} {spec}: bytes")
+                facts |= _tried(bench, partial(bench.measure, strategies[spec]))
+    running = {spec: strategies[spec] for spec, facts in found.items() if "error" not in facts}
+    for spec, seconds in bench.time(running, lambda spec: progress(f"n={n} {spec}: timing")).items():
+        if isinstance(seconds, Exception):
+            found[spec]["error"] = f"not timed: {failure(seconds)['error']}"
+        else:
+            found[spec] |= speed(seconds, workload.tokens)
+    for case in todo:
+        yield Record(
+            case=case.fingerprint,
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            backend="cuda" if device.type == "cuda" else "cpu",
+            exactness="measured" if device.type == "cuda" else "tracked",
+            strategy=case.strategy,
+            n=case.n,
+            parameters=bench.parameters,
+            model=dataclasses.asdict(config),
+            workload={**dataclasses.asdict(workload), "source": corpus.source, "digest": corpus.digest},
+            environment=environment(device.type),
+            **as_floor(bytes_alone[""]),
+            **found[case.strategy],
+        )
+
+
+def _tried(bench: Bench, work: Callable[[], Facts]) -> Facts:
+    """What the work found, or how it failed."""
+    try:
+        return work()
+    except Exception as e:
+        bench.recover()
+        return failure(e)

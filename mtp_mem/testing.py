@@ -1,0 +1,46 @@
+"""One call that holds a strategy to the protocol and to the right gradients."""
+
+from collections.abc import Sequence
+
+import torch
+
+from mtp_mem.config.schema import Dtype
+from mtp_mem.strategy import Strategy
+from mtp_mem.verification.checks import Check
+from mtp_mem.verification.scenarios import ALL_DTYPES, SCENARIOS, Scenario
+from mtp_mem.verification.verify import verify
+
+SHOWN = 10
+
+
+def check_strategy(
+    strategy: Strategy | str,
+    *,
+    dtypes: Sequence[Dtype] = ALL_DTYPES,
+    scenarios: Sequence[Scenario] = SCENARIOS,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Run the whole matrix at small size; some seconds on a CPU.
+
+    Args:
+        strategy: an object or a spec string. A dataclass field `chunk` is set to what each scenario asks for.
+        dtypes: of the model.
+        scenarios: see mtp_mem/verification/scenarios.py.
+        device: where the strategy runs.
+
+    Raises:
+        AssertionError: names each scenario that failed, the part of the model and the numbers.
+    """
+    found = verify([strategy], dtypes=dtypes, scenarios=scenarios, device=device)
+    if found.failures:
+        # What is broken alike everywhere is said once: ten times the same exception hides the other failures.
+        alike: dict[str, list[Check]] = {}
+        for check in found.failures:
+            alike.setdefault(check.broken or check.explain(), []).append(check)
+        told = [
+            f"{same[0].explain()}{f' (and {len(same) - 1} more alike)' * (len(same) > 1)}" for same in alike.values()
+        ]
+        lines = told[:SHOWN]
+        if len(told) > SHOWN:
+            lines.append(f"... and {len(told) - SHOWN} more")
+        raise AssertionError("\n".join([f"{len(found.failures)} of {len(found.checks)} checks failed:", *lines]))
