@@ -105,6 +105,11 @@ def load_strategy(spec: str) -> Strategy:
     return strategy
 
 
+def strategy_class(name: str) -> type[Any]:
+    """The class of a built-in strategy, whether or not what it needs to run is installed."""
+    return _load_class(BUILTIN[name], name)
+
+
 def summary(name: str) -> str:
     """The first line of a strategy's documentation."""
     doc = type(load_strategy(name)).__doc__ or ""

@@ -9,6 +9,7 @@ run on a GPU yet.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -16,33 +17,22 @@ from torch import Tensor
 
 from mtp_mem.data import IGNORE
 from mtp_mem.limits import Limits
-from mtp_mem.model.head_tree import Heads
-from mtp_mem.model.losses import loss_dtype
-from mtp_mem.strategies.library_kernel import flat, library
-
-LIBRARY = ("cce", "cut_cross_entropy", "cut-cross-entropy")
+from mtp_mem.strategies.library_kernel import LibraryKernel
 
 
 @dataclass(frozen=True, kw_only=True)
-class CCE:
+class CCE(LibraryKernel):
     """Sequential with Cut Cross-Entropy, unfiltered: logits on chip, recomputed (needs CUDA and cut-cross-entropy)"""
 
+    flops_factor: ClassVar[Fraction] = Fraction(4, 3)
+    module: ClassVar[str] = "cut_cross_entropy"
+    package: ClassVar[str] = "cut-cross-entropy"
     limits: ClassVar[Limits] = Limits(
         dtypes=(torch.bfloat16, torch.float16), waits="the host asks how many of its targets are valid"
     )
 
-    def __post_init__(self) -> None:
-        library(*LIBRARY)
-
-    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
-        """See `mtp_mem.strategy.Strategy.backward`."""
-        return heads.in_turn(cut, targets, weights, self.loss)
-
-    def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross entropy of one head over its valid targets, 0-dim in the loss dtype."""
-        kernel = library(*LIBRARY)
-        rows, weight, wanted, count = flat(hidden, unembedding, targets, self.limits)
-        total = kernel.linear_cross_entropy(
-            rows, weight, wanted, ignore_index=IGNORE, reduction="sum", filter_eps=None, impl="cce"
+    def kernel_loss(self, rows: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+        """See `LibraryKernel.kernel_loss`."""
+        return self.library().linear_cross_entropy(  # type: ignore[no-any-return]
+            rows, unembedding, targets, ignore_index=IGNORE, reduction="sum", filter_eps=None, impl="cce"
         )
-        return total.to(loss_dtype(hidden.dtype)) / count  # type: ignore[no-any-return]

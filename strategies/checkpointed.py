@@ -11,43 +11,66 @@ FLOPs: 4/3 of every head, its layer included. It fits where only a single backwa
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mtp_mem.model.head_tree import Head, Heads
-from mtp_mem.model.losses import VOCAB_CHUNK, LossName, named
+from mtp_mem.model.losses import full
+from mtp_mem.model.shape import Shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpointed:
     """One joint backward that recomputes each head with its loss: one head's logits alive (4/3 of the head's FLOPs)"""
 
-    loss: LossName = "full"
-    chunk: int = VOCAB_CHUNK  # of loss=chunked_vocab
-
-    def __post_init__(self) -> None:
-        named(self.loss, self.chunk)
+    flops_factor: ClassVar[Fraction] = Fraction(4, 3)
+    recomputes_layers: ClassVar[bool] = True
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
         """See `mtp_mem.strategy.Strategy.backward`."""
-        loss = named(self.loss, self.chunk)
-
-        def visit(head: Head, parent: Tensor) -> tuple[Tensor, Tensor]:
-            # Heads draw no random numbers, so there is no generator state to keep.
-            hidden, head_loss = checkpoint(
-                heads.hidden_and_loss,
-                head,
-                parent,
-                targets[head.index],
-                loss,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            return hidden, head_loss
-
-        losses = heads.joint(cut, visit)
+        losses: dict[int, Tensor] = {}
+        for root in heads.roots:
+            self.head_forward(heads, root, cut, targets, losses)
+        joint = [losses[index] for index in range(heads.n)]
         heads.phase("heads backward")
-        heads.backward(losses, weights.unbind())
-        return torch.stack(losses).detach()
+        heads.backward(joint, weights.unbind())
+        return torch.stack(joint).detach()
+
+    def head_forward(
+        self, heads: Heads, head: Head, parent: Tensor, targets: Tensor, losses: dict[int, Tensor]
+    ) -> None:
+        """One head with its loss inside a checkpoint, then its children's: parents before children.
+
+        Args:
+            heads: all heads.
+            head: the one to run.
+            parent: hidden states (B, S, D) that it reads.
+            targets: (n, B, S).
+            losses: by head index; this head's and its children's are added.
+        """
+        # Heads draw no random numbers, so there is no generator state to keep.
+        hidden, losses[head.index] = checkpoint(
+            hidden_and_loss,
+            heads,
+            head,
+            parent,
+            targets[head.index],
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for child in head.children:
+            self.head_forward(heads, child, hidden, targets, losses)
+
+    def peak_bytes(self, shape: Shape) -> int:
+        """Bytes above the cut at the heads' worst moment: one head with its full loss, as it is recomputed."""
+        return shape.one_head(3 * shape.logits)
+
+
+def hidden_and_loss(heads: Heads, head: Head, parent: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What is recomputed: the head's hidden states (B, S, D), and its loss, 0-dim, over targets (B, S)."""
+    hidden = heads.hidden(head, parent)
+    return hidden, heads.loss(head, hidden, targets, full)

@@ -9,28 +9,46 @@
             rows[chunk] = logits @ unembedding              # the rows become their gradient
         norm.backward(rows), head.backward
 
-Memory above the cut: one chunk of logits (chunk, V), the unembedding's gradient (fp32 for low precision), one head's
-activations. FLOPs: 1, three products per head, and none twice. It needs the loss weights before the backward, which
-every trainer has; the arithmetic is in mtp_mem/model/token_chunks.py.
+A row's softmax needs that row's V logits and no others, so a chunk of tokens can be finished, gradients and all, before
+its logits are overwritten by the next one's. Vocabulary chunks cannot do that: a row's normaliser is known only after
+the last slab. FLOPs: 1, three products per head, and none twice. It needs the loss weights before the backward, which
+every trainer has.
+
+Memory above the cut, besides one head's activations, for N rows, a chunk of c of them, b bytes a value:
+
+    c V b                 logits, turned in place into probabilities minus the one-hot targets
+    V D a                 the unembedding's gradient: fp32 (a = 4) where the parameter has less precision, else `.grad`
+    r V 4                 low precision only: r rows of logits in fp32
+
+Scaling (loss weight, 1 / count, masks) is done on sides of width D, never on the V-wide matrix.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mtp_mem._util import MiB
+from mtp_mem.data import IGNORE
 from mtp_mem.errors import BadInput
 from mtp_mem.model.head_tree import Head, Heads
-from mtp_mem.model.token_chunks import Accumulate, RowKernel, UnembeddingGradient, default_chunk, head_loss
+from mtp_mem.model.losses import compute_dtype, loss_dtype
+from mtp_mem.model.shape import Shape
+from mtp_mem.strategies.sequential import Sequential
+
+CUDA_LOGITS = 512 * MiB
+CUDA_TOKENS = (512, 4096)
+CPU_TOKENS = (128, 1024)
+WIDE_ROWS = 4096
+SOFTMAX_BLOCK = 32 * MiB
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChunkedTokens:
+class ChunkedTokens(Sequential):
     """Sequential, and each head's logits in chunks of tokens with their gradients: one chunk alive (no FLOP more)"""
 
     chunk: int | None = None  # tokens; None: by shape and device, see default_chunk
-    accumulate: Accumulate = "fp32"
-    rows: RowKernel = "eager"  # "compiled": softmax and targets as one kernel by torch.compile
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
@@ -38,37 +56,241 @@ class ChunkedTokens:
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
         """See `mtp_mem.strategy.Strategy.backward`."""
-        sums: dict[Tensor, UnembeddingGradient] = {}
-        uses = heads.unembedding_uses()
-
-        def loss_backward(head: Head, hidden: Tensor) -> Tensor:
-            for done in [u for u in sums if not uses[u]]:  # replicated unembeddings: one accumulator at a time
-                sums.pop(done).finish()
-            unembedding = head.unembedding
-            normed = heads.normed(head, hidden)  # (B, S, D)
-            with torch.no_grad():
-                dtype = heads.compute_dtype(normed)
-                rows = normed.detach().flatten(0, -2).to(dtype)  # (N, D); `normed` itself where dtypes agree
-                if normed._is_view():  # a norm that hands its input on: the cut itself must not be overwritten
-                    rows = rows.clone()
-                if unembedding.requires_grad and unembedding not in sums:
-                    sums[unembedding] = UnembeddingGradient(unembedding, self.accumulate, heads.cuda)
-                N, (V, D) = rows.shape[0], unembedding.shape
-                loss = head_loss(
-                    rows,
-                    unembedding.detach().to(dtype),
-                    targets[head.index].flatten(),
-                    weights[head.index],
-                    sums.get(unembedding),
-                    chunk=self.chunk or default_chunk(N, D, V, dtype.itemsize, heads.cuda),
-                    keep_rows=not normed.requires_grad,
-                    kernel=self.rows,
-                )
-            uses[unembedding] -= 1
-            heads.backward([normed], [rows.view_as(normed).to(normed.dtype)])
-            return loss
-
-        losses = heads.sequential(cut, loss_backward)
-        for last in sums.values():  # after the head's activations are gone: the sum and its copy are both large
-            last.finish()
+        sums = UnembeddingSums(heads)
+        losses = _Step(self.chunk, sums).backward(cut, heads, targets, weights)
+        sums.finish()  # after the last head's activations are gone: the sum and its copy are both large
         return losses
+
+    def peak_bytes(self, shape: Shape) -> int:
+        """Bytes above the cut at the worst moment: in a head, or as the fp32 sum becomes the gradient."""
+        heads = shape.one_head(self.loss_bytes(shape))
+        if shape.value == shape.loss_value:
+            return heads
+        above = shape.n * shape.layer_parameters + shape.shared_gradients
+        return max(heads, above + shape.V * shape.D * shape.loss_value)
+
+    def loss_bytes(self, shape: Shape) -> int:
+        """A chunk of logits and the sum of the unembedding's gradient; in low precision its softmax's fp32 rows too.
+
+        Besides, in N rows: targets as columns (8), validity (1) and shares of the mean. A CPU has no product of low
+        precision into fp32, and widens both sides. With more heads the sum is among what the others left, but for what
+        it is wider than the gradient; with one head and one chunk it begins after the softmax.
+        """
+        s = shape
+        chunk = min(self.chunk or default_chunk(s.N, s.D, s.V, s.value, s.cuda), s.N)
+        logits = chunk * s.V * s.value
+        rows = s.N * (8 + 1 + s.loss_value) + chunk * s.loss_value
+        softmax_row = 5 * s.loss_value + 1  # largest logit, the target's, the loss, that times its share twice, a mask
+        total = s.V * s.D * (s.loss_value if s.n == 1 else s.loss_value - s.value)
+        before = 0 if s.n == 1 and chunk == s.N else total
+        if s.value == s.loss_value:
+            return logits + rows + max(before + chunk * softmax_row, total)
+        height = min(chunk, max(1, SOFTMAX_BLOCK // (s.V * s.loss_value)))
+        softmax = height * (s.V * s.loss_value + softmax_row)
+        widened = 0 if s.cuda else chunk * (s.D + min(WIDE_ROWS, s.V)) * s.loss_value
+        return logits + rows + max(before + softmax, total + widened)
+
+
+class _Step(Sequential):
+    """One step's sequential order; `sums` lives as long as the step, so the strategy itself keeps nothing."""
+
+    def __init__(self, chunk: int | None, sums: "UnembeddingSums") -> None:
+        self.chunk, self.sums = chunk, sums
+
+    def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        """See `Sequential.loss_backward`."""
+        gradient = self.sums.for_next_head(head.unembedding)
+        normed = heads.normed(head, hidden)  # (B, S, D)
+        with torch.no_grad():
+            with heads.autocast():
+                dtype = compute_dtype(normed)
+            rows = normed.detach().flatten(0, -2).to(dtype)  # (N, D); `normed` itself where dtypes agree
+            if normed._is_view():  # a norm that hands its input on: the cut itself must not be overwritten
+                rows = rows.clone()
+            N, (V, D) = rows.shape[0], head.unembedding.shape
+            loss = head_loss(
+                rows,
+                head.unembedding.detach().to(dtype),
+                targets.flatten(),
+                weight,
+                gradient,
+                chunk=self.chunk or default_chunk(N, D, V, dtype.itemsize, heads.cuda),
+                keep_rows=not normed.requires_grad,
+            )
+        heads.backward([normed], [rows.view_as(normed).to(normed.dtype)])
+        return loss
+
+
+class UnembeddingSums:
+    """The sums of a step's unembedding gradients, each alive from its first head to its last.
+
+    Replicated unembeddings have one head each: then one sum is alive at a time.
+    """
+
+    def __init__(self, heads: Heads) -> None:
+        self._cuda = heads.cuda
+        self._sums: dict[Tensor, UnembeddingGradient] = {}
+        self._heads_left: Counter[Tensor] = Counter()
+        pending = list(heads.roots)
+        while pending:
+            head = pending.pop()
+            self._heads_left[head.unembedding] += 1
+            pending += head.children
+
+    def for_next_head(self, unembedding: Tensor) -> "UnembeddingGradient | None":
+        """What one more head of this unembedding adds to; None where it is frozen. Sums without a head left end."""
+        for complete in [weight for weight in self._sums if not self._heads_left[weight]]:
+            self._sums.pop(complete).finish()
+        self._heads_left[unembedding] -= 1
+        if unembedding.requires_grad and unembedding not in self._sums:
+            self._sums[unembedding] = UnembeddingGradient(unembedding, self._cuda)
+        return self._sums.get(unembedding)
+
+    def finish(self) -> None:
+        """Leave the sums that are still open in `.grad`."""
+        for gradient in self._sums.values():
+            gradient.finish()
+
+
+class UnembeddingGradient:
+    """The gradient of one unembedding (V, D), summed over chunks and heads.
+
+    In an fp32 buffer of its own where the parameter has less precision, and straight into `.grad` where it has not.
+    """
+
+    def __init__(self, parameter: Tensor, cuda: bool) -> None:
+        self.parameter, self.cuda = parameter, cuda
+        self.buffer: Tensor | None = None  # (V, D), from the first product on
+
+    def add(self, slab: Tensor, rows: Tensor) -> None:
+        """Add slab^T rows: slab (c, V), rows (c, D), both in the compute dtype."""
+        empty = False
+        if self.buffer is None:
+            self.buffer, empty = self._begin()
+        _add_product(self.buffer, slab.T, rows, empty, self.cuda)
+
+    def finish(self) -> None:
+        """Leave the sum in `.grad`, where it is not there already."""
+        buffer, parameter = self.buffer, self.parameter
+        self.buffer = None
+        if buffer is None or buffer is parameter.grad:
+            return
+        if parameter.grad is None:
+            parameter.grad = buffer.to(parameter.dtype)
+        else:
+            parameter.grad.add_(buffer)
+
+    def _begin(self) -> tuple[Tensor, bool]:
+        """The buffer, and whether it holds nothing yet: the first product writes it, so it needs no zero fill."""
+        parameter = self.parameter
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            return torch.empty_like(parameter, dtype=torch.float32), True  # (V, D)
+        if parameter.grad is not None:
+            return parameter.grad, False
+        parameter.grad = torch.empty_like(parameter)  # (V, D)
+        return parameter.grad, True
+
+
+def default_chunk(N: int, D: int, V: int, value_bytes: int, cuda: bool) -> int:
+    """Tokens per chunk where none are asked for: a power of two, or all tokens where they are fewer.
+
+    CUDA: the largest whose logits fit 512 MiB, at least 512 (below that reading the unembedding again for every chunk
+    costs more than the products) and at most 4096; it does not grow with N. CPU: the largest whose logits take at most
+    twice what nobody avoids, the gradients of the unembedding and of the hidden states: c V <= 2 (V + N) D. At least
+    128; at most 1024, where products of chunks were as fast as whole ones (V = 32000, D = 512).
+    """
+    fits = CUDA_LOGITS // (V * value_bytes) if cuda else 2 * (V + N) * D // V
+    low, high = CUDA_TOKENS if cuda else CPU_TOKENS
+    return min(N, max(low, min(high, 1 << (max(1, fits).bit_length() - 1))))
+
+
+def head_loss(
+    rows: Tensor,
+    unembedding: Tensor,
+    targets: Tensor,
+    upstream: Tensor,
+    gradient: UnembeddingGradient | None,
+    *,
+    chunk: int,
+    keep_rows: bool,
+) -> Tensor:
+    """Mean cross entropy of one head; `rows` become their own gradient.
+
+    Args:
+        rows: normed hidden states (N, D) in the compute dtype; overwritten with upstream * dL/drows unless `keep_rows`.
+        unembedding: (V, D) in the compute dtype.
+        targets: (N,) int64, IGNORE where there is none.
+        upstream: dLoss/dL, 0-dim, in the loss dtype.
+        gradient: what sums the unembedding's gradient; None where it is frozen.
+        chunk: tokens per chunk.
+        keep_rows: leave `rows` alone: nothing below needs a gradient.
+
+    Returns:
+        The loss, 0-dim, in the loss dtype; 0 where no target is valid.
+    """
+    N, V = rows.shape[0], unembedding.shape[0]
+    acc = loss_dtype(rows.dtype)
+    valid = targets != IGNORE  # (N,)
+    count = valid.sum().clamp(min=1)
+    share = valid / count.to(acc)  # (N,)
+    column = targets.clamp(min=0)[:, None]  # (N, 1)
+    total = rows.new_zeros((), dtype=acc)
+    logits = rows.new_empty(min(chunk, N), V)  # (c, V)
+    for start in range(0, N, chunk):
+        part = slice(start, min(start + chunk, N))
+        x, weight = rows[part], (share[part] * upstream)[:, None]  # (c, D), (c, 1)
+        z = logits[: x.shape[0]]
+        torch.mm(x, unembedding.T, out=z)
+        total += _softmax_minus_onehot(z, column[part], share[part])
+        if gradient is not None:  # the rows are needed no more, unless they are kept
+            gradient.add(z, (x * weight).to(x.dtype) if keep_rows else x.mul_(weight))
+        if not keep_rows:
+            torch.mm(z, unembedding, out=x)
+            x.mul_(weight)
+    return total
+
+
+def _softmax_minus_onehot(z: Tensor, column: Tensor, share: Tensor) -> Tensor:
+    """Logits z (c, V) become dL_row/dlogits in place; returns the sum of the rows' losses, each times its share."""
+    acc = loss_dtype(z.dtype)
+    if z.dtype == acc:
+        return _rows(z, column, share)
+    height = max(1, min(z.shape[0], SOFTMAX_BLOCK // (z.shape[1] * acc.itemsize)))
+    wide = z.new_empty(height, z.shape[1], dtype=acc)  # (r, V)
+    total = z.new_zeros((), dtype=acc)
+    for start in range(0, z.shape[0], height):
+        part = slice(start, min(start + height, z.shape[0]))
+        block = wide[: part.stop - part.start]
+        block.copy_(z[part])
+        total += _rows(block, column[part], share[part])
+        z[part] = block
+    return total
+
+
+def _rows(z: Tensor, column: Tensor, share: Tensor) -> Tensor:
+    # In place: documented for neither operator, and held by tests/test_token_chunks.py on every dtype.
+    top, wanted = z.amax(dim=1), z.gather(1, column)[:, 0]  # (c,), (c,)
+    torch.ops.aten._softmax.out(z, 1, False, out=z)
+    # The largest probability is at least 1 / V, so that its logarithm gives the normaliser back without underflow.
+    losses = top - z.amax(dim=1).log() - wanted  # (c,)
+    z.scatter_add_(1, column, torch.full_like(column, -1, dtype=z.dtype))
+    return torch.where(share > 0, losses * share, 0.0).sum()
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, empty: bool, cuda: bool) -> None:
+    """out = a b (empty) or out += a b; `out` may be wider than a and b."""
+    if out.dtype == a.dtype:
+        if empty:
+            torch.mm(a, b, out=out)
+        else:
+            out.addmm_(a, b)
+    elif cuda:  # one kernel that sums in fp32: torch >= 2.8, and no CPU has it
+        if empty:
+            torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+        else:
+            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+    else:
+        wide = b.to(out.dtype)
+        for start in range(0, out.shape[0], WIDE_ROWS):  # a wide copy of all of `a` would be larger than the logits
+            part = slice(start, start + WIDE_ROWS)
+            _add_product(out[part], a[part].to(out.dtype), wide, empty, cuda)

@@ -6,26 +6,151 @@
 
 Memory above the cut: a slab (N, chunk), two copies of the unembedding's gradient, one head layer's activations.
 FLOPs: 4/3, because the logits are computed twice. It loses to token chunks where the loss weights are known in advance,
-and pays off where the unembedding arrives or leaves slab by slab. The two passes are in mtp_mem/model/losses.py.
+and pays off where the unembedding arrives or leaves slab by slab.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from typing import ClassVar
 
+import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from mtp_mem.model.head_tree import Heads
-from mtp_mem.model.losses import VOCAB_CHUNK, named
+from mtp_mem.data import IGNORE
+from mtp_mem.errors import BadInput
+from mtp_mem.model.head_tree import Head, Heads
+from mtp_mem.model.losses import compute_dtype, loss_dtype
+from mtp_mem.model.shape import Shape
+from mtp_mem.strategies.sequential import Sequential
+
+VOCAB_CHUNK = 2048
+"""Vocabulary entries per slab by default: at N = 8192 an fp32 slab is 64 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChunkedVocab:
+class ChunkedVocab(Sequential):
     """Sequential, and each head's logits in slabs of the vocabulary, recomputed: one slab alive (4/3 of the FLOPs)"""
 
-    chunk: int = VOCAB_CHUNK
+    flops_factor: ClassVar[Fraction] = Fraction(4, 3)
+    chunk: int = VOCAB_CHUNK  # vocabulary entries per slab
 
     def __post_init__(self) -> None:
-        named("chunked_vocab", self.chunk)
+        if self.chunk < 1:
+            raise BadInput(f"chunk = {self.chunk}: expected a whole number of at least 1")
 
-    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
-        """See `mtp_mem.strategy.Strategy.backward`."""
-        return heads.in_turn(cut, targets, weights, named("chunked_vocab", self.chunk))
+    def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        """See `Sequential.loss_backward`."""
+        loss = heads.loss(head, hidden, targets, partial(vocabulary_slabs, chunk=self.chunk))
+        heads.backward([loss], [weight])
+        return loss.detach()
+
+    def loss_bytes(self, shape: Shape) -> int:
+        """A slab of the backward and what it fills: d_hidden in the loss dtype, dW, and the weighted rows.
+
+        The slab is in the loss dtype; in low precision in the model's as well, and a product awaits its addition:
+        (N, D) of the hidden gradient, or (chunk, D) of the unembedding's.
+        """
+        chunk, narrow = min(self.chunk, shape.V), shape.value != shape.loss_value
+        slab = shape.N * chunk * (shape.loss_value + narrow * shape.value)
+        product = narrow * max(shape.N, chunk) * shape.D * shape.value
+        return slab + shape.N * shape.D * shape.loss_value + shape.hidden + product + shape.unembedding
+
+
+def vocabulary_slabs(hidden: Tensor, unembedding: Tensor, targets: Tensor, *, chunk: int) -> Tensor:
+    """Slabs of `chunk` vocabulary entries: online logsumexp forward, logits recomputed slab by slab in backward.
+
+    Holds (N, chunk) instead of (N, V) and runs four projections instead of three (4/3 of the FLOPs). The normaliser of
+    a row is only known after its last slab, which is why vocabulary chunks cannot do without recomputation.
+    """
+    rows = hidden.flatten(0, -2).to(compute_dtype(hidden))  # (N, D)
+    return _VocabularySlabs.apply(rows, unembedding, targets.flatten(), chunk)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _VocabularySlabs(torch.autograd.Function):
+    """Cross entropy over vocabulary slabs; saves only the row normalisers, shape (N,)."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden: Tensor, unembedding: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        acc = loss_dtype(hidden.dtype)
+        top = hidden.new_full(targets.shape, -torch.inf, dtype=acc)  # (N,) running maximum
+        total = hidden.new_zeros(targets.shape, dtype=acc)  # (N,) sum of exp(logit - top)
+        target_logit = hidden.new_zeros(targets.shape, dtype=acc)  # (N,)
+        slabs = _Slabs(hidden, min(chunk, unembedding.shape[0]))
+        for start in range(0, unembedding.shape[0], chunk):
+            slab = slabs.logits(unembedding[start : start + chunk].to(hidden.dtype))  # (N, chunk)
+            inside, column = _place(targets, start, slab.shape[1])
+            target_logit += slab.gather(1, column[:, None]).squeeze(1) * inside
+            new_top = torch.maximum(top, slab.amax(dim=1))
+            total = total * (top - new_top).exp() + slab.sub_(new_top[:, None]).exp_().sum(dim=1)
+            top = new_top
+        normaliser = top + total.log()  # (N,) logsumexp of all logits
+        valid = targets != IGNORE
+        count = valid.sum().clamp(min=1)
+        ctx.save_for_backward(hidden, unembedding, targets, normaliser, valid.to(acc) / count)
+        ctx.chunk = chunk  # type: ignore[attr-defined]
+        return torch.where(valid, normaliser - target_logit, 0).sum() / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden, unembedding, targets, normaliser, row_share = ctx.saved_tensors  # type: ignore[attr-defined]
+        want_hidden, want_unembedding = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        chunk: int = ctx.chunk  # type: ignore[attr-defined]
+        acc = normaliser.dtype
+        # Row weights go onto the (N, D) sides of the products, never onto the (N, chunk) slab.
+        row = (row_share * grad)[:, None]  # (N, 1)
+        weighted = (hidden * row).to(hidden.dtype) if want_unembedding else None  # (N, D)
+        d_hidden = torch.zeros_like(hidden, dtype=acc) if want_hidden else None  # (N, D)
+        d_unembedding = torch.empty_like(unembedding) if want_unembedding else None  # (V, D)
+        slabs = _Slabs(hidden, min(chunk, unembedding.shape[0]))
+        for start in range(0, unembedding.shape[0], chunk):
+            weight = unembedding[start : start + chunk].to(hidden.dtype)  # (chunk, D)
+            slab = slabs.logits(weight).sub_(normaliser[:, None]).exp_()  # (N, chunk), probabilities
+            inside, column = _place(targets, start, slab.shape[1])
+            slab.scatter_add_(1, column[:, None], -inside[:, None].to(acc))  # probabilities - onehot
+            slab = slabs.narrow(slab)
+            if d_hidden is not None:
+                if acc == hidden.dtype:
+                    d_hidden.addmm_(slab, weight)
+                else:
+                    d_hidden += slab @ weight
+            if d_unembedding is not None and weighted is not None:
+                part = d_unembedding[start : start + chunk]
+                if acc == hidden.dtype:
+                    torch.mm(slab.T, weighted, out=part)
+                else:  # under autocast the gradient is wider than the product
+                    part.copy_(slab.T @ weighted)
+        return None if d_hidden is None else d_hidden.mul_(row).to(hidden.dtype), d_unembedding, None, None
+
+
+class _Slabs:
+    """The buffers (N, chunk) that every slab uses again: in the model's dtype and, where it differs, the loss's."""
+
+    def __init__(self, hidden: Tensor, chunk: int) -> None:
+        self._hidden = hidden
+        self._product = hidden.new_empty(hidden.shape[0], chunk)
+        acc = loss_dtype(hidden.dtype)
+        self._wide = None if acc == hidden.dtype else hidden.new_empty(hidden.shape[0], chunk, dtype=acc)
+
+    def logits(self, weight: Tensor) -> Tensor:
+        """(N, D) x (C, D) -> logits (N, C) in the loss dtype, in a buffer that may be overwritten."""
+        product = self._view(self._product, weight.shape[0])
+        torch.mm(self._hidden, weight.T, out=product)
+        return product if self._wide is None else self._view(self._wide, weight.shape[0]).copy_(product)
+
+    def narrow(self, slab: Tensor) -> Tensor:
+        """The slab in the model's dtype."""
+        return slab if self._wide is None else self._view(self._product, slab.shape[1]).copy_(slab)
+
+    def _view(self, buffer: Tensor, width: int) -> Tensor:
+        N = self._hidden.shape[0]
+        return buffer.view(-1)[: N * width].view(N, width)
+
+
+def _place(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """Which targets lie in the slab that begins at `start`, and their column there (any column for the others)."""
+    column = targets - start
+    inside = (column >= 0) & (column < width)
+    return inside, column.clamp(0, width - 1)

@@ -1,8 +1,14 @@
-"""Kernels of other projects: are they here, and can they run?"""
+"""What strategies with another project's fused head loss share: sequential heads, and that kernel for each head's loss.
+
+    for head in heads, the last first:  kernel(rows, unembedding, targets).backward()
+
+A strategy names its package and its limits, and calls the kernel in `kernel_loss`; the rest is here.
+"""
 
 import importlib
 import os
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,50 +16,92 @@ from torch import Tensor
 from mtp_mem.data import IGNORE
 from mtp_mem.errors import BadInput, Missing
 from mtp_mem.limits import Limits
+from mtp_mem.model.head_tree import Head, Heads
+from mtp_mem.model.losses import compute_dtype, loss_dtype
+from mtp_mem.model.shape import Shape
+from mtp_mem.strategies.sequential import Sequential
 
 
-def library(strategy: str, module: str, package: str, *, interpreted: bool = False) -> Any:
-    """Import a library's module for a strategy.
+@dataclass(frozen=True, kw_only=True)
+class LibraryKernel(Sequential):
+    """Base of strategies whose head loss is a library's kernel.
 
-    Args:
-        strategy: its name, for messages.
+    Attributes:
+        limits: what the kernel does not take.
         module: to import.
         package: that has it.
         interpreted: its kernels are also right in Triton's interpreter, which TRITON_INTERPRET=1 asks for.
-
-    Raises:
-        Missing: it is not installed, there is no CUDA device for it, or it cannot be imported here.
     """
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as e:
-        if (e.name or "").partition(".")[0] == module.partition(".")[0]:
-            raise Missing(
-                f"strategy {strategy!r} needs the package {package!r}, which is not installed;"
-                " pip install 'mtp-mem[kernels]' installs all of them"
-            ) from None
-        raise Missing(f"strategy {strategy!r}: {package} needs {e.name!r}, which is not installed") from None
-    except Exception as e:  # libraries of kernels look for their compiler and GPU when imported
-        raise Missing(f"strategy {strategy!r}: {package} cannot be imported here: {e}".split("\n")[0]) from None
-    if not torch.cuda.is_available() and not (interpreted and os.environ.get("TRITON_INTERPRET") == "1"):
-        other = ", or TRITON_INTERPRET=1: Triton's interpreter, for checking it" if interpreted else ""
-        raise Missing(f"strategy {strategy!r}: {package} needs a CUDA device{other}")
-    return found
+
+    limits: ClassVar[Limits] = Limits()
+    module: ClassVar[str]
+    package: ClassVar[str]
+    interpreted: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self.library()
+
+    def kernel_loss(self, rows: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+        """The kernel's loss with its graph, 0-dim: the sum over the valid targets.
+
+        Args:
+            rows: normed hidden states (N, D) in the compute dtype.
+            unembedding: (V, D) in the same dtype.
+            targets: (N,) int64, IGNORE where there is none.
+        """
+        raise NotImplementedError
+
+    def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy of one head over its valid targets, 0-dim in the loss dtype.
+
+        The libraries' own mean divides by zero where no target is valid: it is a sum over a count of at least 1.
+        """
+        rows, weight, flat_targets = kernel_arguments(hidden, unembedding, targets, self.limits)
+        count = (flat_targets != IGNORE).sum().clamp(min=1)
+        return self.kernel_loss(rows, weight, flat_targets).to(loss_dtype(hidden.dtype)) / count
+
+    def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        """See `Sequential.loss_backward`."""
+        loss = heads.loss(head, hidden, targets, self.loss)
+        heads.backward([loss], [weight])
+        return loss.detach()
+
+    def loss_bytes(self, shape: Shape) -> None:
+        """No closed form: the library decides."""
+
+    def library(self) -> Any:
+        """The library's module.
+
+        Raises:
+            Missing: it is not installed, there is no CUDA device for it, or it cannot be imported here.
+        """
+        strategy, package = type(self).__name__.lower(), self.package
+        try:
+            library = importlib.import_module(self.module)
+        except ModuleNotFoundError as e:
+            if (e.name or "").partition(".")[0] == self.module.partition(".")[0]:
+                raise Missing(
+                    f"strategy {strategy!r} needs the package {package!r}, which is not installed;"
+                    " pip install 'mtp-mem[kernels]' installs all of them"
+                ) from None
+            raise Missing(f"strategy {strategy!r}: {package} needs {e.name!r}, which is not installed") from None
+        except Exception as e:  # libraries of kernels look for their compiler and GPU when imported
+            raise Missing(f"strategy {strategy!r}: {package} cannot be imported here: {e}".split("\n")[0]) from None
+        if not torch.cuda.is_available() and not (self.interpreted and os.environ.get("TRITON_INTERPRET") == "1"):
+            other = ", or TRITON_INTERPRET=1: Triton's interpreter, for checking it" if self.interpreted else ""
+            raise Missing(f"strategy {strategy!r}: {package} needs a CUDA device{other}")
+        return library
 
 
-def flat(hidden: Tensor, unembedding: Tensor, targets: Tensor, limits: Limits) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the libraries take: rows (N, D) and unembedding (V, D) in one dtype, targets (N,), count of valid ones.
-
-    The count is at least 1. The libraries' own mean divides by zero where no target is valid, so losses here are sums
-    over this count.
+def kernel_arguments(
+    hidden: Tensor, unembedding: Tensor, targets: Tensor, limits: Limits
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the libraries take: rows (N, D) and unembedding (V, D) in one dtype, targets (N,).
 
     Raises:
         BadInput: they exceed the limits.
     """
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    wanted = targets.flatten()
-    if why := limits.refusal(dtype, N=len(wanted), D=hidden.shape[-1], V=unembedding.shape[0]):
+    dtype, flat_targets = compute_dtype(hidden), targets.flatten()
+    if why := limits.refusal(dtype, N=len(flat_targets), D=hidden.shape[-1], V=unembedding.shape[0]):
         raise BadInput(f"the kernel {why}")
-    count = (wanted != IGNORE).sum().clamp(min=1)
-    return hidden.flatten(0, -2).to(dtype), unembedding.to(dtype), wanted, count
+    return hidden.flatten(0, -2).to(dtype), unembedding.to(dtype), flat_targets

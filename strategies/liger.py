@@ -15,36 +15,30 @@ from torch import Tensor
 
 from mtp_mem.data import IGNORE
 from mtp_mem.limits import Limits
-from mtp_mem.model.head_tree import Heads
 from mtp_mem.model.losses import loss_dtype
-from mtp_mem.strategies.library_kernel import flat, library
-
-LIBRARY = ("liger", "liger_kernel.transformers.functional", "liger-kernel")
+from mtp_mem.strategies.library_kernel import LibraryKernel, kernel_arguments
 
 
 @dataclass(frozen=True, kw_only=True)
-class Liger:
+class Liger(LibraryKernel):
     """Sequential with Liger-Kernel's fused loss: token chunks in Triton, fp32 sums (needs CUDA and liger-kernel)"""
 
+    module: ClassVar[str] = "liger_kernel.transformers.functional"
+    package: ClassVar[str] = "liger-kernel"
+    interpreted: ClassVar[bool] = True
     limits: ClassVar[Limits] = Limits(
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         waits="the host counts its targets and looks at the upstream gradient",
     )
 
-    def __post_init__(self) -> None:
-        library(*LIBRARY, interpreted=True)
-
-    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
-        """See `mtp_mem.strategy.Strategy.backward`."""
-        return heads.in_turn(cut, targets, weights, self.loss)
-
     def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross entropy of one head over its valid targets, 0-dim in the loss dtype."""
-        kernel = library(*LIBRARY, interpreted=True)
-        rows, weight, wanted, _ = flat(hidden, unembedding, targets, self.limits)
-        # The mean, for which an upstream gradient of 1 leaves Liger's gradients as they are: a sum's would be rounded
-        # once more. Where no target is valid, this library's mean is 0.
-        loss = kernel.liger_fused_linear_cross_entropy(
-            rows, weight, wanted, ignore_index=IGNORE, reduction="mean", accum_dtype=torch.float32
+        """Mean cross entropy of one head over its valid targets, 0-dim in the loss dtype.
+
+        The library's own mean: an upstream gradient of 1 leaves its gradients as they are, where a sum's would be
+        rounded once more. It is 0 where no target is valid.
+        """
+        rows, weight, flat_targets = kernel_arguments(hidden, unembedding, targets, self.limits)
+        loss = self.library().liger_fused_linear_cross_entropy(
+            rows, weight, flat_targets, ignore_index=IGNORE, reduction="mean", accum_dtype=torch.float32
         )
         return loss.to(loss_dtype(hidden.dtype))  # type: ignore[no-any-return]

@@ -3,37 +3,63 @@
     for head in heads:  losses[head] = loss(head(cut))      # every head's logits stay alive
     backward(sum(weights * losses))
 
-Memory above the cut: (n + 2) tensors (N, V) of the loss dtype with the full loss, and n head layers' activations.
+Memory above the cut: (n + 2) tensors (N, V) of the loss dtype, and n head layers' activations.
 FLOPs: 1 (three products per head). It loses as soon as V is much larger than D and n is more than one.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mtp_mem.model.head_tree import Head, Heads
-from mtp_mem.model.losses import VOCAB_CHUNK, LossName, named
+from mtp_mem.model.losses import full
+from mtp_mem.model.shape import Shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class Naive:
     """One joint backward over all heads: n heads' logits alive at once (the baseline)"""
 
-    loss: LossName = "full"
-    chunk: int = VOCAB_CHUNK  # of loss=chunked_vocab
-
-    def __post_init__(self) -> None:
-        named(self.loss, self.chunk)
+    flops_factor: ClassVar[Fraction] = Fraction(1)
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
         """See `mtp_mem.strategy.Strategy.backward`."""
-        loss = named(self.loss, self.chunk)
-
-        def visit(head: Head, parent: Tensor) -> tuple[Tensor, Tensor]:
-            return heads.hidden_and_loss(head, parent, targets[head.index], loss)
-
-        losses = heads.joint(cut, visit)
+        losses: dict[int, Tensor] = {}
+        for root in heads.roots:
+            self.head_forward(heads, root, cut, targets, losses)
+        joint = [losses[index] for index in range(heads.n)]
         heads.phase("heads backward")
-        heads.backward(losses, weights.unbind())
-        return torch.stack(losses).detach()
+        heads.backward(joint, weights.unbind())
+        return torch.stack(joint).detach()
+
+    def head_forward(
+        self, heads: Heads, head: Head, parent: Tensor, targets: Tensor, losses: dict[int, Tensor]
+    ) -> None:
+        """One head's forward and loss, graph kept, then its children's: parents before children.
+
+        Args:
+            heads: all heads.
+            head: the one to run.
+            parent: hidden states (B, S, D) that it reads.
+            targets: (n, B, S).
+            losses: by head index; this head's and its children's are added.
+        """
+        hidden = heads.hidden(head, parent)  # (B, S, D)
+        losses[head.index] = heads.loss(head, hidden, targets[head.index], full)
+        for child in head.children:
+            self.head_forward(heads, child, hidden, targets, losses)
+
+    def peak_bytes(self, shape: Shape) -> int:
+        """Bytes above the cut at the heads' worst moment.
+
+        n heads are kept. Autograd then frees them one by one, while the gradients they leave grow: the worst turn.
+        """
+        moments = []
+        for finished in range(shape.n):
+            kept = shape.n - finished
+            left_behind = shape.shared_gradients + finished * shape.layer_parameters if finished else 0
+            moments.append(kept * (shape.head + shape.logits) + 2 * shape.logits + left_behind)
+        return max(moments)

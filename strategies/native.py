@@ -18,13 +18,11 @@ from torch import Tensor
 from mtp_mem.data import IGNORE
 from mtp_mem.errors import BadInput, Missing
 from mtp_mem.limits import Limits
-from mtp_mem.model.head_tree import Heads
-from mtp_mem.model.losses import loss_dtype
-from mtp_mem.strategies.library_kernel import flat
+from mtp_mem.strategies.library_kernel import LibraryKernel
 
 
 @dataclass(frozen=True, kw_only=True)
-class Native:
+class Native(LibraryKernel):
     """Sequential with torch's own linear_cross_entropy: token chunks, a library's kernel (needs torch 2.13)"""
 
     tokens: int | None = None  # per chunk; None: PyTorch's choice
@@ -44,13 +42,7 @@ class Native:
         except ValueError as e:  # "balanced" is gone from torch 2.14 on
             raise BadInput(f"policy = {self.policy!r}: torch {torch.__version__} says: {e}") from None
 
-    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
-        """See `mtp_mem.strategy.Strategy.backward`."""
-        return heads.in_turn(cut, targets, weights, self.loss)
-
-    def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross entropy of one head over its valid targets, 0-dim in the loss dtype."""
-        rows, weight, wanted, count = flat(hidden, unembedding, targets, self.limits)
+    def kernel_loss(self, rows: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+        """See `LibraryKernel.kernel_loss`."""
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=self.tokens, acc_policy=self.policy)
-        total = F.linear_cross_entropy(rows, weight, wanted, reduction="sum", ignore_index=IGNORE, options=options)
-        return total.to(loss_dtype(hidden.dtype)) / count
+        return F.linear_cross_entropy(rows, unembedding, targets, reduction="sum", ignore_index=IGNORE, options=options)

@@ -16,35 +16,25 @@ from torch import Tensor
 from mtp_mem.data import IGNORE
 from mtp_mem.errors import BadInput
 from mtp_mem.limits import Limits
-from mtp_mem.model.head_tree import Heads
-from mtp_mem.model.losses import loss_dtype
-from mtp_mem.strategies.library_kernel import flat, library
-
-LIBRARY = ("quack", "quack.linear_cross_entropy", "quack-kernels")
+from mtp_mem.strategies.library_kernel import LibraryKernel
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quack:
+class Quack(LibraryKernel):
     """Sequential with quack's chunked loss: token chunks in CuTe, fp32 sums (needs CUDA and quack-kernels)"""
 
-    chunk: int = 4096  # tokens
-
+    module: ClassVar[str] = "quack.linear_cross_entropy"
+    package: ClassVar[str] = "quack-kernels"
     limits: ClassVar[Limits] = Limits(dtypes=(torch.bfloat16, torch.float16), multiple_of=8)
+    chunk: int = 4096  # tokens
 
     def __post_init__(self) -> None:
         if self.chunk < 8 or self.chunk % 8:
             raise BadInput(f"chunk = {self.chunk}: expected a multiple of 8, at least 8")
-        library(*LIBRARY)
+        self.library()
 
-    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
-        """See `mtp_mem.strategy.Strategy.backward`."""
-        return heads.in_turn(cut, targets, weights, self.loss)
-
-    def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross entropy of one head over its valid targets, 0-dim in the loss dtype."""
-        kernel = library(*LIBRARY)
-        rows, weight, wanted, count = flat(hidden, unembedding, targets, self.limits)
-        total = kernel.chunked_linear_cross_entropy(
-            rows, weight, wanted, chunk_size=self.chunk, ignore_index=IGNORE, reduction="sum"
+    def kernel_loss(self, rows: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+        """See `LibraryKernel.kernel_loss`."""
+        return self.library().chunked_linear_cross_entropy(  # type: ignore[no-any-return]
+            rows, unembedding, targets, chunk_size=self.chunk, ignore_index=IGNORE, reduction="sum"
         )
-        return total.to(loss_dtype(hidden.dtype)) / count  # type: ignore[no-any-return]

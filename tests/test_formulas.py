@@ -7,8 +7,9 @@ from small import tiny
 
 from mtp_mem import ModelConfig, Workload, load_strategy
 from mtp_mem.head_phase import HeadPhase, HeadShape
+from mtp_mem.model.shape import Shape
 from mtp_mem.prediction.floor import NoLogits
-from mtp_mem.prediction.formulas import Shape, peak_over_baseline, slope
+from mtp_mem.prediction.formulas import peak_over_baseline, slope
 from mtp_mem.prediction.simulated_step import trace_step
 
 WIDE = {"vocab_size": 4099, "n_layers": 6}  # logits larger than all else; no formula's moment is in doubt
@@ -70,7 +71,7 @@ def test_no_formula_where_none_holds() -> None:
     shape = dataclasses.asdict(tiny())
     assert Shape.of(shape, dataclasses.asdict(Workload(batch=1, sequence=8, dtype="bf16-mixed"))) is None
     assert Shape.of({**shape, "head": "causal"}, dataclasses.asdict(Workload(batch=1, sequence=8))) is None
-    assert peak_over_baseline("naive:loss=chunked_vocab", shape_of(tiny(), Workload(batch=1, sequence=8))) is None
+    assert peak_over_baseline("native", shape_of(tiny(), Workload(batch=1, sequence=8))) is None
 
 
 def test_slope() -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mtp_mem.errors import BadInput
 from mtp_mem.limits import Limits, limits_of
-from mtp_mem.model.head_tree import Heads
+from mtp_mem.model.head_tree import Head, Heads
 from mtp_mem.model.losses import full
 from mtp_mem.strategies.cce import CCE
-from mtp_mem.strategies.library_kernel import flat
+from mtp_mem.strategies.library_kernel import kernel_arguments
 from mtp_mem.strategies.liger import Liger
 from mtp_mem.strategies.quack import Quack
 from mtp_mem.strategies.sequential import Sequential
@@ -23,16 +23,18 @@ from mtp_mem.verification.scenarios import ALL_DTYPES, SCENARIOS
 from mtp_mem.verification.verify import verify
 
 
-class InEights:
+class InEights(Sequential):
     """Right, but only for multiples of 8 in bf16, and it waits: what a library's kernel may be like."""
 
     limits: ClassVar[Limits] = Limits(dtypes=(torch.bfloat16,), multiple_of=8, waits="it looks at its targets")
 
-    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
-        return heads.in_turn(cut, targets, weights, self.loss)
+    def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        loss = heads.loss(head, hidden, targets, self.loss)
+        heads.backward([loss], [weight])
+        return loss.detach()
 
     def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
-        rows, *_ = flat(hidden, unembedding, targets, self.limits)
+        rows, *_ = kernel_arguments(hidden, unembedding, targets, self.limits)
         assert rows.dtype == torch.bfloat16
         assert not any(size % 8 for size in (*rows.shape, *unembedding.shape))
         targets.max().item()
@@ -96,9 +98,9 @@ def test_refusals(dtype: torch.dtype, sizes: tuple[int, int, int], words: str) -
     targets = torch.zeros(1, N, dtype=torch.long)
     if words:
         with pytest.raises(BadInput, match=f"the kernel {words}"):
-            flat(rows, weight, targets, InEights.limits)
+            kernel_arguments(rows, weight, targets, InEights.limits)
     else:
-        assert flat(rows, weight, targets, InEights.limits)[0].shape == (N, D)
+        assert kernel_arguments(rows, weight, targets, InEights.limits)[0].shape == (N, D)
 
 
 def test_what_the_libraries_take() -> None:

@@ -1,12 +1,15 @@
 """The losses' defaults and edges; their gradients are held by test_equivalence.py and test_properties.py."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from mtp_mem import IGNORE
 from mtp_mem._util import MiB
 from mtp_mem.errors import BadInput
-from mtp_mem.model.losses import VOCAB_CHUNK, chunked_vocab, full, named
+from mtp_mem.model.losses import full
+from mtp_mem.strategies.chunked_vocab import VOCAB_CHUNK, ChunkedVocab, vocabulary_slabs
 
 
 def test_the_default_slab_is_what_the_documentation_says() -> None:
@@ -14,11 +17,9 @@ def test_the_default_slab_is_what_the_documentation_says() -> None:
 
 
 @pytest.mark.parametrize("chunk", [0, -1])
-@pytest.mark.parametrize("name", ["full", "chunked_vocab"])
-def test_a_slab_has_a_width(name: str, chunk: int) -> None:
+def test_a_slab_has_a_width(chunk: int) -> None:
     with pytest.raises(BadInput, match=f"chunk = {chunk}: expected a whole number of at least 1"):
-        named(name, chunk)  # type: ignore[arg-type]
-    assert named(name, 1)  # type: ignore[arg-type]
+        ChunkedVocab(chunk=chunk)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -28,7 +29,7 @@ def test_softmax_and_loss_have_the_precision_that_is_promised(dtype: torch.dtype
     targets = torch.randint(300, (1, 8))
     targets[0, 3] = IGNORE
     right = torch.nn.functional.cross_entropy(unembedding.T.double(), targets[0], ignore_index=IGNORE)
-    for loss in (full, named("chunked_vocab", 7), named("chunked_vocab", 300)):
+    for loss in (full, partial(vocabulary_slabs, chunk=7), partial(vocabulary_slabs, chunk=300)):
         found = loss(hidden, unembedding, targets)
         assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(found.double(), right, rtol=1e-14 if dtype == torch.float64 else 1e-6, atol=0)
@@ -39,5 +40,5 @@ def test_only_the_gradients_that_are_asked_for() -> None:
     for wants in ((True, False), (False, True), (True, True)):
         hidden = torch.randn(1, 5, 4, requires_grad=wants[0])
         unembedding = torch.randn(30, 4, requires_grad=wants[1])
-        chunked_vocab(hidden, unembedding, targets, chunk=7).backward()
+        vocabulary_slabs(hidden, unembedding, targets, chunk=7).backward()
         assert (hidden.grad is not None, unembedding.grad is not None) == wants

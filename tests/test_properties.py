@@ -24,7 +24,7 @@ BOUND = 1e-12
 # Gradients that cancel to nothing (queries and keys at S = 1) leave rounding alone, of the size of all that cancelled.
 FLOOR = 1e-15
 PARTS = ("embedding", "trunk_layers", "head_layers", "norm", "unembedding")
-SPECS = [*loadable(), *(f"{name}:loss=chunked_vocab" for name in ("naive", "sequential", "checkpointed"))]
+SPECS = loadable()
 CHUNKED = ["chunked_vocab", "chunked_tokens"]
 
 

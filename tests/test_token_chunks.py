@@ -13,11 +13,11 @@ from mtp_mem.errors import BadInput
 from mtp_mem.head_phase import HeadPhase, HeadShape
 from mtp_mem.memory.cpu import track
 from mtp_mem.memory.tracker import Tracker
-from mtp_mem.model import token_chunks
 from mtp_mem.model.head_tree import Heads
-from mtp_mem.model.token_chunks import UnembeddingGradient, default_chunk, head_loss
 from mtp_mem.prediction.simulated_step import trace_step
 from mtp_mem.step import forward_backward
+from mtp_mem.strategies import chunked_tokens
+from mtp_mem.strategies.chunked_tokens import UnembeddingGradient, default_chunk, head_loss
 
 
 @pytest.mark.parametrize("chunk", [16, 96, 200])
@@ -30,7 +30,7 @@ def test_bytes_counted_by_hand(dtype: torch.dtype, chunk: int) -> None:
     inputs = [("rows", rows), ("weight", weight), ("targets", targets), ("upstream", upstream)]
     tracker.resident("other", inputs)
     with torch.no_grad(), tracker:
-        gradient = UnembeddingGradient(weight, "fp32", cuda=False)
+        gradient = UnembeddingGradient(weight, cuda=False)
         head_loss(rows, weight.detach(), targets, upstream, gradient, chunk=chunk, keep_rows=False)
     over = tracker.trace.peak().nbytes - tracker.trace.baseline
     counted = V * D * b + c * V * b  # the gradient, a chunk of logits
@@ -42,13 +42,13 @@ def test_bytes_counted_by_hand(dtype: torch.dtype, chunk: int) -> None:
 def test_low_precision_keeps_few_rows_in_fp32(monkeypatch: pytest.MonkeyPatch, fit: int) -> None:
     # A block's rows of logits in fp32 for the softmax, 100 of the unembedding for its product: no wide copy of all.
     N, V, D, c = 96, 2053, 64, 48
-    monkeypatch.setattr(token_chunks, "SOFTMAX_BLOCK", fit * V * 4 + 1)
-    monkeypatch.setattr(token_chunks, "WIDE_ROWS", 100)
+    monkeypatch.setattr(chunked_tokens, "SOFTMAX_BLOCK", fit * V * 4 + 1)
+    monkeypatch.setattr(chunked_tokens, "WIDE_ROWS", 100)
     rows, weight = torch.randn(N, D).bfloat16(), torch.randn(V, D).bfloat16().requires_grad_()
     tracker = Tracker(V, D, [])
     tracker.resident("other", [("rows", rows), ("weight", weight)])
     with torch.no_grad(), tracker:
-        gradient = UnembeddingGradient(weight, "fp32", cuda=False)
+        gradient = UnembeddingGradient(weight, cuda=False)
         head_loss(rows, weight.detach(), torch.randint(V, (N,)), torch.ones(()), gradient, chunk=c, keep_rows=False)
     over = tracker.trace.peak().nbytes - tracker.trace.baseline
     logits, products = V * D * 4 + c * V * 2, c * D * (2 + 4) + 100 * c * 4  # the gradient and a chunk; rows, a block
@@ -63,28 +63,18 @@ def test_blocks_of_low_precision_change_nothing(
     model, batch = build(tiny(n_future=2), "bf16")
     strategy = load_strategy("chunked_tokens:chunk=23")
     expected = gradients(model, lambda: forward_backward(model, batch, strategy))
-    monkeypatch.setattr(token_chunks, "SOFTMAX_BLOCK", softmax_rows * 517 * 4)
-    monkeypatch.setattr(token_chunks, "WIDE_ROWS", wide_rows)
+    monkeypatch.setattr(chunked_tokens, "SOFTMAX_BLOCK", softmax_rows * 517 * 4)
+    monkeypatch.setattr(chunked_tokens, "WIDE_ROWS", wide_rows)
     found = gradients(model, lambda: forward_backward(model, batch, strategy))
     for name, right in expected.items():
         torch.testing.assert_close(found[name], right)
 
 
 def test_blocks_are_worth_a_kernel_and_small_beside_the_logits() -> None:
-    rows = token_chunks.SOFTMAX_BLOCK // (128256 * 4)  # of Llama-3's vocabulary
+    rows = chunked_tokens.SOFTMAX_BLOCK // (128256 * 4)  # of Llama-3's vocabulary
     assert rows >= 32
-    assert 8 * token_chunks.SOFTMAX_BLOCK <= token_chunks.CUDA_LOGITS
-    assert 1024 <= token_chunks.WIDE_ROWS < 32000 / 4
-
-
-def test_sums_in_the_parameter_s_own_precision() -> None:
-    model, batch = build(tiny(n_future=2), "bf16")
-    name = "unembedding.weight"
-    sums = [load_strategy(f"chunked_tokens:chunk=7:accumulate={where}") for where in ("fp32", "parameter")]
-    fine, coarse = (gradients(model, lambda s=s: forward_backward(model, batch, s))[name] for s in sums)  # type: ignore[misc]
-    assert coarse.dtype == torch.bfloat16  # type: ignore[union-attr]
-    assert not torch.equal(coarse, fine)  # type: ignore[arg-type]
-    assert (coarse - fine).norm() < 0.03 * fine.norm()  # type: ignore[operator, union-attr]
+    assert 8 * chunked_tokens.SOFTMAX_BLOCK <= chunked_tokens.CUDA_LOGITS
+    assert 1024 <= chunked_tokens.WIDE_ROWS < 32000 / 4
 
 
 class Recorder(TorchDispatchMode):
@@ -110,7 +100,7 @@ class Recorder(TorchDispatchMode):
 )
 def test_which_product_sums_the_unembedding_s_gradient(cuda: bool, dtype: torch.dtype, products: list[str]) -> None:
     weight = torch.empty(300, 8, dtype=dtype, device="meta", requires_grad=True)
-    gradient = UnembeddingGradient(weight, "fp32", cuda=cuda)
+    gradient = UnembeddingGradient(weight, cuda=cuda)
     with torch.no_grad(), Recorder() as recorder:
         for _ in range(2):
             gradient.add(torch.empty(5, 300, dtype=dtype, device="meta"), torch.empty(5, 8, dtype=dtype, device="meta"))
@@ -149,24 +139,6 @@ def test_bf16_sums_are_closer_to_the_truth_than_naive_s() -> None:
         found = gradients(model, lambda spec=spec: forward_backward(model, batch, load_strategy(spec)))[name]  # type: ignore[misc]
         errors[spec] = ((found.double() - right).norm() / right.norm()).item()  # type: ignore[union-attr]
     assert errors["chunked_tokens:chunk=32"] < errors["naive"]
-
-
-def test_main_grad_takes_the_gradient_and_leaves_grad_alone() -> None:
-    model, batch = build(tiny(n_future=2), "bf16")
-    weight = model.unembedding.weight  # type: ignore[union-attr]
-    strategy = load_strategy("chunked_tokens:accumulate=main_grad:chunk=13")
-    with pytest.raises(BadInput, match=r"no tensor `main_grad`; expected \(517, 64\) torch.float32"):
-        forward_backward(model, batch, strategy)
-    weight.main_grad = torch.zeros(517, 65)  # type: ignore[union-attr]
-    with pytest.raises(BadInput, match=r"`main_grad` is \(517, 65\) torch.float32 on cpu; expected \(517, 64\)"):
-        forward_backward(model, batch, strategy)
-    model.zero_grad(set_to_none=True)
-    weight.main_grad = torch.zeros(517, 64)  # type: ignore[union-attr]
-    forward_backward(model, batch, strategy)
-    assert weight.grad is None
-    model.zero_grad(set_to_none=True)
-    forward_backward(model, batch, load_strategy("chunked_tokens:chunk=13"))
-    assert torch.equal(weight.main_grad.bfloat16(), weight.grad)  # type: ignore[union-attr, arg-type, operator]
 
 
 def test_heads_are_on_the_cpu_unless_told() -> None:
@@ -213,7 +185,6 @@ def test_the_default_chunk() -> None:
         ("chunked_tokens:chunk=0", "chunk = 0: expected a whole number of tokens, at least 1"),
         ("chunked_tokens:chunk=-3", "chunk = -3"),
         ("chunked_tokens:chunk=many", "chunk = 'many': expected a whole number"),
-        ("chunked_tokens:accumulate=fp16", "unknown value 'fp16'"),
     ],
 )
 def test_bad_options(spec: str, words: str) -> None:

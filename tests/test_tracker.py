@@ -64,9 +64,9 @@ def test_equals_the_allocator(spec: str, n: int, dtype: str) -> None:
     peak = trace.peak()
     inside = over_baseline - (peak.nbytes - trace.baseline)
     if dtype == "bf16" and "chunked_vocab" in spec:
-        # At its peak stands a product of low precision for which the CPU's kernel takes scratch of its own.
+        # At its peak stands a product of low precision for which the CPU's kernel may take scratch of its own; whether it does depends on the processor.
         slab, rows = torch.randn(128, 1000).bfloat16(), torch.randn(128, 64).bfloat16()
-        assert 0 < inside <= scratch(lambda: slab.T @ rows)
+        assert 0 <= inside <= scratch(lambda: slab.T @ rows)
     else:
         assert inside == 0
     assert sum(peak.by_category.values()) == peak.nbytes
@@ -165,7 +165,6 @@ def test_cross_entropy_counted_by_hand(dtype: torch.dtype) -> None:
         ("sequential", {70}),
         ("checkpointed", {70}),
         ("chunked_vocab:chunk=30", {30}),
-        ("checkpointed:loss=chunked_vocab:chunk=30", {30}),
     ],
 )
 def test_only_logits_are_called_logits(spec: str, widths: set[int]) -> None:

@@ -15,7 +15,7 @@ from mtp_mem.verification.broken_strategies import BROKEN
 from mtp_mem.verification.scenarios import ALL_DTYPES, SCENARIOS, Scenario, build, oracle, run
 from mtp_mem.verification.verify import allowed, verify
 
-RIGHT = [*loadable(), "naive:loss=chunked_vocab"]
+RIGHT = loadable()
 
 
 @pytest.fixture(scope="module")

@@ -1,33 +1,25 @@
-"""Head losses from hidden states: linear projection and cross entropy, in full and in vocabulary chunks.
+"""The loss of one head from its hidden states: projection onto the vocabulary and cross entropy, in plain autograd.
 
-Every loss here has one signature: (hidden (B, S, D), unembedding (V, D), targets (B, S)) -> mean cross entropy over
+Every head loss has one signature: (hidden (B, S, D), unembedding (V, D), targets (B, S)) -> mean cross entropy over
 the valid targets, a 0-dim tensor in fp32 (fp64 for fp64 models). Projections run in the model's dtype (or autocast's),
 softmax and loss in fp32. No valid target: loss 0 and zero gradients. None of them synchronises with the device.
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mtp_mem.data import IGNORE
-from mtp_mem.errors import BadInput
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-LossName = Literal["full", "chunked_vocab"]
-VOCAB_CHUNK = 2048
-"""Vocabulary entries per slab unless told: at N = 8192 an fp32 slab is 64 MiB."""
 
 
-def named(name: LossName, chunk: int) -> Loss:
-    """The loss a strategy's options name; `chunk` is the slab width of "chunked_vocab"."""
-    if chunk < 1:
-        raise BadInput(f"chunk = {chunk}: expected a whole number of at least 1")
-    return full if name == "full" else partial(chunked_vocab, chunk=chunk)
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that products with this tensor run in: autocast's where it is on, else the tensor's own."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -51,104 +43,3 @@ def full(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
         )
         / count
     )
-
-
-def chunked_vocab(hidden: Tensor, unembedding: Tensor, targets: Tensor, *, chunk: int) -> Tensor:
-    """Slabs of `chunk` vocabulary entries: online logsumexp forward, logits recomputed slab by slab in backward.
-
-    Holds (N, chunk) instead of (N, V) and runs four projections instead of three (4/3 of the FLOPs). The normaliser of
-    a row is only known after its last slab, which is why vocabulary chunks cannot do without recomputation.
-    """
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    rows = hidden.flatten(0, -2).to(dtype)  # (N, D)
-    return _ChunkedVocab.apply(rows, unembedding, targets.flatten(), chunk)  # type: ignore[no-any-return,no-untyped-call]
-
-
-class _ChunkedVocab(torch.autograd.Function):
-    """Cross entropy over vocabulary slabs; saves only the row normalisers, shape (N,)."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, unembedding: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        acc = loss_dtype(hidden.dtype)
-        top = hidden.new_full(targets.shape, -torch.inf, dtype=acc)  # (N,) running maximum
-        total = hidden.new_zeros(targets.shape, dtype=acc)  # (N,) sum of exp(logit - top)
-        target_logit = hidden.new_zeros(targets.shape, dtype=acc)  # (N,)
-        slabs = _Slabs(hidden, min(chunk, unembedding.shape[0]))
-        for start in range(0, unembedding.shape[0], chunk):
-            slab = slabs.logits(unembedding[start : start + chunk].to(hidden.dtype))  # (N, chunk)
-            inside, column = _place(targets, start, slab.shape[1])
-            target_logit += slab.gather(1, column[:, None]).squeeze(1) * inside
-            new_top = torch.maximum(top, slab.amax(dim=1))
-            total = total * (top - new_top).exp() + slab.sub_(new_top[:, None]).exp_().sum(dim=1)
-            top = new_top
-        normaliser = top + total.log()  # (N,) logsumexp of all logits
-        valid = targets != IGNORE
-        count = valid.sum().clamp(min=1)
-        ctx.save_for_backward(hidden, unembedding, targets, normaliser, valid.to(acc) / count)
-        ctx.chunk = chunk  # type: ignore[attr-defined]
-        return torch.where(valid, normaliser - target_logit, 0).sum() / count
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden, unembedding, targets, normaliser, row_share = ctx.saved_tensors  # type: ignore[attr-defined]
-        want_hidden, want_unembedding = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-        chunk: int = ctx.chunk  # type: ignore[attr-defined]
-        acc = normaliser.dtype
-        # Row weights go onto the (N, D) sides of the products, never onto the (N, chunk) slab.
-        row = (row_share * grad)[:, None]  # (N, 1)
-        weighted = (hidden * row).to(hidden.dtype) if want_unembedding else None  # (N, D)
-        d_hidden = torch.zeros_like(hidden, dtype=acc) if want_hidden else None  # (N, D)
-        d_unembedding = torch.empty_like(unembedding) if want_unembedding else None  # (V, D)
-        slabs = _Slabs(hidden, min(chunk, unembedding.shape[0]))
-        for start in range(0, unembedding.shape[0], chunk):
-            weight = unembedding[start : start + chunk].to(hidden.dtype)  # (chunk, D)
-            slab = slabs.logits(weight).sub_(normaliser[:, None]).exp_()  # (N, chunk), probabilities
-            inside, column = _place(targets, start, slab.shape[1])
-            slab.scatter_add_(1, column[:, None], -inside[:, None].to(acc))  # probabilities - onehot
-            slab = slabs.narrow(slab)
-            if d_hidden is not None:
-                if acc == hidden.dtype:
-                    d_hidden.addmm_(slab, weight)
-                else:
-                    d_hidden += slab @ weight
-            if d_unembedding is not None and weighted is not None:
-                part = d_unembedding[start : start + chunk]
-                if acc == hidden.dtype:
-                    torch.mm(slab.T, weighted, out=part)
-                else:  # under autocast the gradient is wider than the product
-                    part.copy_(slab.T @ weighted)
-        return None if d_hidden is None else d_hidden.mul_(row).to(hidden.dtype), d_unembedding, None, None
-
-
-class _Slabs:
-    """The buffers (N, chunk) that every slab uses again: in the model's dtype and, where it differs, the loss's."""
-
-    def __init__(self, hidden: Tensor, chunk: int) -> None:
-        self._hidden = hidden
-        self._product = hidden.new_empty(hidden.shape[0], chunk)
-        acc = loss_dtype(hidden.dtype)
-        self._wide = None if acc == hidden.dtype else hidden.new_empty(hidden.shape[0], chunk, dtype=acc)
-
-    def logits(self, weight: Tensor) -> Tensor:
-        """(N, D) x (C, D) -> logits (N, C) in the loss dtype, in a buffer that may be overwritten."""
-        product = self._view(self._product, weight.shape[0])
-        torch.mm(self._hidden, weight.T, out=product)
-        return product if self._wide is None else self._view(self._wide, weight.shape[0]).copy_(product)
-
-    def narrow(self, slab: Tensor) -> Tensor:
-        """The slab in the model's dtype."""
-        return slab if self._wide is None else self._view(self._product, slab.shape[1]).copy_(slab)
-
-    def _view(self, buffer: Tensor, width: int) -> Tensor:
-        N = self._hidden.shape[0]
-        return buffer.view(-1)[: N * width].view(N, width)
-
-
-def _place(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Which targets lie in the slab that begins at `start`, and their column there (any column for the others)."""
-    column = targets - start
-    inside = (column >= 0) & (column < width)
-    return inside, column.clamp(0, width - 1)

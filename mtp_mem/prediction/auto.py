@@ -16,8 +16,8 @@ from typing import Protocol, runtime_checkable
 from mtp_mem._util import show_bytes
 from mtp_mem.config.schema import GPU, ModelConfig, Workload
 from mtp_mem.model.layers import Attention
-from mtp_mem.model.token_chunks import CPU_TOKENS, CUDA_TOKENS
 from mtp_mem.prediction.simulated_step import Rehearsal
+from mtp_mem.strategies.chunked_tokens import CPU_TOKENS, CUDA_TOKENS
 from mtp_mem.strategy import Strategy, load_strategy
 
 SMALLEST = {False: CPU_TOKENS[0], True: CUDA_TOKENS[0]}  # tokens; by whether CUDA runs

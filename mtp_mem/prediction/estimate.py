@@ -12,8 +12,8 @@ import psutil
 from mtp_mem._util import GiB
 from mtp_mem.config.schema import GPU, ModelConfig, Profile, Workload
 from mtp_mem.model.parameters import parameters, weight_bytes
-from mtp_mem.prediction.flops import step_flops
-from mtp_mem.prediction.formulas import Shape, formula_over_baseline
+from mtp_mem.model.shape import Shape
+from mtp_mem.prediction.formulas import formula_over_baseline, step_flops
 
 CONTEXT = GiB
 """Left on a GPU for the CUDA context and libraries."""

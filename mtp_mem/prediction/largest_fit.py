@@ -16,8 +16,9 @@ from typing import Literal
 from mtp_mem._util import show_bytes
 from mtp_mem.config.schema import ModelConfig, Profile
 from mtp_mem.errors import MtpMemError
+from mtp_mem.model.shape import Shape
 from mtp_mem.prediction.estimate import baseline
-from mtp_mem.prediction.formulas import Shape, formula_over_baseline
+from mtp_mem.prediction.formulas import flops_factor, formula_over_baseline
 from mtp_mem.prediction.peaks import Verdict, verdict
 from mtp_mem.prediction.probes import Figures, Point, Prober
 
@@ -26,9 +27,6 @@ AXES: tuple[Axis, ...] = ("batch", "sequence", "n")
 
 SEQUENCE_STEP = 128
 """Sequences are searched in multiples of flash attention's tile: its backward pads to it (flash_api.cpp, mha_bwd)."""
-
-RECOMPUTING = ("chunked_vocab", "checkpointed", "cce")
-"""What computes logits twice (4/3 of the heads' FLOPs); of two strategies that fit as much, the other is better."""
 
 GUESSES = 6  # probes of one search until guessing by lines gives way to halving
 LEAP = 64  # the farthest guess, as a multiple of what is known
@@ -89,7 +87,7 @@ class Plan:
         """
         for axis in AXES:
             if fitting := [answer for answer in self.of(axis) if answer.fits]:
-                return max(fitting, key=lambda a: (a.value, not recomputes(a.strategy), self.left(a)))
+                return max(fitting, key=lambda a: (a.value, flops_factor(a.strategy) == 1, self.left(a)))
         return None
 
 
@@ -230,11 +228,6 @@ def largest_n(model: ModelConfig) -> int | None:
     return model.n_layers if model.heads_are_layers and model.match_layers else None
 
 
-def recomputes(spec: str) -> bool:
-    """Whether a strategy of ours computes logits twice; nothing is known of others'."""
-    return any(name in spec for name in RECOMPUTING)
-
-
 def advice(found: Plan) -> str:
     """The strategy to use and why, in one sentence; or that there is none."""
     best = found.recommended()
@@ -247,9 +240,9 @@ def advice(found: Plan) -> str:
     if reference not in (best, *equal):
         stops = f"stops at {reference.value}" if reference.fits else "has none"
         sentence += f" where {reference.strategy} {stops}"
-    if recomputes(best.strategy):
-        sentence += ", at 4/3 of the heads' FLOPs"
-    elif any(recomputes(answer.strategy) for answer in equal):
+    if (factor := flops_factor(best.strategy)) > 1:
+        sentence += f", at {factor} of the heads' FLOPs"
+    elif any(flops_factor(answer.strategy) > 1 for answer in equal):
         sentence += ", and it recomputes nothing"
     elif equal:
         sentence += f", as with {', '.join(answer.strategy for answer in equal)}, and it leaves most"

@@ -15,6 +15,7 @@ from torch import Tensor
 from mtp_mem.data import IGNORE
 from mtp_mem.model.head_tree import Head, Heads
 from mtp_mem.model.losses import Loss, full, loss_dtype
+from mtp_mem.strategies.sequential import Sequential
 from mtp_mem.strategy import load_strategy
 
 
@@ -39,12 +40,17 @@ def _each_head(
 ) -> Tensor:
     """The right sequential order, with the parts that a bug replaces."""
 
-    def loss_backward(head: Head, hidden: Tensor) -> Tensor:
-        found = heads.loss(head, hidden, targets[head.index], loss)
-        heads.backward([found], [upstream(weights[head.index])])
-        return found.detach()
+    return _EachHead(loss, upstream).backward(cut, heads, targets, weights)
 
-    return heads.sequential(cut, loss_backward)
+
+class _EachHead(Sequential):
+    def __init__(self, loss: Loss, upstream: Callable[[Tensor], Tensor]) -> None:
+        self.loss, self.upstream = loss, upstream
+
+    def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        loss = heads.loss(head, hidden, targets, self.loss)
+        heads.backward([loss], [self.upstream(weight)])
+        return loss.detach()
 
 
 class RetainGraph(Broken):
@@ -245,34 +251,29 @@ class StaleGradOverwritten(Broken):
 
 
 @dataclass(frozen=True)
-class LowPrecisionSums(Broken):
+class LowPrecisionSums(Sequential, Broken):
     """The unembedding's gradient is summed over many chunks in bf16"""
 
     origin = "Liger #512, #827; OLMo-core #370; axolotl #1601"
     caught_by = "many chunks in bf16"
     chunk: int = 13
 
-    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
+    def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
         """A backward for each chunk of tokens, into `.grad`."""
-
-        def loss_backward(head: Head, hidden: Tensor) -> Tensor:
-            wanted = targets[head.index].flatten()
-            count = (wanted != IGNORE).sum().clamp(min=1)
+        labels = targets.flatten()
+        count = (labels != IGNORE).sum().clamp(min=1)
+        rows = heads.normed(head, hidden).flatten(0, -2)  # (N, D)
+        leaf = rows.detach().requires_grad_(rows.requires_grad)
+        total = weight.new_zeros(())
+        for start in range(0, len(labels), self.chunk):
+            part = slice(start, start + self.chunk)
             with heads.autocast():
-                rows = heads.norm(hidden.view_as(hidden)).flatten(0, -2)  # (N, D)
-            leaf = rows.detach().requires_grad_(rows.requires_grad)
-            total = weights.new_zeros(())
-            for start in range(0, len(wanted), self.chunk):
-                part = slice(start, start + self.chunk)
-                with heads.autocast():
-                    logits = F.linear(leaf[part], head.unembedding).to(weights.dtype)
-                    loss = F.cross_entropy(logits, wanted[part], ignore_index=IGNORE, reduction="sum") / count
-                heads.backward([loss], [weights[head.index]])
-                total += loss.detach()
-            heads.backward([rows], [leaf.grad])
-            return total
-
-        return heads.sequential(cut, loss_backward)
+                logits = F.linear(leaf[part], head.unembedding).to(weight.dtype)
+                loss = F.cross_entropy(logits, labels[part], ignore_index=IGNORE, reduction="sum") / count
+            heads.backward([loss], [weight])
+            total += loss.detach()
+        heads.backward([rows], [leaf.grad])
+        return total
 
 
 class FrozenGradients(Broken):

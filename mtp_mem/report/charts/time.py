@@ -9,8 +9,8 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from mtp_mem.prediction.flops import step_flops
-from mtp_mem.prediction.formulas import Shape
+from mtp_mem.model.shape import Shape
+from mtp_mem.prediction.formulas import step_flops
 from mtp_mem.report.charts.style import (
     End,
     figure,

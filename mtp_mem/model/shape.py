@@ -1,0 +1,117 @@
+"""The sizes of a step in closed form: what a layer saves, what a head leaves, how large the gradients are.
+
+Symbols: N = B*S tokens, D, V, n, H attention heads, K = D/H * kv heads, F feed-forward width, b bytes of a value,
+l bytes of a loss value (4; 8 in fp64). They hold for parallel heads; for other kinds there is no closed form here.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+VALUE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that closed forms of bytes and FLOPs are written in; b is `value`, l is `loss_value`."""
+
+    S: int
+    N: int
+    D: int
+    V: int
+    n: int
+    H: int
+    K: int
+    F: int
+    trunk_layers: int
+    tied: bool
+    value: int
+    loss_value: int
+    cuda: bool = False
+
+    @staticmethod
+    def of(model: dict[str, Any], workload: dict[str, Any], cuda: bool = False) -> "Shape | None":
+        """From a record's `model` and `workload`, and whether CUDA's kernels run or are predicted.
+
+        None where no formula applies (bf16-mixed, other head kinds).
+        """
+        if model["head"] != "parallel" or model["unembedding"] == "replicated" or workload["dtype"] not in VALUE_BYTES:
+            return None
+        D, H = model["dim"], model["n_attention_heads"]
+        value = VALUE_BYTES[workload["dtype"]]
+        return Shape(
+            S=workload["sequence"],
+            N=workload["batch"] * workload["sequence"],
+            D=D,
+            V=model["vocab_size"],
+            n=model["n_future"],
+            H=H,
+            K=D // H * (model["n_kv_heads"] or H),
+            F=model["ffn_dim"] or -(-8 * D // 3 // 32) * 32,
+            trunk_layers=model["n_layers"] - (model["n_future"] if model["match_layers"] else 1),
+            tied=model["unembedding"] == "tied",
+            value=value,
+            loss_value=max(4, value),
+            cuda=cuda,
+        )
+
+    @property
+    def logits(self) -> int:
+        """One tensor (N, V) of the loss dtype."""
+        return self.N * self.V * self.loss_value
+
+    @property
+    def hidden(self) -> int:
+        """One tensor (N, D)."""
+        return self.N * self.D * self.value
+
+    @property
+    def unembedding(self) -> int:
+        """One tensor (V, D): the unembedding, or its gradient."""
+        return self.V * self.D * self.value
+
+    @property
+    def layer(self) -> int:
+        """What one layer saves for its backward.
+
+        In N rows: both residual sums, both normed inputs, q and attention's output (D each), k and v (K each), gate,
+        up, silu(gate) and their product (F each); two norms' scales and attention's logsumexp in the loss dtype.
+        """
+        return self.N * ((6 * self.D + 2 * self.K + 4 * self.F) * self.value + (2 + self.H) * self.loss_value)
+
+    @property
+    def layer_parameters(self) -> int:
+        """Bytes of one layer's parameters, or of their gradients."""
+        return (2 * self.D * (self.D + self.K) + 3 * self.D * self.F + 2 * self.D) * self.value
+
+    @property
+    def shared_gradients(self) -> int:
+        """Gradients that all heads add to: the unembedding's, the final norm's, the cut's."""
+        return self.unembedding + self.D * self.value + self.hidden
+
+    @property
+    def trunk(self) -> int:
+        """What is live below the cut while the heads run: embedded tokens, every layer's share, rotary tables."""
+        tables = self.S * self.D // self.H * self.value  # cosines and sines, (S, D/H/2) each
+        return self.hidden + self.trunk_layers * self.layer + (2 if self.trunk_layers else 1) * tables
+
+    @property
+    def head(self) -> int:
+        """What one head leaves for its backward, its logits aside: the layer, the normed rows, the norm's scale."""
+        return self.layer + self.hidden + self.N * self.loss_value
+
+    def one_head(self, loss: int) -> int:
+        """Bytes above the cut with one head at a time, at the last one's moment.
+
+        The others have left their gradients, and the cut's so far.
+
+        Args:
+            loss: bytes that the head's loss takes.
+        """
+        left_behind = self.shared_gradients + (self.n - 1) * self.layer_parameters if self.n > 1 else 0
+        return self.head + loss + left_behind
+
+    @property
+    def gradients(self) -> int:
+        """All parameters' gradients."""
+        layers = self.trunk_layers + self.n
+        return layers * self.layer_parameters + (1 if self.tied else 2) * self.unembedding + self.D * self.value
