@@ -64,7 +64,8 @@ def test_equals_the_allocator(spec: str, n: int, dtype: str) -> None:
     peak = trace.peak()
     inside = over_baseline - (peak.nbytes - trace.baseline)
     if dtype == "bf16" and "chunked_vocab" in spec:
-        # At its peak stands a product of low precision for which the CPU's kernel may take scratch of its own; whether it does depends on the processor.
+        # At its peak stands a product of low precision, for which the CPU's kernel may take scratch of its own:
+        # whether it does depends on the processor.
         slab, rows = torch.randn(128, 1000).bfloat16(), torch.randn(128, 64).bfloat16()
         assert 0 <= inside <= scratch(lambda: slab.T @ rows)
     else:
