@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from mtp_mem import __version__
-from mtp_mem.cli import chart, compare, gpu, listing, plan, predict, profile, regressions, report, timeline, verify
+from mtp_mem.cli import chart, compare, listing, plan, predict, profile, regressions, report, timeline, verify
 from mtp_mem.cli.common import note
 from mtp_mem.errors import MtpMemError, crashed
 
-COMMANDS = (compare, verify, predict, plan, timeline, report, chart, regressions, profile, gpu, listing)
+COMMANDS = (compare, verify, predict, plan, timeline, report, chart, regressions, profile, listing)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

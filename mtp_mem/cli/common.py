@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -43,6 +44,17 @@ def deterministic_option(sub: argparse.ArgumentParser) -> None:
         "--require-deterministic",
         action="store_true",
         help="take deterministic kernels only; a case that needs another one is an error",
+    )
+
+
+def budget_option(sub: argparse.ArgumentParser, what: str) -> None:
+    """`--budget-minutes`; `what` is begun no more when the minutes are spent."""
+    sub.add_argument(
+        "--budget-minutes",
+        type=_minutes,
+        metavar="M",
+        help=f"begin no further {what} after M minutes: what is finished is kept, stderr says how many cases are left,"
+        " the exit code is 1, and the same command runs the others",
     )
 
 
@@ -130,6 +142,16 @@ def numbers(text: str) -> tuple[int, ...]:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers like 1,2,4,8") from None
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive number of minutes")
+    return minutes
 
 
 def _device(text: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mtp_mem.cli.common import (
     AddCommand,
+    budget_option,
     case_options,
     console,
     deterministic_option,
@@ -25,6 +26,7 @@ def add(command: AddCommand) -> None:
     sub.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text; default: CPython's help topics")
     device_option(sub)
     deterministic_option(sub)
+    budget_option(sub, "n")
     sub.add_argument("--fresh", action="store_true", help="forget the results in --out and start over")
 
 
@@ -54,15 +56,21 @@ def run(args: argparse.Namespace) -> int:
         note(
             f"{len(wanted) - len(todo)} of {len(wanted)} cases are in {results.path} already (--fresh runs them again)"
         )
+    interrupted, left = False, {case.fingerprint for case in todo}
+    budget_s = None if args.budget_minutes is None else 60 * args.budget_minutes
     try:
         with progress(sweep.units(todo, profile.sweep.rounds)) as begin:
-            for record in sweep.run(profile, corpus, device, todo, begin):
+            for record in sweep.run(profile, corpus, device, todo, begin, budget_s):
                 results.append(record)
                 found[record.case] = record
+                left.discard(record.case)
     except KeyboardInterrupt:
-        finished = sum(case.fingerprint in found for case in wanted)
-        note(f"stopped: {finished} of {len(wanted)} cases are in {results.path}; the same command runs the others")
-        return 130
+        interrupted = True
+    if interrupted or left:
+        finished = len(wanted) - len(left)
+        why = "stopped" if interrupted else f"the budget of {args.budget_minutes:g} min is spent"
+        note(f"{why}: {finished} of {len(wanted)} cases are in {results.path}; the same command runs the others")
+        return 130 if interrupted else 1
     records = [found[case.fingerprint] for case in wanted]
     files = charts.memory_vs_n(records, out)
     sentence = recommend.advise(records)

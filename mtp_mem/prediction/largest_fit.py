@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mtp_mem._util import show_bytes
-from mtp_mem.config.schema import ModelConfig, Profile
+from mtp_mem.config.schema import ModelConfig, Profile, Workload
 from mtp_mem.errors import MtpMemError
+from mtp_mem.model.parameters import parameters, weight_bytes
 from mtp_mem.model.shape import Shape
-from mtp_mem.prediction.estimate import baseline
 from mtp_mem.prediction.formulas import flops_factor, formula_over_baseline
 from mtp_mem.prediction.peaks import Verdict, verdict
 from mtp_mem.prediction.probes import Figures, Point, Prober
@@ -156,6 +156,12 @@ def hint(profile: Profile, spec: str, axis: Axis, base: Point, limit: int) -> in
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return max(low, 1)
+
+
+def baseline(config: ModelConfig, workload: Workload) -> int:
+    """Bytes live before a step: parameters, AdamW's two moments of each, tokens and n rows of targets."""
+    weights = weight_bytes(sum(parameters(config).values()), workload.dtype)
+    return 3 * weights + 8 * (1 + config.n_future) * workload.tokens
 
 
 def _unit(axis: Axis) -> int:

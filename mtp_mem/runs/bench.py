@@ -40,7 +40,6 @@ class Bench:
         batch = corpus_batch(corpus, config, profile.workload)
         self.batch = dataclasses.replace(batch, tokens=batch.tokens.to(device), targets=batch.targets.to(device))
         self.optimizer = make_optimizer(self.model)
-        self.parameters = sum(p.numel() for p in self.model.parameters())
         self.reference: Gradients | None = None
         self.reference_name, self.noise = "", 0.0
 

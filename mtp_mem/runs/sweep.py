@@ -5,6 +5,7 @@ On CUDA the bytes come first, each case in a process of its own while this one h
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,11 +14,15 @@ from typing import Any
 
 import torch
 
-from mtp_mem.config.schema import ModelConfig, Profile
+from mtp_mem._util import show_bytes
+from mtp_mem.config.schema import ModelConfig, Profile, Workload
 from mtp_mem.data import Corpus
 from mtp_mem.environment import environment, numerics
 from mtp_mem.limits import require
+from mtp_mem.model.parameters import parameters
 from mtp_mem.prediction.floor import NoLogits
+from mtp_mem.prediction.formulas import formula_bytes
+from mtp_mem.prediction.largest_fit import baseline
 from mtp_mem.runs import isolated
 from mtp_mem.runs.bench import Bench, Progress, failure, free, speed
 from mtp_mem.runs.record import Record, as_floor, fingerprint
@@ -55,16 +60,58 @@ def units(todo: list[Case], rounds: int) -> int:
 
 
 def run(
-    profile: Profile, corpus: Corpus, device: torch.device, todo: list[Case], progress: Progress
+    profile: Profile,
+    corpus: Corpus,
+    device: torch.device,
+    todo: list[Case],
+    progress: Progress,
+    budget_s: float | None = None,
 ) -> Iterator[Record]:
-    """Run the cases n by n; each n's records are yielded as they become complete."""
+    """Run the cases n by n; each n's records are yielded as they become complete.
+
+    On CUDA a case that cannot fit by the closed forms is not run: its record says "oom", and what it needs.
+
+    Args:
+        profile: model, workload and rounds.
+        corpus: the text.
+        device: where the cases run.
+        todo: the cases to run.
+        progress: called once per unit of work.
+        budget_s: seconds after which no further n is begun; the first n always is, so that every call gets ahead.
+
+    Raises:
+        BadInput: a strategy cannot be loaded, or cannot run this model.
+    """
+    started = time.monotonic()
     strategies = {case.strategy: load_strategy(case.strategy) for case in todo}  # bad specs fail before any work
     require(strategies, profile.model, profile.workload)
     for n in dict.fromkeys(case.n for case in todo):
-        here = [case for case in todo if case.n == n]
-        mine = {case.strategy: strategies[case.strategy] for case in here}
-        yield from _run_n(profile, profile.model.with_n(n), corpus, device, here, mine, progress)
-        free(device)
+        if n != todo[0].n and budget_s is not None and time.monotonic() - started >= budget_s:
+            return
+        config, runnable = profile.model.with_n(n), []
+        for case in [case for case in todo if case.n == n]:
+            reason = None
+            if device.type == "cuda":
+                total_bytes = torch.cuda.get_device_properties(device).total_memory
+                reason = refusal(case.strategy, config, profile.workload, total_bytes)
+            if reason is None:
+                runnable.append(case)
+            else:
+                progress(f"n={n} {case.strategy}: refused")
+                yield _record(case, profile, config, corpus, device, {"status": "oom", "error": reason})
+        if runnable:
+            chosen = {case.strategy: strategies[case.strategy] for case in runnable}
+            yield from _run_n(profile, config, corpus, device, runnable, chosen, progress)
+            free(device)
+
+
+def refusal(spec: str, config: ModelConfig, workload: Workload, total_bytes: int) -> str | None:
+    """Why a case cannot fit on a CUDA device of `total_bytes`; None where it may, or where no closed form holds."""
+    over_baseline = formula_bytes(spec, dataclasses.asdict(config), dataclasses.asdict(workload), cuda=True)
+    if over_baseline is None or (peak := baseline(config, workload) + over_baseline) <= total_bytes:
+        return None
+    needs, has = show_bytes(peak), show_bytes(total_bytes)
+    return f"refused before the run: needs {needs} by closed form, the device has {has}"
 
 
 def _run_n(
@@ -102,20 +149,27 @@ def _run_n(
         else:
             found[spec] |= speed(seconds, workload.tokens)
     for case in todo:
-        yield Record(
-            case=case.fingerprint,
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            backend="cuda" if device.type == "cuda" else "cpu",
-            exactness="measured" if device.type == "cuda" else "tracked",
-            strategy=case.strategy,
-            n=case.n,
-            parameters=bench.parameters,
-            model=dataclasses.asdict(config),
-            workload={**dataclasses.asdict(workload), "source": corpus.source, "digest": corpus.digest},
-            environment=environment(device.type),
-            **as_floor(bytes_alone[""]),
-            **found[case.strategy],
-        )
+        facts = as_floor(bytes_alone[""]) | found[case.strategy]
+        yield _record(case, profile, config, corpus, device, facts)
+
+
+def _record(
+    case: Case, profile: Profile, config: ModelConfig, corpus: Corpus, device: torch.device, facts: Facts
+) -> Record:
+    """The record of a case from its `facts`, at least `status`."""
+    return Record(
+        case=case.fingerprint,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        backend="cuda" if device.type == "cuda" else "cpu",
+        exactness="measured" if device.type == "cuda" else "tracked",
+        strategy=case.strategy,
+        n=case.n,
+        parameters=sum(parameters(config).values()),
+        model=dataclasses.asdict(config),
+        workload={**dataclasses.asdict(profile.workload), "source": corpus.source, "digest": corpus.digest},
+        environment=environment(device.type),
+        **facts,
+    )
 
 
 def _tried(bench: Bench, work: Callable[[], Facts]) -> Facts:

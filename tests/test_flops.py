@@ -6,11 +6,11 @@ import pytest
 from small import build, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtp_mem import Profile, Sweep, Workload, forward_backward, load_profile, load_strategy
+from mtp_mem import Workload, forward_backward, load_profile, load_strategy
 from mtp_mem.config.schema import load_gpu
 from mtp_mem.model.shape import Shape
-from mtp_mem.prediction.estimate import baseline, capacity, estimate
-from mtp_mem.prediction.formulas import step_flops
+from mtp_mem.prediction.formulas import formula_bytes, step_flops
+from mtp_mem.prediction.largest_fit import baseline
 from mtp_mem.prediction.simulated_step import trace_step
 
 
@@ -48,25 +48,9 @@ def test_the_growth_with_n_follows_the_paper() -> None:
 @pytest.mark.parametrize("n", [1, 4])
 def test_bytes_are_those_of_the_prediction(n: int) -> None:
     profile, gpu = load_profile("mtp-0.3b"), load_gpu("h200")
-    one = dataclasses.replace(profile, sweep=Sweep(n=(n,), strategies=("sequential",)))
-    (found,) = estimate(one, gpu)
-    trace = trace_step(profile.model.with_n(n), profile.workload, load_strategy("sequential"), gpu=gpu)
-    assert found.peak_bytes == pytest.approx(trace.peak().nbytes, rel=0.01)
-    assert baseline(profile.model.with_n(n), profile.workload) == pytest.approx(trace.baseline, rel=1e-4)
-    assert found.fits
-    assert found.seconds is not None
-    assert found.seconds > 0
-
-
-def test_what_cannot_fit_and_what_has_no_closed_form() -> None:
-    profile = load_profile("llama3-8b")
-    small, large = load_gpu("l4"), load_gpu("h200")
-    assert [case.fits for case in estimate(profile, small)] == [False] * 20
-    assert all(case.fits for case in estimate(profile, large))
-    assert capacity(small) < small.total_bytes
-    chain = Profile(
-        name="chain", model=tiny(head="causal"), workload=Workload(batch=1, sequence=8), sweep=Sweep(n=(2,))
-    )
-    assert [(c.peak_bytes, c.seconds, c.fits) for c in estimate(chain, small)] == [(None, None, True)] * 5
-    mixed = dataclasses.replace(chain, model=tiny(), workload=Workload(batch=1, sequence=8, dtype="bf16-mixed"))
-    assert estimate(mixed, None)[0].peak_bytes is None
+    config, workload = profile.model.with_n(n), profile.workload
+    trace = trace_step(config, workload, load_strategy("sequential"), gpu=gpu)
+    assert baseline(config, workload) == pytest.approx(trace.baseline, rel=1e-4)
+    over_baseline = formula_bytes("sequential", dataclasses.asdict(config), dataclasses.asdict(workload), cuda=True)
+    assert over_baseline is not None
+    assert baseline(config, workload) + over_baseline == pytest.approx(trace.peak().nbytes, rel=0.01)
