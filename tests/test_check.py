@@ -1,26 +1,24 @@
-"""`python -m mtp_mem.runs.check_prediction`: says that there is no GPU, and judges what it would measure on one."""
+"""`mtp-mem predict --check`: says that there is no GPU, and judges what it would measure on one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mtp_mem.cli import main
 from mtp_mem.config.schema import GPU, Profile, Sweep, load_gpu
 from mtp_mem.memory.trace import Trace
 from mtp_mem.runs import check_prediction
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so it would measure")
-def test_without_a_gpu_it_prints_predictions(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mtp_mem.runs.check_prediction", "--quick", "--out", "out", "--gpu", "h100-80gb"]
-    found = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.startswith("No CUDA device here: nothing is measured. Predictions for NVIDIA H100")
+def test_without_a_gpu_it_prints_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["predict", "--check", "--quick", "--out", str(out), "--gpu", "h100-80gb"]) == 0
+    first_line = capsys.readouterr().out.splitlines()[0]
+    assert first_line.startswith("No CUDA device here: nothing is measured. Predictions for NVIDIA H100")
     document = json.loads((tmp_path / "out/check.json").read_text())
     assert document["measured"] is False
     assert len(document["cases"]) == len(check_prediction.N) * len(check_prediction.STRATEGIES)
@@ -39,25 +37,41 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.Mon
         return trace_step(*args, **kwargs)
 
     monkeypatch.setattr(check_prediction.simulated_step, "trace_step", counting)
-    args = ["--quick", "--out", str(tmp_path), "--gpu", "h200"]
-    with pytest.raises(KeyboardInterrupt):
-        check_prediction.main(args)
+    args = ["predict", "--check", "--quick", "--out", str(tmp_path), "--gpu", "h200"]
+    assert main(args) == 130
     kept = json.loads((tmp_path / "check.json").read_text())
     assert (len(kept["cases"]), kept["kernels"]) == (3, [])
     stop_at = 100
-    assert check_prediction.main(args) == 0
+    assert main(args) == 0
     whole = json.loads((tmp_path / "check.json").read_text())
     assert whole["cases"][:3] == kept["cases"]
     assert len(predicted) == len(whole["cases"]) == len(check_prediction.N) * len(check_prediction.STRATEGIES)
     assert whole["kernels"]
-    assert check_prediction.main([*args[:-1], "l4"]) == 0  # another GPU's figures are no part of this one's
+    assert main([*args[:-1], "l4"]) == 0  # another GPU's figures are no part of this one's
     assert len(predicted) == 2 * len(whole["cases"])
 
 
-def test_unknown_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    if not torch.cuda.is_available():
-        assert check_prediction.main(["--gpu", "h3000"]) == 2
-        assert "unknown GPU 'h3000'" in capsys.readouterr().err
+def test_a_spent_budget_keeps_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["predict", "--check", "--quick", "--gpu", "h200", "--budget-minutes", "1e-9", "--out", str(tmp_path)]
+    for reached in (1, 2):
+        assert main(args) == 1
+        assert f"{reached} of 6 cases are done; the same command runs the others" in capsys.readouterr().out
+        assert len(json.loads((tmp_path / "check.json").read_text())["cases"]) == reached
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--check", "--gpu", "h3000"], "unknown GPU 'h3000'"),
+        (["--check", "--gpu", "h200,l4"], "--check predicts for one GPU"),
+        (["--check", "--n", "3"], "--check has its own cases"),
+        (["--quick"], "options of --check"),
+    ],
+)
+def test_bad_input(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if not torch.cuda.is_available() or "h3000" not in args:
+        assert main(["predict", *args]) == 2
+        assert message in capsys.readouterr().err
 
 
 def compare_default(profile: Profile, gpu: GPU, facts: dict[str, Any] | None) -> check_prediction.Row:

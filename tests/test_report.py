@@ -130,24 +130,6 @@ def test_names_from_a_file_are_text(tmp_path: Path) -> None:
     assert page.tags.count("script") == 2  # the timeline's data and its script
     assert "b" not in page.tags
     assert EVIL in page.text
-    assert main(["report", str(results), "-o", str(tmp_path / "r.md")]) == 0
-    markdown = (tmp_path / "r.md").read_text(encoding="utf-8")
-    assert not [row for row in markdown.splitlines() if "<script" in row and not row.startswith("    ")]  # but code
-    rows = [row for row in markdown.splitlines() if row.startswith("| 2 |")]
-    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
-
-
-def test_markdown_links_to_charts_that_are_there(tmp_path: Path) -> None:
-    results = write(tmp_path / "results", records())
-    assert main(["report", str(results), "-o", str(tmp_path / "r.md")]) == 0
-    text = (tmp_path / "r.md").read_text(encoding="utf-8")
-    links = re.findall(r"!\[.*\]\((.*)\)", text)
-    assert links == [
-        f"r-charts/{name}.png" for name in ("memory-vs-n", "peak-composition", "throughput-vs-memory", "time-vs-n")
-    ]
-    assert all((tmp_path / link).is_file() for link in links)
-    assert len(list((tmp_path / "r-charts").iterdir())) == 12
-    assert "**At n = 8 use sequential" in text
 
 
 def test_recorded_results_of_two_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtp_mem.cli.common import AddCommand, case_options, console, names, profile_of, progress
+from mtp_mem.cli.common import AddCommand, budget_option, case_options, console, names, note, profile_of, progress
+from mtp_mem.errors import BadInput
 
 if TYPE_CHECKING:
     from mtp_mem.config.schema import GPU
@@ -17,14 +19,45 @@ def add(command: AddCommand) -> None:
     sub = command("predict", run, "peaks on GPUs that need not be here: the step on tensors without data")
     case_options(sub, "llama3-8b", "bf16")
     sub.add_argument("--gpu", type=names, metavar="A,B", help="GPUs of gpus.toml (see list), instead of the profile's")
+    sub.add_argument(
+        "--check",
+        action="store_true",
+        help="hold predictions of fixed shapes against the CUDA device here; without one they are printed (for --gpu,"
+        " default h200). Resumes in --out; exit code 1 if a byte requested or 1 %% of the bytes allocated differ",
+    )
+    sub.add_argument("--quick", action="store_true", help="--check the narrow shape under the default allocator only")
+    budget_option(sub, "case of --check")
 
 
 def run(args: argparse.Namespace) -> int:
     """The profile's peaks on GPUs that need not be here, one after the other."""
     from mtp_mem.prediction.simulated_step import without_collections
 
+    if args.check:
+        return _check(args)
+    if args.quick or args.budget_minutes:
+        raise BadInput("--quick and --budget-minutes are options of --check")
     with without_collections():  # half a second of six
         return _predict(args)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from mtp_mem.runs import check_prediction
+
+    if args.strategies or args.strategy or args.n or args.dtype:
+        raise BadInput("--check has its own cases: no --strategies, --strategy, --n or --dtype")
+    if args.gpu and len(args.gpu) > 1:
+        raise BadInput(f"--gpu {','.join(args.gpu)}: --check predicts for one GPU")
+    document, right = check_prediction.run(
+        args.gpu[0] if args.gpu else "h200",
+        quick=args.quick,
+        out=args.out,
+        budget_s=args.budget_minutes and 60 * args.budget_minutes,
+        show=note if args.json else partial(print, flush=True),
+    )
+    if args.json:
+        print(json.dumps(document, indent=1))
+    return 0 if right else 1
 
 
 def _predict(args: argparse.Namespace) -> int:

@@ -3,19 +3,17 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Literal
 
 from mtp_mem.cli.common import AddCommand, note
-
-SUFFIX = {"html": ".html", "markdown": ".md"}
 
 
 def add(command: AddCommand) -> None:
     """Register the command."""
     sub = command("report", run, "one page from results files: the answer, charts, tables, how to run it again")
     sub.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="results.jsonl files, or folders of them")
-    sub.add_argument("-o", "--output", type=Path, metavar="FILE", help="default report.html or report.md")
-    sub.add_argument("--format", choices=sorted(SUFFIX), help="default by FILE's ending, else html")
+    sub.add_argument(
+        "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="default report.html"
+    )
     sub.add_argument(
         "--timeline", action="append", type=Path, default=[], metavar="CSV", help="a timeline.csv, besides those there"
     )
@@ -26,23 +24,19 @@ def run(args: argparse.Namespace) -> int:
     """Write the page; what was skipped is said on stderr and in the page."""
     from mtp_mem.report.build import build
 
-    form: Literal["html", "markdown"] = args.format or "html"
-    if args.format is None and args.output and args.output.suffix in (".md", ".markdown"):
-        form = "markdown"
-    out = args.output or Path("report").with_suffix(SUFFIX[form])
-    made = build(args.results, out, form, args.timeline, args.charts)
-    for line in made.notes:
+    report = build(args.results, args.output, args.timeline, args.charts)
+    for line in report.notes:
         note(f"note: {line}")
-    sections = [group.content for group in made.groups]
+    sections = [group.content for group in report.groups]
     if args.json:
         document = {
-            "files": [str(path) for path in made.files],
+            "files": [str(path) for path in report.files],
             "groups": [{"title": s.title, "answer": s.answer, "command": s.command} for s in sections],
-            "notes": list(made.notes),
+            "notes": list(report.notes),
         }
         print(json.dumps(document, indent=1))
     else:
         for s in sections:
             print(f"{s.title}\n  {s.answer}")
-        print(f"report {out}")
+        print(f"report {args.output}")
     return 0

@@ -183,7 +183,6 @@ class GPU:
     workspace_bytes: int  # of one cuBLAS handle
     multiprocessors: int
     flops: float  # dense bf16, per second
-    bandwidth: float  # bytes per second
     source: str
     expandable_segments: bool = False  # torch's default
 

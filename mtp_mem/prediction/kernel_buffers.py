@@ -1,10 +1,9 @@
 """Buffers that CUDA kernels take from the caching allocator inside one operator, where no dispatch mode sees them.
 
-`python -m mtp_mem.runs.check_prediction` holds each row against a CUDA device; a row says whether that has happened.
+`mtp-mem predict --check` holds each row against a CUDA device.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,38 +74,10 @@ def foreach_norm(args: tuple[Any, ...], _multiprocessors: int) -> list[int]:
     return [4 * len(tensors) * -(-max(t.numel() for t in tensors) // 65536)]
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """A row of the table: an operator, the buffers inside its kernel, and how we know.
-
-    Attributes:
-        operator: the ATen overload.
-        buffers: their sizes.
-        source: file and function of PyTorch 2.13, as the project's notes give them.
-        seen_on_cuda: whether a CUDA device has shown these sizes.
-    """
-
-    operator: Any
-    buffers: Buffers
-    source: str
-    seen_on_cuda: bool = False
-
-
-KERNELS = (
-    Kernel(
-        _aten._scaled_dot_product_flash_attention.default,
-        flash_forward,
-        "transformers/cuda/flash_attn/flash_api.cpp, set_params_splitkv",
-    ),
-    Kernel(
-        _aten._scaled_dot_product_flash_attention_backward.default,
-        flash_backward,
-        "transformers/cuda/flash_attn/flash_api.cpp, mha_bwd",
-    ),
-    Kernel(
-        _aten.embedding_dense_backward.default,
-        embedding_backward,
-        "native/cuda/Embedding.cu and EmbeddingBackwardKernel.cu",
-    ),
-    Kernel(_aten._foreach_norm.Scalar, foreach_norm, "native/cuda/ForeachReduceOp.cu"),
-)
+KERNELS: dict[Any, Buffers] = {
+    _aten._scaled_dot_product_flash_attention.default: flash_forward,
+    _aten._scaled_dot_product_flash_attention_backward.default: flash_backward,
+    _aten.embedding_dense_backward.default: embedding_backward,
+    _aten._foreach_norm.Scalar: foreach_norm,
+}
+"""The buffers inside an operator's kernel, by ATen overload. Each function names its source in PyTorch 2.13."""

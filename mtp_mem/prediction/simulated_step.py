@@ -61,7 +61,7 @@ class Rehearsal:
     def __init__(
         self, config: ModelConfig, workload: Workload, *, attention: Attention = "flash", gpu: GPU | None = None
     ) -> None:
-        kernels = {} if gpu is None else {row.operator: row.buffers for row in KERNELS}
+        kernels = {} if gpu is None else KERNELS
         self._tracker = Tracker(config.vocab_size, config.dim, [], kernels, 0 if gpu is None else gpu.multiprocessors)
         self._mode = _Mode()
         self._for_cuda = attention == "flash"

@@ -4,13 +4,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mtp_mem._util import show_bytes, whole
 from mtp_mem.errors import BadInput
 from mtp_mem.report import charts
 from mtp_mem.report.content import gpu_of, section
-from mtp_mem.report.page import Chart, Group, to_html, to_markdown
+from mtp_mem.report.page import Chart, Group, to_html
 from mtp_mem.report.recommend import peak_bytes
 from mtp_mem.report.timeline_page import drawing, read_timeline
 from mtp_mem.runs.read_results import Located, groups, machine, read
@@ -29,7 +29,6 @@ class Report:
 def build(
     results: Sequence[Path],
     out: Path,
-    form: Literal["html", "markdown"] = "html",
     timelines: Sequence[Path] = (),
     charts_folder: Path | None = None,
 ) -> Report:
@@ -38,9 +37,8 @@ def build(
     Args:
         results: results files, or folders that hold some.
         out: the page; replaced if it is there, whole or not at all.
-        form: an HTML page with its charts inside, or Markdown that links to them.
         timelines: more timeline.csv than those that lie in the folders of the results.
-        charts_folder: where the charts stay; without it an HTML page keeps none, Markdown in OUT's name + "-charts".
+        charts_folder: where the charts stay; without it they are in the page only.
 
     Raises:
         BadInput: a path cannot be read or written, no usable record, `out` is one of the results.
@@ -59,17 +57,12 @@ def build(
             notes.append(f"skipped: {e}")
     apart = groups(found, notes)
     writable(out.parent)
-    if form == "markdown":
-        charts_folder = charts_folder or out.with_name(f"{out.stem}-charts")
     with tempfile.TemporaryDirectory() as scratch:
         folder = writable(charts_folder) if charts_folder else Path(scratch)
         folders = [folder / f"group-{i}" for i in range(1, len(apart) + 1)] if len(apart) > 1 else [folder]
         sections = tuple(Group(section(g), _draw(g, writable(at))) for g, at in zip(apart, folders, strict=True))
         panels = _panels(apart, folder)
-        if form == "html":
-            text = to_html(sections, panels, pictures, notes)
-        else:
-            text = to_markdown(sections, panels, pictures, notes, out.parent)
+        text = to_html(sections, panels, pictures, notes)
         drawn = [chart for group in sections for chart in group.charts] + ([panels] if panels else [])
         kept = (
             [c.png.with_suffix(suffix) for c in drawn for suffix in (".png", ".svg", ".csv")] if charts_folder else []

@@ -1,19 +1,16 @@
-"""The report as one HTML page without any link to elsewhere, or as Markdown with its charts beside it."""
+"""The report as one HTML page without any link to elsewhere."""
 
-import html
-import os
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from mtp_mem.report.content import Grid, Section
+from mtp_mem.report.content import Section
 
 SVG = "{http://www.w3.org/2000/svg}"
 XLINK = "{http://www.w3.org/1999/xlink}"
@@ -80,51 +77,3 @@ def inline_svg(path: Path, prefix: str, alt: str) -> Markup:
     root.set("role", "img")
     root.set("aria-label", alt)
     return Markup(ET.tostring(root, encoding="unicode"))
-
-
-def to_markdown(
-    groups: Sequence[Group], panels: Chart | None, timelines: Sequence[dict[str, Any]], notes: Sequence[str], base: Path
-) -> str:
-    """The same as Markdown; pictures are linked relative to the folder `base`."""
-    lines = ["# Head-backward strategies: memory, time, gradients", ""]
-    for group in groups:
-        s = group.content
-        lines += [f"## {_text(s.title)}", "", f"**{_text(s.answer)}**", ""]
-        lines += [f"- {_text(name)}: {_text(value)}" for name, value in s.figures]
-        lines += ["", f"Bytes: {_text(s.how)}.", "", *_pictures(group.charts, base)]
-        lines += ["### Cases", "", *_grid(s.cases)]
-        if s.remarks:
-            lines += ["### Remarks", "", *(f"- {_text(line)}" for line in s.remarks), ""]
-        if s.slopes:
-            lines += ["### What a further head costs", "", *_grid(s.slopes)]
-        lines += ["### Gradients", "", _text(s.gradients), "", "### Run it again", ""]
-        lines += [*(f"    {line}" for line in s.command.splitlines()), "", "### Machine", "", *_grid(s.machine)]
-    if panels:
-        lines += ["## All groups", "", *_pictures([panels], base)]
-    for t in timelines:
-        lines += ["## What is live during one step", "", _text(f"{t['path']}: {t['peak']['words']}"), ""]
-        lines += _grid(Grid(("category", "bytes at the peak"), tuple(t["at_peak"]), (True, False)))
-        lines += _grid(Grid(("bytes", "category", "made by", "in"), tuple(t["largest"]), (False, True, True, True)))
-    if notes:
-        lines += ["## What was skipped", "", *(f"- {_text(line)}" for line in notes)]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _pictures(charts: Sequence[Chart], base: Path) -> list[str]:
-    lines = []
-    for chart in charts:
-        link = quote(Path(os.path.relpath(chart.png, base)).as_posix())
-        lines += [f"![{_text(chart.alt)}]({link})", ""]
-    return lines
-
-
-def _grid(table: Grid) -> list[str]:
-    rule = ["---" if left else "---:" for left in table.words]
-    rows = [[_text(cell) for cell in row] for row in (table.titles, *table.rows)]
-    return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])] + [""]
-
-
-def _text(text: str) -> str:
-    """One line that Markdown shows as it is, in a table too."""
-    text = html.escape(" ".join(text.split()), quote=False)
-    return "".join(f"\\{c}" if c in "\\`*_[]|" else c for c in text)

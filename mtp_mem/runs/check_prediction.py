@@ -1,14 +1,13 @@
-"""Is the prediction right? `python -m mtp_mem.runs.check_prediction` holds it against a CUDA device, byte by byte.
+"""Is the prediction right? `mtp-mem predict --check` holds it against a CUDA device, byte by byte.
 
 Each case is measured in a process of its own, under the default allocator and under expandable segments, and predicted
 with the workspaces that were found there. Then each row of the kernel table is run alone. Without a CUDA device it says
 so and prints the predictions.
 """
 
-import argparse
 import json
-import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 from mtp_mem._util import whole
 from mtp_mem.config.schema import GPU, ModelConfig, Profile, Sweep, Workload, load_gpu, load_gpus
 from mtp_mem.environment import code_digest
-from mtp_mem.errors import MtpMemError, crashed
 from mtp_mem.prediction import simulated_step
 from mtp_mem.prediction.kernel_buffers import KERNELS
 from mtp_mem.prediction.peaks import predicted
@@ -45,7 +43,7 @@ SHAPES = {
 ALLOCATORS = {"default": "expandable_segments:False", "expandable": "expandable_segments:True"}
 FIELDS = ("requested", "allocated", "reserved")
 SM90_WORKSPACE, OTHER_WORKSPACE = 4096 * 8 * 1024, 8_519_680
-ASSUMED_FLOPS, ASSUMED_BANDWIDTH = 1e14, 1e12  # of a GPU that gpus.toml does not know; only minutes depend on them
+ASSUMED_FLOPS = 1e14  # per second, of a GPU that gpus.toml does not know; no byte depends on them
 
 
 @dataclass(frozen=True)
@@ -69,41 +67,54 @@ class Row:
         return None if self.measured is None else {key: self.predicted[key] - self.measured[key] for key in FIELDS}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: right, or no device to say; 1: off by a byte requested or by more than 1 % allocated."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mtp_mem.runs.check_prediction", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--gpu", default="h200", help="predict for this one where there is no CUDA device")
-    parser.add_argument("--quick", action="store_true", help="the narrow shape under the default allocator only")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write check.json there")
-    args = parser.parse_args(argv)
-    try:
-        out = writable(args.out) if args.out else None
-        here = torch.cuda.is_available()
-        gpu = device_here() if here else load_gpu(args.gpu)
-    except MtpMemError as e:
-        print(f"check: {e}", file=sys.stderr)
-        return e.exit_code
-    if not here:
-        print(f"No CUDA device here: nothing is measured. Predictions for {gpu.name}, bytes:")
-    about = {"gpu": asdict(gpu), "torch": torch.__version__, "code": code_digest(), "measured": here}
-    rows: list[Row] = []
-    kernels: list[dict[str, Any]] = []
-    for row in check(gpu, _before(out, about), quick=args.quick, measure=here):
-        print(_line(row), flush=True)
-        rows.append(row)
-        _write(out, about, rows, kernels)
-    for name, table, measured in check_kernels("cuda" if here else "cpu", gpu.multiprocessors):
-        found = "" if measured is None else f", measured {measured:,}, difference {table - measured:+,}"
-        print(f"kernel {name}: table {table:,}{found}", flush=True)
-        kernels.append({"kernel": name, "table": table, "measured": measured})
-    _write(out, about, rows, kernels)
-    if not here:
-        return 0
-    right = all(map(is_right, rows))
-    print("right: 0 B requested, 1 % allocated" if right else "NOT right: see the differences above")
-    return 0 if right else 1
+def run(
+    gpu_name: str, *, quick: bool, out: Path | None, budget_s: float | None, show: Callable[[str], None]
+) -> tuple[dict[str, Any], bool]:
+    """Predict every case and, where there is a CUDA device, measure it too.
+
+    Args:
+        gpu_name: predict for this one of gpus.toml where there is no CUDA device.
+        quick: the narrow shape under the default allocator only.
+        out: check.json is kept there after every case; cases that it holds already are not run again.
+        budget_s: seconds after which no further case is begun; at least one new case always is.
+        show: called with each line for people.
+
+    Returns:
+        What check.json holds, and whether it is right: every case was reached, and on a CUDA device `is_right`.
+
+    Raises:
+        BadInput: no such GPU, or `out` cannot be written.
+    """
+    folder = writable(out) if out else None
+    measured = torch.cuda.is_available()
+    gpu = device_here() if measured else load_gpu(gpu_name)
+    if not measured:
+        show(f"No CUDA device here: nothing is measured. Predictions for {gpu.name}, bytes:")
+    about = {"gpu": asdict(gpu), "torch": torch.__version__, "code": code_digest(), "measured": measured}
+    before = _before(folder, about)
+    document: dict[str, Any] = about | {"cases": [], "kernels": []}
+    right, started = True, time.monotonic()
+    total = len(N) * len(STRATEGIES) * (1 if quick else len(SHAPES) * len(ALLOCATORS))
+    for row in check(gpu, before, quick=quick, measure=measured):
+        show(_line(row))
+        right = right and (is_right(row) or not measured)
+        document["cases"].append(asdict(row))
+        _write(folder, document)
+        reached = len(document["cases"])
+        if budget_s is not None and time.monotonic() - started >= budget_s and len(before) < reached < total:
+            show(
+                f"the budget of {budget_s / 60:g} min is spent: {reached} of {total} cases are done; "
+                + ("the same command runs the others" if out else "with --out the same command would go on from here")
+            )
+            return document, False
+    for name, table, kernel_bytes in check_kernels("cuda" if measured else "cpu", gpu.multiprocessors):
+        found = "" if kernel_bytes is None else f", measured {kernel_bytes:,}, difference {table - kernel_bytes:+,}"
+        show(f"kernel {name}: table {table:,}{found}")
+        document["kernels"].append({"kernel": name, "table": table, "measured": kernel_bytes})
+    _write(folder, document)
+    if measured:
+        show("right: 0 B requested, 1 % allocated" if right else "NOT right: see the differences above")
+    return document, right
 
 
 def check(gpu: GPU, before: Sequence[Row] = (), *, quick: bool, measure: bool) -> Iterator[Row]:
@@ -160,10 +171,9 @@ def is_right(row: Row) -> bool:
 
 def check_kernels(device: str, multiprocessors: int) -> Iterator[tuple[str, int, int | None]]:
     """Name, bytes by the table, and bytes measured around the operator alone (None off CUDA), row by row."""
-    buffers = {row.operator: row.buffers for row in KERNELS}
     for name, operator, args in _kernel_cases(device):
         measured = _inside(operator, args) if device == "cuda" else None
-        yield name, sum(buffers[operator](args, multiprocessors)), measured
+        yield name, sum(KERNELS[operator](args, multiprocessors)), measured
 
 
 def device_here() -> GPU:
@@ -178,8 +188,7 @@ def device_here() -> GPU:
         workspace_bytes=query() if query else default,
         multiprocessors=properties.multi_processor_count,
         flops=known.flops if known else ASSUMED_FLOPS,
-        bandwidth=known.bandwidth if known else ASSUMED_BANDWIDTH,
-        source="the device itself" if known else "the device itself; flops and bandwidth assumed",
+        source="the device itself" if known else "the device itself; flops assumed",
     )
 
 
@@ -231,10 +240,9 @@ def _before(out: Path | None, about: dict[str, Any]) -> list[Row]:
         return []
 
 
-def _write(out: Path | None, about: dict[str, Any], rows: list[Row], kernels: list[dict[str, Any]]) -> None:
-    """Everything found so far; whole at any moment."""
+def _write(out: Path | None, document: dict[str, Any]) -> None:
+    """Keep the document so that check.json is whole at any moment."""
     if out:
-        document = about | {"cases": [asdict(row) for row in rows], "kernels": kernels}
         with whole(out / "check.json") as partial:
             partial.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -247,10 +255,3 @@ def _line(row: Row) -> str:
         return f"{head}: " + ", ".join(f"{key} {row.predicted[key]:,}" for key in FIELDS)
     parts = (f"{key} {row.measured[key]:,} ({row.difference[key]:+,})" for key in FIELDS if row.measured)
     return f"{head}: measured (predicted minus measured) " + ", ".join(parts) + f", unnamed {row.unnamed:,}"
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except Exception:
-        sys.exit(crashed())
