@@ -3,10 +3,10 @@
 import dataclasses
 
 import pytest
+from benchmarks.head_phase import HeadPhase, HeadShape
 from small import tiny
 
 from mtp_mem import ModelConfig, Workload, load_strategy
-from mtp_mem.head_phase import HeadPhase, HeadShape
 from mtp_mem.model.shape import Shape
 from mtp_mem.prediction.floor import NoLogits
 from mtp_mem.prediction.formulas import peak_over_baseline, slope

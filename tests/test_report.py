@@ -1,5 +1,6 @@
 """The report: one whole page without any address elsewhere, the right words, exit codes; and it works in a browser."""
 
+import csv
 import html
 import json
 import os
@@ -15,13 +16,14 @@ from fixed import MODEL, WORKLOAD, record, records
 
 from mtp_mem.cli import main
 from mtp_mem.config.schema import load_profile
+from mtp_mem.memory.trace import Event, Storage, Trace
 from mtp_mem.report import timeline_page as timeline_module
 from mtp_mem.report.reproduce import command
 from mtp_mem.report.timeline_page import read_timeline
 from mtp_mem.runs.record import Record
 
 RECORDED = Path(__file__).parent.parent / "profiles" / "recorded"
-TIMELINE = RECORDED / "cpu-2-cores" / "timeline-quick-sequential" / "timeline.csv"
+TIMELINE = RECORDED / "cpu-2-cores" / "timeline-quick-sequential" / "timeline.json"
 EVIL = "<script>alert('x')</script>|`&\"]("
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -105,11 +107,11 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "# add --text FILE: a text\nmtp-mem compare --profile quick --n 1,2,4,8,16"
         " --strategies naive,sequential,chunked_vocab,checkpointed --device cpu",
         "A CPU",
-        "peak 151.2 MiB in head 1 loss",
+        "peak 150.4 MiB in head 1 loss",
     ):
         assert words in page.text, words
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.html", "results"]
-    assert sorted(p.name for p in results.iterdir()) == ["results.jsonl", "timeline.csv"]
+    assert sorted(p.name for p in results.iterdir()) == ["results.jsonl", "timeline.json"]
     again = out.read_bytes()
     assert main(["report", str(results), "-o", str(out)]) == 0
     assert out.read_bytes() == again
@@ -121,9 +123,9 @@ def test_names_from_a_file_are_text(tmp_path: Path) -> None:
         for strategy, more in (("naive", {}), (EVIL, {}), ("other", {"status": "error"}))  # type: ignore[var-annotated]
     ]
     results = write(tmp_path / "results", evil)
-    (results / "timeline.csv").write_text(
-        f"event,phase,op,logits,{EVIL.replace(',', '')[:-4]},total\n0,,,1,0,1\n1,<b>,</script>,5,2,7\n".replace('"', "")
-    )
+    storages = [Storage(1, "logits", "", "", (1,), "x"), Storage(5, "logits", "<b>", f"</script>{EVIL}", (1,), EVIL)]
+    trace = Trace(dict(enumerate(storages)), [0], [Event("alloc", 1)])
+    (results / "timeline.json").write_text(json.dumps(trace.to_json()))
     out = tmp_path / "r.html"
     assert main(["report", str(results), "-o", str(out)]) == 0
     page = check(out.read_text(encoding="utf-8"))
@@ -153,8 +155,9 @@ def test_recorded_results_of_two_kinds(tmp_path: Path, capsys: pytest.CaptureFix
         (["good", "-o", "good"], "--output good: is a folder"),
         (["good", "-o", "good/results.jsonl"], "is one of the results"),
         (["good", "-o", "/proc/nowhere/r.html"], "/proc/nowhere: cannot be written"),
-        (["good", "--timeline", "cut/results.jsonl"], "no timeline.csv: expected event,phase,op"),
-        (["good", "--timeline", "t.csv"], "t.csv:3: not 6 fields with whole bytes (cut off?)"),
+        (["good", "--timeline", "cut/results.jsonl"], "cut/results.jsonl: no timeline.json (cut off?): "),
+        (["good", "--timeline", "t.json"], "t.json: no timeline.json (cut off?): not a step's storages and events"),
+        (["good", "--timeline", "huge.json"], "huge.json: no timeline.json (cut off?): not a storage"),
     ],
 )
 def test_bad_input(
@@ -165,7 +168,9 @@ def test_bad_input(
     write(Path("empty"), [])
     write(Path("cut"), [])
     Path("cut/results.jsonl").write_text('{"schema": 1, "case"')
-    Path("t.csv").write_text("event,phase,op,logits,other,total\n0,,,1,0,1\n1,a,b,5\n")
+    Path("t.json").write_text('{"timeline": 1, "storages": [], "before": [], "events": [["free", 3]]}')
+    huge = Trace({0: Storage(10**400, "logits", "", "", (1,), "x")}, [0], [])
+    Path("huge.json").write_text(json.dumps(huge.to_json()))
     before = sorted(map(str, tmp_path.rglob("*")))
     assert main(["report", *args]) == 2
     said = capsys.readouterr()
@@ -179,11 +184,11 @@ def test_a_damaged_line_is_named_on_the_page(tmp_path: Path, capsys: pytest.Capt
     results = write(tmp_path / "results", records())
     with (results / "results.jsonl").open("a") as file:
         file.write('{"schema": 99}\n{"schema": 1, "ca')
-    (results / "timeline.csv").write_text("event,phase\n")
+    (results / "timeline.json").write_text('{"timeline": 1}')
     out = tmp_path / "r.html"
     assert main(["report", str(results), "-o", str(out)]) == 0
     err, text = capsys.readouterr().err, html.unescape(out.read_text(encoding="utf-8"))
-    for words in ("results.jsonl:17: skipped: schema 99", "results.jsonl:18: skipped: not a whole", "no timeline.csv"):
+    for words in ("results.jsonl:17: skipped: schema 99", "results.jsonl:18: skipped: not a whole", "no timeline.json"):
         assert words in err
         assert words in text
 
@@ -207,8 +212,8 @@ def _as(source: str, found: Record) -> Record:
     return record(found.strategy, found.n, workload={**WORKLOAD, "source": source})
 
 
-def test_tensors_are_read_back_from_a_timeline() -> None:
-    """At every event the tensors that were read back add up to what the file says is live, but for the start's."""
+def test_a_timeline_is_read_back_as_it_was_drawn() -> None:
+    """Event by event the bytes of the file beside the chart, of which the tensors and what was live before are all."""
     found = read_timeline(TIMELINE)
     assert found.totals[found.peak] == max(found.totals)
     for category in range(len(found.categories)):
@@ -221,6 +226,8 @@ def test_tensors_are_read_back_from_a_timeline() -> None:
         for i, row in enumerate(found.rows):
             live += change[i]
             assert live == row[category], (found.categories[category], i)
+    with TIMELINE.with_suffix(".csv").open() as file:
+        assert found.totals == [int(row["total"]) for row in csv.DictReader(file)]
     largest = found.largest(found.peak)[0]
     assert (largest.nbytes, found.categories[largest.category], largest.phase) == (2**25, "logits", "head 1 loss")
 
@@ -286,7 +293,7 @@ def test_without_javascript_and_on_paper(tmp_path: Path) -> None:
     bare.write_text(out.read_text(encoding="utf-8").replace("<head>", forbidden, 1) + probe, encoding="utf-8")
     done = browse(tmp_path, "--dump-dom", bare.as_uri())
     assert "it ran" not in re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)
-    for words in ("At n = 8 use sequential", "Of 16 cases 16 were held against", "peak 151.2 MiB in head 1 loss"):
+    for words in ("At n = 8 use sequential", "Of 16 cases 16 were held against", "peak 150.4 MiB in head 1 loss"):
         assert words in done.stdout, words
     assert done.stdout.count("<svg") == out.read_text(encoding="utf-8").count("<svg") >= 5
     pdf = tmp_path / "r.pdf"

@@ -44,7 +44,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert document["n"] == 3
         assert len(document["largest"]) == 10
         assert document["largest"][0]["nbytes"] == 256 * 4096 * 4  # one fp32 tensor (N, V)
-        assert sorted(p.name for p in out.iterdir()) == ["timeline.csv", "timeline.png", "timeline.svg"]
+        assert sorted(p.name for p in out.iterdir()) == [
+            "timeline.csv",
+            "timeline.json",
+            "timeline.png",
+            "timeline.svg",
+        ]
         rows = list(csv.DictReader((out / "timeline.csv").open()))
         assert max(int(row["total"]) for row in rows) == document["peak_requested_bytes"]
     assert main(["timeline", "--gpu", "h200"]) == 2  # quick is fp32

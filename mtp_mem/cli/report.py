@@ -15,7 +15,7 @@ def add(command: AddCommand) -> None:
         "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="default report.html"
     )
     sub.add_argument(
-        "--timeline", action="append", type=Path, default=[], metavar="CSV", help="a timeline.csv, besides those there"
+        "--timeline", action="append", type=Path, default=[], metavar="JSON", help="a timeline.json from elsewhere"
     )
     sub.add_argument("--charts", type=Path, metavar="DIR", help="keep the charts here, as PNG, SVG and CSV")
 

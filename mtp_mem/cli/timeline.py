@@ -78,5 +78,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"peak {show_bytes(peak.nbytes)} in {peak.phase} ({peak.op}), {how}:")
         for category, nbytes in peak.by_category.items():
             print(f"  {show_bytes(nbytes):>10}  {category}")
-        print(f"chart {files[0]} (.svg, .csv)")
+        print(f"chart {files[0]} (.svg, .csv, .json)")
     return 0

@@ -3,8 +3,12 @@
 A trace is data. Peaks, phases and categories are read from it afterwards, so that all views of a step agree.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+FORMAT = 1
+"""Of timeline.json."""
 
 Category = Literal[
     "parameters",
@@ -117,3 +121,44 @@ class Trace:
                 phase = self.storages[event.key].phase
                 peaks[phase] = max(peaks.get(phase, 0), total)
         return peaks
+
+    def to_json(self) -> dict[str, Any]:
+        """The step alone: what was live before it, its events, and the storages of both, renumbered from 0."""
+        before = dict.fromkeys(self.resident)
+        for event in self.events[: self.start]:
+            if event.kind != "alloc":
+                before.pop(event.key if event.kind == "free" else event.old)
+            if event.kind != "free":
+                before[event.key] = None
+        events = self.events[self.start :]
+        keys = {key: i for i, key in enumerate([*before, *(e.key for e in events if e.kind != "free")])}
+        return {
+            "timeline": FORMAT,
+            "storages": [dataclasses.asdict(self.storages[key]) for key in keys],
+            "before": [keys[key] for key in before],
+            "events": [[e.kind, keys[e.key], *([keys[e.old]] if e.kind == "move" else [])] for e in events],
+        }
+
+    @staticmethod
+    def from_json(document: Any) -> "Trace":
+        """The trace of a JSON document.
+
+        Raises:
+            ValueError: it is of another form, or frees what is not live.
+        """
+        try:
+            if document["timeline"] != FORMAT:
+                raise ValueError(f"format {document['timeline']!r}; this version reads format {FORMAT}")
+            storages = {i: Storage(**fields) for i, fields in enumerate(document["storages"])}
+            events = [Event(*event) for event in document["events"]]
+            trace = Trace(storages, list(document["before"]), events)
+            trace.live_after(len(events))
+        except (TypeError, KeyError, AttributeError) as e:
+            raise ValueError(f"not a step's storages and events: {e!r}") from None
+        for storage in storages.values():
+            right_types = isinstance(storage.nbytes, int) and all(
+                isinstance(text, str) for text in (storage.phase, storage.op, storage.name)
+            )
+            if not right_types or storage.category not in CATEGORIES or not 0 <= storage.nbytes < 2**63:
+                raise ValueError(f"not a storage: {storage!r:.200}")
+        return trace

@@ -37,7 +37,7 @@ def build(
     Args:
         results: results files, or folders that hold some.
         out: the page; replaced if it is there, whole or not at all.
-        timelines: more timeline.csv than those that lie in the folders of the results.
+        timelines: more timeline.json than those that lie in the folders of the results.
         charts_folder: where the charts stay; without it they are in the page only.
 
     Raises:
@@ -77,8 +77,8 @@ def build(
 
 def _timelines(results: Sequence[Path], found: Sequence[Located], given: Sequence[Path]) -> list[Path]:
     """The given ones, those beside a used results file, and those below the given folders."""
-    beside = [path for one in found if (path := one.path.with_name("timeline.csv")).is_file()]
-    below = [path for folder in results if folder.is_dir() for path in sorted(folder.rglob("timeline.csv"))]
+    beside = [path for one in found if (path := one.path.with_name("timeline.json")).is_file()]
+    below = [path for folder in results if folder.is_dir() for path in sorted(folder.rglob("timeline.json"))]
     return list(dict.fromkeys([*given, *beside, *below]))
 
 

@@ -1,6 +1,5 @@
-"""Charts from files of any kind: our results.jsonl, `plan`'s plan.json, and the JSON of pytest-benchmark."""
+"""Charts from files: our results.jsonl and `plan`'s plan.json."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,8 @@ def draw(paths: Sequence[Path], out: Path, notes: list[str]) -> list[Path]:
     Raises:
         BadInput: a path cannot be read or holds nothing that can be drawn, or `out` cannot be written.
     """
-    documents = {path: document for path in paths if (document := json_document(path, "benchmarks")) is not None}
     plans = {path: document for path in paths if (document := json_document(path, "largest_batch_by_n")) is not None}
-    results = [path for path in paths if path not in documents and path not in plans]
+    results = [path for path in paths if path not in plans]
     apart = groups(read(results, notes), notes) if results else []
     files: list[Path] = []
     for path, document in plans.items():
@@ -44,20 +42,6 @@ def draw(paths: Sequence[Path], out: Path, notes: list[str]) -> list[Path]:
     for i, records in enumerate(apart, 1):
         folder = writable(out / f"group-{i}" if len(apart) > 1 else out)
         files += [path.with_suffix(s) for path in draw_group(records, folder) for s in (".png", ".svg", ".csv")]
-    for path, document in documents.items():
-        phases: dict[str, list[dict[str, object]]] = {}
-        for bench in document.get("benchmarks", []):
-            if "times_floor" in bench.get("extra_info", {}):
-                phases.setdefault(str(bench.get("group")), []).append(bench["extra_info"])
-        if not phases:
-            notes.append(f"{path}: no head phase in it, nothing to draw")
-        machine = document.get("machine_info", {}).get("mtp_mem", {})
-        foot = f"{machine.get('cpu') if machine.get('device') == 'cpu' else machine.get('device')} · torch"
-        for group, rows in phases.items():
-            name = re.sub(r"[^A-Za-z0-9]+", "-", group).strip("-").lower()
-            title = group.partition(", ")[2]
-            foot_here = f"{foot} {machine.get('torch')} · {path.name}"
-            files += charts.head_phase(rows, writable(out), title=title, foot=foot_here, name=name)
     if not files:
         raise BadInput("; ".join([*notes, "nothing to draw"]))
     return files

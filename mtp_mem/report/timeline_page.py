@@ -1,10 +1,7 @@
-"""A timeline.csv as a picture to hover over: bands by category, and the tensors that each band consists of.
+"""A timeline.json as a picture to hover over: bands by category, and the tensors that each band consists of."""
 
-The file holds live bytes by category after each event, and where the event's tensor was made. A rise is a tensor made
-there; the fall of the same size, with the same origin, is its end. So tensors are read back from the file.
-"""
-
-import csv
+import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +9,7 @@ from typing import Any
 
 from mtp_mem._util import show_bytes
 from mtp_mem.errors import BadInput
+from mtp_mem.memory.trace import CATEGORIES, Storage, Trace
 from mtp_mem.report.charts.style import COLOURS
 
 MOST_COLUMNS = 3000  # a longer timeline is thinned out to this many moments; each keeps its highest one
@@ -33,7 +31,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A read timeline.csv."""
+    """One step's live bytes."""
 
     path: Path
     categories: tuple[str, ...]
@@ -60,47 +58,53 @@ class Timeline:
 
 
 def read_timeline(path: Path) -> Timeline:
-    """Read a timeline.csv.
+    """Read a timeline.json.
 
     Raises:
-        BadInput: the file cannot be read, or a line is not of that form; names the line.
+        BadInput: the file cannot be read, or is of another form.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            table = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise BadInput(f"{path}: cannot be read as CSV: {e}") from None
-    if len(table) < 2 or table[0][:3] != ["event", "phase", "op"] or table[0][-1] != "total" or len(table[0]) < 5:
-        raise BadInput(f"{path}: no timeline.csv: expected event,phase,op,CATEGORY,...,total and a line for each event")
-    categories = tuple(table[0][3:-1])
-    rows = []
-    for number, line in enumerate(table[1:], start=2):
-        if len(line) != len(table[0]) or not all(cell.isdecimal() for cell in line[3:]):
-            raise BadInput(f"{path}:{number}: not {len(categories) + 4} fields with whole bytes (cut off?)")
-        rows.append(tuple(map(int, line[3:-1])))
-    phases, ops = tuple(line[1] for line in table[1:]), tuple(line[2] for line in table[1:])
-    return Timeline(path, categories, tuple(rows), phases, ops, _tensors(rows, phases, ops))
+        trace = Trace.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
+        raise BadInput(f"{path}: no timeline.json (cut off?): {e}".split("\n")[0]) from None
+    return timeline_of(trace, path)
 
 
-def _tensors(rows: Sequence[Sequence[int]], phases: Sequence[str], ops: Sequence[str]) -> tuple[Tensor, ...]:
-    """The tensors behind the changes; those that were live before the step are not among them."""
-    made: list[Tensor] = []
-    live: dict[tuple[int, int], list[Tensor]] = {}
-    for i in range(1, len(rows)):
-        for category, (before, after) in enumerate(zip(rows[i - 1], rows[i], strict=True)):
-            if after > before:
-                tensor = Tensor(category, after - before, phases[i], ops[i], i, len(rows))
-                live.setdefault((category, tensor.nbytes), []).append(tensor)
-            elif after < before:
-                same = live.get((category, before - after), [])
-                origin = (phases[i], ops[i])
-                # A block that changes its category has its new origin here, so that none of these may match.
-                freed = next((t for t in reversed(same) if (t.phase, t.op) == origin), same[-1] if same else None)
-                if freed:
-                    same.remove(freed)
-                    made.append(Tensor(category, freed.nbytes, freed.phase, freed.op, freed.born, i))
-    made += [tensor for same in live.values() for tensor in same]
-    return tuple(sorted(made, key=lambda t: (t.born, t.category)))
+def timeline_of(trace: Trace, path: Path) -> Timeline:
+    """The step of a trace, event by event; `path` is where it was read."""
+    events = trace.events[trace.start :]
+    live = Counter(dict.fromkeys(CATEGORIES, 0))
+    for storage in trace.live_after(trace.start - 1):
+        live[storage.category] += storage.nbytes
+    rows, origins, died = [tuple(live.values())], [("", "")], {}
+    for i, event in enumerate(events, start=1):
+        storage = trace.storages[event.key]
+        ended = event.key if event.kind == "free" else event.old if event.kind == "move" else None
+        if ended is not None:
+            died[ended] = i
+            live[trace.storages[ended].category] -= trace.storages[ended].nbytes
+        if event.kind != "free":
+            live[storage.category] += storage.nbytes
+        rows.append(tuple(live.values()))
+        origins.append((storage.phase, storage.op))
+    used = [c for c in range(len(CATEGORIES)) if any(row[c] for row in rows)]
+    tensors = [_tensor(trace.storages[e.key], used, i, died.get(e.key, len(rows)))
+               for i, e in enumerate(events, start=1) if e.kind != "free"]  # fmt: skip
+    return Timeline(
+        path,
+        categories=tuple(CATEGORIES[c] for c in used),
+        rows=tuple(tuple(row[c] for c in used) for row in rows),
+        phases=tuple(phase for phase, _ in origins),
+        ops=tuple(op for _, op in origins),
+        tensors=tuple(tensors),
+    )
+
+
+def _tensor(storage: Storage, used: list[int], born: int, died: int) -> Tensor:
+    category = used.index(CATEGORIES.index(storage.category))
+    return Tensor(category, storage.nbytes, storage.phase, storage.op, born, died)
 
 
 def drawing(timeline: Timeline) -> dict[str, Any]:

@@ -1,5 +1,12 @@
-"""The head phase of each strategy beside its floors: time over the bare products', bytes over the lower bound."""
+"""The head phase of each strategy beside its floors: time over the bare products', bytes over the lower bound.
 
+pytest tests/benchmarks/test_head_phase.py -k small --benchmark-json head-phase.json
+python tests/benchmarks/head_phase_chart.py head-phase.json charts/
+"""
+
+import json
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,3 +61,24 @@ def _floor(axes: Axes, at: float, label: str) -> None:
     axes.axvline(at, color="#000000", linewidth=1.2, linestyle=(0, (4, 2)))
     axes.set_xlim(0, 1.25 * axes.get_xlim()[1])
     axes.set_xlabel(label, size=9)
+
+
+def draw(path: Path, out: Path) -> list[Path]:
+    """A chart for each shape in the JSON of pytest-benchmark; returns the files."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    shapes: dict[str, list[dict[str, Any]]] = {}
+    for bench in document["benchmarks"]:
+        if "times_floor" in bench["extra_info"]:
+            shapes.setdefault(str(bench["group"]), []).append(bench["extra_info"])
+    machine = document["machine_info"]["mtp_mem"]
+    foot = f"{machine['cpu'] if machine['device'] == 'cpu' else machine['device']} · torch {machine['torch']}"
+    out.mkdir(parents=True, exist_ok=True)
+    files: list[Path] = []
+    for group, rows in shapes.items():
+        name = re.sub(r"[^A-Za-z0-9]+", "-", group).strip("-").lower()
+        files += head_phase(rows, out, title=group.partition(", ")[2], foot=f"{foot} · {path.name}", name=name)
+    return files
+
+
+if __name__ == "__main__":
+    print(*draw(Path(sys.argv[1]), Path(sys.argv[2])), sep="\n")

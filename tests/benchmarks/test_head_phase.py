@@ -1,16 +1,16 @@
 """The head phase of every strategy that can be loaded: time beside the bare products', bytes from an untimed pass.
 
 Before each timed round the bare products run and are timed too, so that a drift of the machine cancels in the ratio.
-`-k small` is the size for CI, `-k cpu` those of tox -e benchmark, `-k cuda` those of mtp-mem gpu; `-k cuda-n4` is one.
+`-k small` is the size for CI, `-k cpu` those of tox -e benchmark, `-k cuda` those of tox -e gpu; `-k cuda-n4` is one.
 """
 
 from typing import Any
 
 import pytest
 import torch
+from benchmarks.head_phase import SHAPES, HeadPhase, HeadShape, copy_bandwidth, seconds
 
 from mtp_mem import load_strategy
-from mtp_mem.head_phase import SHAPES, HeadPhase, HeadShape, copy_bandwidth, seconds
 from mtp_mem.strategy import loadable
 
 CASES = {f"{size}-{shape.label}": (size, shape) for size, shapes in SHAPES.items() for shape in shapes}

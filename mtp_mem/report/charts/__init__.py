@@ -2,7 +2,6 @@
 
 from mtp_mem.report.charts.batch import largest_batch
 from mtp_mem.report.charts.composition import composition
-from mtp_mem.report.charts.head_phase import head_phase
 from mtp_mem.report.charts.memory import memory_small_multiples, memory_vs_n
 from mtp_mem.report.charts.style import RC, save, styles, unit_for
 from mtp_mem.report.charts.time import time_vs_n
@@ -11,7 +10,6 @@ from mtp_mem.report.charts.tradeoff import throughput_vs_memory
 __all__ = [
     "RC",
     "composition",
-    "head_phase",
     "largest_batch",
     "memory_small_multiples",
     "memory_vs_n",

@@ -1,6 +1,7 @@
 """One step's live bytes over its allocations: a stacked area by category, the phases, and what the peak holds."""
 
 import csv
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from mtp_mem._util import show_bytes
+from mtp_mem._util import show_bytes, whole
 from mtp_mem.memory.trace import CATEGORIES, Category, Storage, Trace
 from mtp_mem.report.charts.style import COLOURS, RC, save, unit_for
 
@@ -50,7 +51,7 @@ def phases(trace: Trace) -> list[tuple[str, int]]:
 
 
 def draw(trace: Trace, out: Path, title: str, footer: str) -> list[Path]:
-    """Write timeline.png, .svg and .csv under `out`; returns the files."""
+    """Write timeline.png, .svg, .csv and the trace as timeline.json under `out`; returns the files."""
     rows, peak = live_by_category(trace), trace.peak()
     order = [c for c in COLOURS if c in rows]
     unit, unit_name = unit_for(peak.nbytes)
@@ -98,7 +99,10 @@ def draw(trace: Trace, out: Path, title: str, footer: str) -> list[Path]:
                     values = [int(rows[c][i]) for c in order]
                     table.writerow([i, made.phase if made else "", made.op if made else "", *values, sum(values)])
 
-        return save(figure, out, "timeline", write_csv)
+        files = save(figure, out, "timeline", write_csv)
+    with whole(out / "timeline.json") as partial:
+        partial.write_text(json.dumps(trace.to_json()) + "\n", encoding="utf-8")
+    return [*files, out / "timeline.json"]
 
 
 def _line(storage: Storage) -> str:
