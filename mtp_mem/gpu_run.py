@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_mem._util import whole
+from mtp_mem._util import whole, writable
 from mtp_mem.config.schema import GPU, Profile, Sweep, load_profile
 from mtp_mem.environment import code_digest
 from mtp_mem.head_phase import SHAPES
 from mtp_mem.prediction.estimate import Estimate, estimate
-from mtp_mem.runs.record import writable
 
 OWN = "naive,sequential,chunked_vocab,chunked_tokens,checkpointed"
 BITWISE = "naive,sequential,checkpointed"

@@ -42,7 +42,7 @@ def _predict(args: argparse.Namespace) -> int:
     found: dict[str, list[Record]] = {name: [] for name in gpus}
     with progress(len(gpus) * len(profile.sweep.n) * (1 + len(profile.sweep.strategies))) as begin:
         for name, gpu in gpus.items():
-            for record in peaks.predict(profile, gpu, begin):
+            for record in predict(profile, gpu, begin):
                 files[name].append(record)
                 found[name].append(record)
     written: list[Path] = []

@@ -3,8 +3,9 @@
 A trace is data. Peaks, phases and categories are read from it afterwards, so that all views of a step agree.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Category = Literal[
     "parameters",
@@ -18,6 +19,12 @@ Category = Literal[
     "other",
 ]
 CATEGORIES: tuple[Category, ...] = Category.__args__  # type: ignore[attr-defined]
+
+Buffers = Callable[[tuple[Any, ...], int], list[int]]
+"""What a kernel takes from the allocator unseen by a dispatch mode.
+
+(the operator's arguments, multiprocessors of the target) -> sizes in bytes, live at once until the operator ends.
+"""
 
 
 @dataclass(slots=True)

@@ -3,14 +3,12 @@
 `python -m mtp_mem.runs.check_prediction` holds each row against a CUDA device; a row says whether that has happened.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-Buffers = Callable[[tuple[Any, ...], int], list[int]]
-"""(the operator's arguments, multiprocessors of the target) -> sizes in bytes, live at once until the operator ends."""
+from mtp_mem.memory.trace import Buffers
 
 _aten = torch.ops.aten
 

@@ -7,20 +7,20 @@ On CUDA the bytes come first, each case in a process of its own while this one h
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 import torch
 
+from mtp_mem._util import Progress, fingerprint
 from mtp_mem.config.schema import ModelConfig, Profile
 from mtp_mem.data import Corpus
 from mtp_mem.environment import environment, numerics
 from mtp_mem.limits import require
 from mtp_mem.prediction.floor import NoLogits
 from mtp_mem.runs import isolated
-from mtp_mem.runs.bench import Bench, Progress, failure, free, speed
-from mtp_mem.runs.record import Record, as_floor, fingerprint
+from mtp_mem.runs.bench import Bench, failure, free, speed
+from mtp_mem.runs.record import Record, new_record
 from mtp_mem.strategy import Strategy, load_strategy
 
 Facts = dict[str, Any]
@@ -102,19 +102,16 @@ def _run_n(
         else:
             found[spec] |= speed(seconds, workload.tokens)
     for case in todo:
-        yield Record(
-            case=case.fingerprint,
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        yield new_record(
+            case.fingerprint,
+            case.strategy,
+            config,
+            workload,
             backend="cuda" if device.type == "cuda" else "cpu",
-            exactness="measured" if device.type == "cuda" else "tracked",
-            strategy=case.strategy,
-            n=case.n,
-            parameters=bench.parameters,
-            model=dataclasses.asdict(config),
-            workload={**dataclasses.asdict(workload), "source": corpus.source, "digest": corpus.digest},
+            source={"source": corpus.source, "digest": corpus.digest},
             environment=environment(device.type),
-            **as_floor(bytes_alone[""]),
-            **found[case.strategy],
+            floor=bytes_alone[""],
+            facts={"parameters": bench.parameters, **found[case.strategy]},
         )
 
 
