@@ -1,5 +1,6 @@
 """Profile and verify head-backward strategies for multi-token prediction."""
 
+from mtp_mem._version import __version__
 from mtp_mem.config.schema import ModelConfig, Profile, Sweep, Workload, load_profile
 from mtp_mem.data import IGNORE, Batch, make_batch
 from mtp_mem.model.mtp_model import MTPModel
@@ -19,6 +20,7 @@ __all__ = [
     "TrainingStep",
     "Verification",
     "Workload",
+    "__version__",
     "forward_backward",
     "load_profile",
     "load_strategy",
@@ -26,4 +28,3 @@ __all__ = [
     "make_optimizer",
     "verify",
 ]
-__version__ = "0.1.0"

@@ -1,10 +1,19 @@
-"""Small helpers of every room: sizes as people read them, and files that are whole or not there."""
+"""Small helpers of every room: sizes as people read them, fingerprints, and files that are whole or not there."""
 
 import contextlib
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from mtp_mem.errors import BadInput
+
+Progress = Callable[[str], None]
+"""Told the name of each unit of work as it begins."""
 
 KiB, MiB, GiB = 2**10, 2**20, 2**30
 
@@ -32,3 +41,22 @@ def whole(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if it is not there.
+
+    Raises:
+        BadInput: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as e:
+        raise BadInput(f"{folder}: cannot be written: {e.strerror}") from None
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short name for a case and all that its figures depend on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -3,15 +3,17 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import platformdirs
-import tokenizers
 import torch
 from torch import Tensor
 
 from mtp_mem._util import whole
 from mtp_mem.config.schema import ModelConfig, Workload
 from mtp_mem.errors import BadInput
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 IGNORE = -100
 """Target value of positions that have no target; torch's own default for `ignore_index`."""
@@ -126,8 +128,10 @@ def _read(path: Path | None) -> tuple[str, str]:
         raise BadInput(f"--text {path}: not UTF-8: {e.reason} at byte {e.start}") from None
 
 
-def _trained_bpe(text: str, vocab_size: int) -> tokenizers.Tokenizer:
+def _trained_bpe(text: str, vocab_size: int) -> "Tokenizer":
     """A byte-level BPE tokenizer trained on `text`, cached per text and size."""
+    import platformdirs
+    import tokenizers
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     digest = hashlib.sha256(f"{tokenizers.__version__}\0{vocab_size}\0{text}".encode()).hexdigest()[:24]

@@ -5,14 +5,15 @@ import importlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-import mtp_mem
+from mtp_mem._version import __version__
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG", "OMP_NUM_THREADS")
 
@@ -20,8 +21,10 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_
 @cache
 def environment(device_type: str) -> dict[str, Any]:
     """Everything about this machine that a figure depends on; bytes are integers."""
-    found: dict[str, Any] = {
-        "mtp_mem": mtp_mem.__version__,
+    import psutil
+
+    facts: dict[str, Any] = {
+        "mtp_mem": __version__,
         "code": code_digest(),
         "commit": _commit(),
         "python": platform.python_version(),
@@ -37,18 +40,16 @@ def environment(device_type: str) -> dict[str, Any]:
         "device": "cpu",
     }
     if device_type == "cuda":
-        from mtp_mem.memory import nvml
-
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        found |= {
+        facts |= {
             "device": properties.name,
             "device_bytes": properties.total_memory,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            **nvml.device_facts(),
+            **device_facts(),
         }
-    return found
+    return facts
 
 
 def footer(env: dict[str, Any]) -> str:
@@ -63,7 +64,7 @@ def code_digest() -> str:
     """Identifies this version of mtp_mem's code, so that results of another version are not mistaken for its own."""
     # By name: the folder becomes mtp_mem.strategies only in an installation, and type checkers read the clone.
     strategies = Path(str(importlib.import_module("mtp_mem.strategies").__file__)).parent
-    root = Path(mtp_mem.__file__).parent
+    root = Path(__file__).parent
     files = {f"mtp_mem/{path.relative_to(root)}": path for path in root.rglob("*.py")}
     files |= {f"mtp_mem/strategies/{path.relative_to(strategies)}": path for path in strategies.rglob("*.py")}
     digest = hashlib.sha256()
@@ -74,7 +75,7 @@ def code_digest() -> str:
 
 def _commit() -> str | None:
     """The commit of the clone that this code runs from, "+" if the tree is dirty; None outside a clone."""
-    root = Path(mtp_mem.__file__).parent.parent
+    root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return None
     try:
@@ -123,3 +124,71 @@ def numerics() -> dict[str, Any]:
         "bf16_reduced_precision_reduction": products.allow_bf16_reduced_precision_reduction,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+# What the NVIDIA driver says of a GPU and of this process on it. Reads only; never changes a setting.
+
+NVML_PREFIXES = ("GPU-", "MIG-")  # NVML's names have one, torch's have none
+
+
+@contextmanager
+def _nvml_session() -> Iterator[Any]:
+    """The NVML handle of torch's current device, found by UUID so that CUDA_VISIBLE_DEVICES and MIG do not mislead."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        names = (prefix + uuid.removeprefix(prefix) for prefix in NVML_PREFIXES)
+        handles = (_ask(pynvml.nvmlDeviceGetHandleByUUID, name) for name in names)
+        yield next((handle for handle in handles if handle is not None), None)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def device_facts() -> dict[str, Any]:
+    """Driver, UUID, power limit, clocks, throttle reasons and other processes' bytes; a fact NVML lacks is None."""
+    import pynvml
+
+    try:
+        with _nvml_session() as handle:
+            if handle is None:
+                return {"driver": pynvml.nvmlSystemGetDriverVersion()}
+            processes = _ask(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
+            return {
+                "driver": pynvml.nvmlSystemGetDriverVersion(),
+                "uuid": _ask(pynvml.nvmlDeviceGetUUID, handle),
+                "mig_slice": bool(_ask(pynvml.nvmlDeviceIsMigDeviceHandle, handle)),
+                "power_limit_mw": _ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle),
+                "sm_clock_mhz": _ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
+                "memory_clock_mhz": _ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
+                "temperature_c": _ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
+                "throttle_reasons": _ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle),
+                "other_process_bytes": sum(p.usedGpuMemory or 0 for p in processes if p.pid != os.getpid()),
+            }
+    except pynvml.NVMLError:
+        return {"driver": None}
+
+
+def process_bytes() -> int | None:
+    """Bytes the driver counts for this process now: segments and CUDA context. None where it does not tell."""
+    import pynvml
+
+    try:
+        with _nvml_session() as handle:
+            processes = [] if handle is None else _ask(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
+            for process in processes:
+                if process.pid == os.getpid():
+                    return process.usedGpuMemory  # type: ignore[no-any-return]
+    except pynvml.NVMLError:
+        pass
+    return None
+
+
+def _ask(question: Any, *args: Any) -> Any:
+    import pynvml
+
+    try:
+        return question(*args)
+    except pynvml.NVMLError:
+        return None

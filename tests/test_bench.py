@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import pynvml
 import pytest
 import torch
 from small import build, tiny
@@ -15,8 +16,9 @@ from torch.cuda._utils import _get_device_index
 
 from mtp_mem import Profile, Sweep, TrainingStep, Workload, load_strategy, make_optimizer
 from mtp_mem.data import load_corpus
+from mtp_mem.environment import device_facts, process_bytes
 from mtp_mem.errors import Missing
-from mtp_mem.memory import cuda, nvml
+from mtp_mem.memory import cuda
 from mtp_mem.report.tables import remarks
 from mtp_mem.runs.bench import Bench, resolve_device
 from mtp_mem.runs.record import Record
@@ -160,7 +162,7 @@ def test_the_allocator_s_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda: answers.pop(0))
-    monkeypatch.setattr(nvml, "process_bytes", lambda: 5000)
+    monkeypatch.setattr(cuda, "process_bytes", lambda: 5000)
     found = cuda.measure(step)
     assert answers == []
     assert (found.baseline, found.requested, found.allocated, found.reserved) == (100, 900, 1010, 2000)
@@ -175,17 +177,17 @@ def test_the_driver_s_handle_is_found_by_uuid(monkeypatch: pytest.MonkeyPatch, n
 
     def handle(uuid: str) -> str:
         if uuid != named:
-            raise nvml.pynvml.NVMLError(nvml.pynvml.NVML_ERROR_NOT_FOUND)
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
         return uuid
 
     nothing: Callable[..., None] = lambda *_: None  # noqa: E731
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties())
     for name in ("nvmlInit", "nvmlShutdown"):
-        monkeypatch.setattr(nvml.pynvml, name, nothing)
-    monkeypatch.setattr(nvml.pynvml, "nvmlSystemGetDriverVersion", lambda: "580.1")
-    monkeypatch.setattr(nvml.pynvml, "nvmlDeviceGetHandleByUUID", handle)
-    found = nvml.device_facts()
+        monkeypatch.setattr(pynvml, name, nothing)
+    monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "580.1")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", handle)
+    found = device_facts()
     assert found["driver"] == "580.1"
     assert ("mig_slice" in found) == (named is not None)
-    assert nvml.process_bytes() is None
+    assert process_bytes() is None

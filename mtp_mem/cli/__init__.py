@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from mtp_mem import __version__
+from mtp_mem._version import __version__
 from mtp_mem.cli import chart, compare, listing, plan, predict, profile, regressions, report, timeline, verify
 from mtp_mem.cli.common import note
 from mtp_mem.errors import MtpMemError, crashed

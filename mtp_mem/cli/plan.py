@@ -43,12 +43,12 @@ def add(command: AddCommand) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """What of the profile fits on the GPU, strategy by strategy."""
+    from mtp_mem._util import writable
     from mtp_mem.config.schema import load_gpu, load_profile
     from mtp_mem.prediction.largest_fit import plan
     from mtp_mem.prediction.peaks import check_predictable
     from mtp_mem.prediction.probes import Point, ProbeCache, Prober
     from mtp_mem.report.draw_files import plan_chart
-    from mtp_mem.runs.record import writable
 
     profile, percent = load_profile(args.profile), headroom(args.headroom)
     gpu = load_gpu(args.gpu or profile.gpus[0])

@@ -64,6 +64,7 @@ def _predict(args: argparse.Namespace) -> int:
     from mtp_mem.config.schema import load_gpu
     from mtp_mem.prediction import peaks
     from mtp_mem.report import charts
+    from mtp_mem.runs.predicted import predict
     from mtp_mem.runs.record import ResultsFile
 
     profile = profile_of(args)
@@ -75,7 +76,7 @@ def _predict(args: argparse.Namespace) -> int:
     found: dict[str, list[Record]] = {name: [] for name in gpus}
     with progress(len(gpus) * len(profile.sweep.n) * (1 + len(profile.sweep.strategies))) as begin:
         for name, gpu in gpus.items():
-            for record in peaks.predict(profile, gpu, begin):
+            for record in predict(profile, gpu, begin):
                 files[name].append(record)
                 found[name].append(record)
     written: list[Path] = []

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     """One step's live bytes, tracked here or predicted for a GPU."""
     import torch
 
-    from mtp_mem._util import show_bytes
+    from mtp_mem._util import show_bytes, writable
     from mtp_mem.config.schema import load_gpu, load_profile
     from mtp_mem.environment import environment, footer
     from mtp_mem.memory import cpu, cuda_history
@@ -31,7 +31,6 @@ def run(args: argparse.Namespace) -> int:
     from mtp_mem.prediction.auto import settled
     from mtp_mem.report.charts import timeline as chart
     from mtp_mem.runs import bench
-    from mtp_mem.runs.record import writable
     from mtp_mem.strategy import load_strategy
 
     profile, strategy = load_profile(args.profile), load_strategy(args.strategy)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mtp_mem.memory import nvml
+from mtp_mem.environment import process_bytes
 from mtp_mem.step import TrainingStep, optimizer_state
 
 
@@ -56,7 +56,7 @@ def _once(step: TrainingStep) -> CudaPeaks:
         reserved=after["reserved_bytes.all.peak"],
         spread=0,
         retries=after["num_alloc_retries"] - before["num_alloc_retries"],
-        nvml_process=nvml.process_bytes(),
+        nvml_process=process_bytes(),
     )
 
 

@@ -4,6 +4,7 @@ A trace is data. Peaks, phases and categories are read from it afterwards, so th
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +23,12 @@ Category = Literal[
     "other",
 ]
 CATEGORIES: tuple[Category, ...] = Category.__args__  # type: ignore[attr-defined]
+
+Buffers = Callable[[tuple[Any, ...], int], list[int]]
+"""What a kernel takes from the allocator unseen by a dispatch mode.
+
+(the operator's arguments, multiprocessors of the target) -> sizes in bytes, live at once until the operator ends.
+"""
 
 
 @dataclass(slots=True)

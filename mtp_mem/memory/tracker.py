@@ -21,8 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mtp_mem.errors import Missing
-from mtp_mem.memory.trace import Category, Event, Storage, Trace
-from mtp_mem.prediction.kernel_buffers import Buffers
+from mtp_mem.memory.trace import Buffers, Category, Event, Storage, Trace
 
 _ADD = torch.ops.aten.add.Tensor
 _DEVICE = torch.ops.prim.device.default  # what a fake tensor's `.device` becomes, and no other's: half of all calls

@@ -3,13 +3,11 @@
 `mtp-mem predict --check` holds each row against a CUDA device.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-Buffers = Callable[[tuple[Any, ...], int], list[int]]
-"""(the operator's arguments, multiprocessors of the target) -> sizes in bytes, live at once until the operator ends."""
+from mtp_mem.memory.trace import Buffers
 
 _aten = torch.ops.aten
 

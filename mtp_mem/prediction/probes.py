@@ -12,13 +12,12 @@ from pathlib import Path
 
 import platformdirs
 
+from mtp_mem._util import Progress, fingerprint
 from mtp_mem.config.schema import GPU, ModelConfig, Profile, Workload
 from mtp_mem.environment import environment
 from mtp_mem.errors import MtpMemError
 from mtp_mem.prediction.peaks import predicted
 from mtp_mem.prediction.simulated_step import Rehearsal
-from mtp_mem.runs.bench import Progress
-from mtp_mem.runs.record import fingerprint
 from mtp_mem.strategy import Strategy
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_mem._util import show_bytes, whole
+from mtp_mem._util import show_bytes, whole, writable
 from mtp_mem.errors import BadInput
 from mtp_mem.report import charts
 from mtp_mem.report.content import gpu_of, section
@@ -14,7 +14,7 @@ from mtp_mem.report.page import Chart, Group, to_html
 from mtp_mem.report.recommend import peak_bytes
 from mtp_mem.report.timeline_page import drawing, read_timeline
 from mtp_mem.runs.read_results import Located, groups, machine, read
-from mtp_mem.runs.record import Record, writable
+from mtp_mem.runs.record import Record
 
 
 @dataclass(frozen=True)

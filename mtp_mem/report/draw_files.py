@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mtp_mem._util import writable
 from mtp_mem.environment import footer
 from mtp_mem.errors import BadInput
 from mtp_mem.report import charts
 from mtp_mem.report.build import draw_group
 from mtp_mem.report.diff import json_document
 from mtp_mem.runs.read_results import groups, read
-from mtp_mem.runs.record import writable
 
 
 def draw(paths: Sequence[Path], out: Path, notes: list[str]) -> list[Path]:

@@ -2,11 +2,11 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from mtp_mem._util import Progress
 from mtp_mem.config.schema import ModelConfig, Profile
 from mtp_mem.data import Corpus, corpus_batch
 from mtp_mem.errors import Missing
@@ -19,9 +19,6 @@ from mtp_mem.prediction.auto import settled
 from mtp_mem.step import TrainingStep, forward_backward, make_optimizer
 from mtp_mem.strategy import Strategy, load_strategy
 from mtp_mem.verification.gradient_error import Gradients, compare, take
-
-Progress = Callable[[str], None]
-"""Told what is done next; called once per unit of work."""
 
 REFERENCES = ("naive", "sequential")
 """Whose gradients the others are held against: the first that fits. The two are bit-identical where both do."""

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from mtp_mem._util import whole
+from mtp_mem._util import whole, writable
 from mtp_mem.config.schema import GPU, ModelConfig, Profile, Sweep, Workload, load_gpu, load_gpus
 from mtp_mem.environment import code_digest
 from mtp_mem.prediction import simulated_step
 from mtp_mem.prediction.kernel_buffers import KERNELS
 from mtp_mem.prediction.peaks import predicted
 from mtp_mem.runs import isolated
-from mtp_mem.runs.record import writable
 from mtp_mem.strategy import load_strategy
 
 STRATEGIES = ("naive", "sequential", "chunked_vocab")

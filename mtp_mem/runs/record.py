@@ -1,20 +1,26 @@
 """The record of one case, and the file of records: one JSON object a line, appended as each case ends."""
 
 import dataclasses
-import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from mtp_mem._util import writable
+from mtp_mem.config.schema import ModelConfig, Workload
 from mtp_mem.errors import BadInput
+from mtp_mem.model.parameters import parameters
 from mtp_mem.verification.gradient_error import Verdict
 
 SCHEMA = 1
 """Fields are added, never renamed, within a schema version."""
+
+Backend = Literal["cuda", "cpu", "fake"]
+Exactness = Literal["measured", "tracked", "predicted"]
+EXACTNESS: dict[Backend, Exactness] = {"cuda": "measured", "cpu": "tracked", "fake": "predicted"}
 
 ERRORS = ("gradient_error", "gradient_noise")
 
@@ -26,8 +32,8 @@ class Record:
     schema: int = SCHEMA
     case: str  # identifies the case and everything its figures depend on
     created_at: str
-    backend: Literal["cuda", "cpu", "fake"]
-    exactness: Literal["measured", "tracked", "predicted"]
+    backend: Backend
+    exactness: Exactness
     strategy: str
     n: int
     status: Literal["ok", "oom", "error"]
@@ -92,28 +98,46 @@ class Record:
             raise BadInput(f"no record: {e}") from None
 
 
-def as_floor(facts: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a record that say what the step without logits needed, from that step's own."""
-    return {f"floor_{kind}_bytes": facts.get(f"peak_{kind}_bytes") for kind in ("requested", "allocated")}
+def new_record(
+    case: str,
+    strategy: str,
+    config: ModelConfig,
+    workload: Workload,
+    *,
+    backend: Backend,
+    source: dict[str, str],
+    environment: dict[str, Any],
+    floor: dict[str, Any],
+    facts: dict[str, Any],
+) -> Record:
+    """The record of a case that has just ended.
 
-
-def fingerprint(*parts: Any) -> str:
-    """A short name for a case and all that its figures depend on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def writable(out: Path) -> Path:
-    """The folder `out`, made if it is not there.
-
-    Raises:
-        BadInput: it cannot be made or written.
+    Args:
+        case: fingerprint of everything the figures depend on.
+        strategy: the spec.
+        config: the model, with its n.
+        workload: batch, sequence, dtype.
+        backend: the instrument.
+        source: where the tokens came from; stored with the workload.
+        environment: machine and versions.
+        floor: the record's fields for the step without logits.
+        facts: the record's fields for this case; `status` is one of them.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            return out
-    except OSError as e:
-        raise BadInput(f"--out {out}: cannot be written: {e.strerror}") from None
+    return Record(
+        case=case,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        backend=backend,
+        exactness=EXACTNESS[backend],
+        strategy=strategy,
+        n=config.n_future,
+        parameters=sum(parameters(config).values()),
+        model=dataclasses.asdict(config),
+        workload={**dataclasses.asdict(workload), **source},
+        environment=environment,
+        floor_requested_bytes=floor.get("peak_requested_bytes"),
+        floor_allocated_bytes=floor.get("peak_allocated_bytes"),
+        **facts,
+    )
 
 
 def read_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
@@ -148,7 +172,7 @@ class ResultsFile:
             with self.path.open("ab"):
                 pass
         except OSError as e:
-            raise BadInput(f"--out {out}: cannot be written: {e.strerror}") from None
+            raise BadInput(f"{out}: cannot be written: {e.strerror}") from None
 
     def read(self) -> list[Record]:
         """All records that can be read, oldest first; of records of one case only the last."""

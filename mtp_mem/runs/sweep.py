@@ -8,24 +8,22 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 import torch
 
-from mtp_mem._util import show_bytes
+from mtp_mem._util import Progress, fingerprint, show_bytes
 from mtp_mem.config.schema import ModelConfig, Profile, Workload
 from mtp_mem.data import Corpus
 from mtp_mem.environment import environment, numerics
 from mtp_mem.limits import require
-from mtp_mem.model.parameters import parameters
 from mtp_mem.prediction.floor import NoLogits
 from mtp_mem.prediction.formulas import formula_bytes
 from mtp_mem.prediction.largest_fit import baseline
 from mtp_mem.runs import isolated
-from mtp_mem.runs.bench import Bench, Progress, failure, free, speed
-from mtp_mem.runs.record import Record, as_floor, fingerprint
+from mtp_mem.runs.bench import Bench, failure, free, speed
+from mtp_mem.runs.record import Record, new_record
 from mtp_mem.strategy import Strategy, load_strategy
 
 Facts = dict[str, Any]
@@ -149,26 +147,28 @@ def _run_n(
         else:
             found[spec] |= speed(seconds, workload.tokens)
     for case in todo:
-        facts = as_floor(bytes_alone[""]) | found[case.strategy]
-        yield _record(case, profile, config, corpus, device, facts)
+        yield _record(case, profile, config, corpus, device, found[case.strategy], floor=bytes_alone[""])
 
 
 def _record(
-    case: Case, profile: Profile, config: ModelConfig, corpus: Corpus, device: torch.device, facts: Facts
+    case: Case,
+    profile: Profile,
+    config: ModelConfig,
+    corpus: Corpus,
+    device: torch.device,
+    facts: Facts,
+    floor: Facts | None = None,
 ) -> Record:
-    """The record of a case from its `facts`, at least `status`."""
-    return Record(
-        case=case.fingerprint,
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    return new_record(
+        case.fingerprint,
+        case.strategy,
+        config,
+        profile.workload,
         backend="cuda" if device.type == "cuda" else "cpu",
-        exactness="measured" if device.type == "cuda" else "tracked",
-        strategy=case.strategy,
-        n=case.n,
-        parameters=sum(parameters(config).values()),
-        model=dataclasses.asdict(config),
-        workload={**dataclasses.asdict(profile.workload), "source": corpus.source, "digest": corpus.digest},
+        source={"source": corpus.source, "digest": corpus.digest},
         environment=environment(device.type),
-        **facts,
+        floor=floor or {},
+        facts=facts,
     )
 
 

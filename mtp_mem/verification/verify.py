@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from mtp_mem._util import Progress
 from mtp_mem.config.schema import Dtype
 from mtp_mem.data import Batch
 from mtp_mem.errors import BadInput
@@ -35,7 +36,6 @@ from mtp_mem.verification.scenarios import (
     with_chunk,
 )
 
-Progress = Callable[[str], None]
 LAST_PLACE: dict[Dtype, float] = {"fp64": 2**-52, "fp32": 2**-23, "bf16": 2**-7, "bf16-mixed": 2**-7}
 """What `rounds_loss` allows a loss's value: one unit in the last place of what the kernel returns it in."""
 

@@ -1,0 +1,46 @@
+"""Predicted records of a profile's cases, on a GPU that need not be here: fake tensors and the allocator's model."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from mtp_mem._util import Progress, fingerprint
+from mtp_mem.config.schema import GPU, Profile
+from mtp_mem.environment import environment
+from mtp_mem.errors import MtpMemError
+from mtp_mem.prediction import simulated_step
+from mtp_mem.prediction.auto import settled
+from mtp_mem.prediction.peaks import predicted
+from mtp_mem.runs.record import Record, new_record
+from mtp_mem.strategy import load_strategy
+
+
+def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
+    """Predicted records of all the profile's cases on `gpu`, n by n."""
+    env, workload = environment("cpu"), profile.workload
+    parts = (dataclasses.asdict(workload), dataclasses.asdict(gpu), env["code"], env["torch"])
+    with simulated_step.without_collections():
+        for n in profile.sweep.n:
+            config = profile.model.with_n(n)
+            progress(f"n={n} floor")
+            rehearsal = simulated_step.Rehearsal(config, workload, gpu=gpu)
+            floor = predicted(rehearsal.floor(), gpu)
+            for spec in profile.sweep.strategies:
+                progress(f"n={n} {spec}")
+                facts: dict[str, Any] = {"status": "ok"}
+                try:
+                    strategy, chosen = settled(load_strategy(spec), config, workload, cuda=True, gpu=gpu)
+                    facts |= {"chosen": chosen, **predicted(rehearsal.trace(strategy), gpu)}
+                except MtpMemError as e:
+                    facts |= {"status": "error", "error": str(e)}
+                yield new_record(
+                    fingerprint(spec, dataclasses.asdict(config), *parts),
+                    spec,
+                    config,
+                    workload,
+                    backend="fake",
+                    source={"source": f"for {gpu.name}"},
+                    environment={**env, "target": gpu.name, "target_bytes": gpu.total_bytes},
+                    floor=floor,
+                    facts=facts,
+                )
