@@ -2,7 +2,8 @@
 
 from mtp_mem._version import __version__
 from mtp_mem.config.schema import ModelConfig, Profile, Sweep, Workload, load_profile
-from mtp_mem.data import IGNORE, Batch, make_batch
+from mtp_mem.data import Batch, make_batch
+from mtp_mem.model.losses import IGNORE
 from mtp_mem.model.mtp_model import MTPModel
 from mtp_mem.step import TrainingStep, forward_backward, make_optimizer
 from mtp_mem.strategy import Strategy, load_strategy

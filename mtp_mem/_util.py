@@ -18,7 +18,7 @@ Progress = Callable[[str], None]
 KiB, MiB, GiB = 2**10, 2**20, 2**30
 
 
-def show_bytes(nbytes: int) -> str:
+def format_bytes(nbytes: int) -> str:
     """Bytes in the unit that suits them, with one decimal, below ten with two."""
     for unit, name in ((GiB, "GiB"), (MiB, "MiB"), (KiB, "KiB")):
         if abs(nbytes) >= unit:
@@ -28,7 +28,7 @@ def show_bytes(nbytes: int) -> str:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Gives another name beside `path` to write to; what is there takes the place of `path` at the end of the block.
 
     Raises:

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mtp_mem._util import whole
+from mtp_mem._util import atomic_write
 from mtp_mem.config.schema import ModelConfig, Workload
 from mtp_mem.errors import BadInput
+from mtp_mem.model.losses import IGNORE as IGNORE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-IGNORE = -100
-"""Target value of positions that have no target; torch's own default for `ignore_index`."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def _trained_bpe(text: str, vocab_size: int) -> "Tokenizer":
     )
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with whole(cached) as partial:
+        with atomic_write(cached) as partial:
             tokenizer.save(str(partial))
     except Exception:  # a read-only home costs a second per run, not the run; the library raises bare Exception
         pass

@@ -8,13 +8,18 @@ import dataclasses
 import importlib
 import types
 import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
+from mtp_mem.config.schema import Dtype, ModelConfig, Workload
 from mtp_mem.errors import BadInput, Missing, unknown
 from mtp_mem.model.head_tree import Heads
+from mtp_mem.model.mtp_model import PRODUCT_DTYPES
 
 BUILTIN = {
     "naive": "mtp_mem.strategies.naive:Naive",
@@ -38,8 +43,8 @@ GROUP = "mtp_mem.strategies"
 class Strategy(Protocol):
     """Runs the heads forward and backward above the cut; see `backward`.
 
-    A class may say `limits = Limits(...)` (mtp_mem/limits.py): what its kernel does not take, and what of the protocol
-    it does not keep.
+    A class may say `limits = KernelLimits(...)`: what its kernel does not take, and what of the protocol it does not
+    keep. It may state its cost: `flops_factor`, and `peak_bytes(shape)`, its bytes above the cut at the worst moment.
     """
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
@@ -183,3 +188,68 @@ def _parse(hint: Any, text: str, where: str) -> Any:
         except ValueError:
             raise BadInput(f"{where}: expected {'a whole number' if hint is int else 'a number'}") from None
     return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelLimits:
+    """What a strategy's kernel cannot do, and what of the protocol it does not keep; plain torch has no such limits.
+
+    A strategy's class says them as `limits = KernelLimits(...)`.
+
+    Attributes:
+        dtypes: of the rows that its kernel takes and computes exactly enough; empty: all.
+        multiple_of: what the tokens N, the width D and the vocabulary V must be multiples of.
+        waits: where the host waits for the device, a clause; empty: nowhere.
+        rounds_loss: it returns the loss's value in the model's dtype; `verify` allows for that in losses, never in a
+            gradient.
+        not_predicted: why its bytes on CUDA cannot be found out elsewhere; empty: they can.
+    """
+
+    dtypes: tuple[torch.dtype, ...] = ()
+    multiple_of: int = 1
+    waits: str = ""
+    rounds_loss: bool = False
+    not_predicted: str = ""
+
+    @property
+    def computes(self) -> str:
+        """In which dtypes, a clause."""
+        return f"computes in {', '.join(map(_name, self.dtypes))}"
+
+    def takes(self, dtype: Dtype) -> bool:
+        """Whether it runs in a model of this dtype."""
+        return not self.dtypes or PRODUCT_DTYPES[dtype] in self.dtypes
+
+    def refusal(self, dtype: torch.dtype, *, N: int, D: int, V: int) -> str:
+        """Why rows (N, D) of this dtype and an unembedding (V, D) cannot be run, a clause; empty where they can."""
+        if self.dtypes and dtype not in self.dtypes:
+            return f"{self.computes}, not in {_name(dtype)}"
+        odd = [f"{name} = {size}" for name, size in (("N", N), ("D", D), ("V", V)) if size % self.multiple_of]
+        return f"needs multiples of {self.multiple_of}, not {', '.join(odd)}" if odd else ""
+
+
+def kernel_limits(strategy: object) -> KernelLimits:
+    """What its class says, or none."""
+    found = getattr(strategy, "limits", KernelLimits())
+    return found if isinstance(found, KernelLimits) else KernelLimits()
+
+
+def refusal(strategy: object, config: ModelConfig, workload: Workload) -> str:
+    """Why the strategy cannot run this model and workload, a clause; empty where it can."""
+    dtype, tokens = PRODUCT_DTYPES[workload.dtype], workload.tokens
+    return kernel_limits(strategy).refusal(dtype, N=tokens, D=config.dim, V=config.vocab_size)
+
+
+def require(strategies: Mapping[str, object], config: ModelConfig, workload: Workload) -> None:
+    """Every strategy, by its spec, can run this model and workload.
+
+    Raises:
+        BadInput: names the first one that cannot, and why.
+    """
+    for spec, strategy in strategies.items():
+        if why := refusal(strategy, config, workload):
+            raise BadInput(f"strategy {spec!r} {why}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

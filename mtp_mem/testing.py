@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from mtp_mem.config.schema import Dtype
+from mtp_mem.config.schema import ALL_DTYPES, Dtype
 from mtp_mem.strategy import Strategy
 from mtp_mem.verification.checks import Check
-from mtp_mem.verification.scenarios import ALL_DTYPES, SCENARIOS, Scenario
+from mtp_mem.verification.scenarios import SCENARIOS, Scenario
 from mtp_mem.verification.verify import verify
 
 SHOWN = 10

@@ -9,12 +9,11 @@ model to rehearse, and it is `chunked_tokens` with its default chunk.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from mtp_mem.config.schema import GPU, ModelConfig, Workload
 from mtp_mem.model.head_tree import Heads
-from mtp_mem.prediction.auto import Choice, choose
 from mtp_mem.strategies.chunked_tokens import ChunkedTokens
 
 
@@ -22,9 +21,7 @@ from mtp_mem.strategies.chunked_tokens import ChunkedTokens
 class Auto:
     """Chooses strategy and chunk so that the logits never define the step's peak, and says what it chose"""
 
-    def for_step(self, config: ModelConfig, workload: Workload, *, cuda: bool, gpu: GPU | None = None) -> Choice:
-        """See `mtp_mem.prediction.auto`."""
-        return choose(config, workload, cuda=cuda, gpu=gpu)
+    chooses_by_step: ClassVar[bool] = True
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
         """See `mtp_mem.strategy.Strategy.backward`."""

@@ -15,9 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mtp_mem.data import IGNORE
-from mtp_mem.limits import Limits
+from mtp_mem.model.losses import IGNORE
 from mtp_mem.strategies.library_kernel import LibraryKernel
+from mtp_mem.strategy import KernelLimits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class CCE(LibraryKernel):
     flops_factor: ClassVar[Fraction] = Fraction(4, 3)
     module: ClassVar[str] = "cut_cross_entropy"
     package: ClassVar[str] = "cut-cross-entropy"
-    limits: ClassVar[Limits] = Limits(
+    limits: ClassVar[KernelLimits] = KernelLimits(
         dtypes=(torch.bfloat16, torch.float16), waits="the host asks how many of its targets are valid"
     )
 

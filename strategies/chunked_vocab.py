@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from mtp_mem.data import IGNORE
 from mtp_mem.errors import BadInput
 from mtp_mem.model.head_tree import Head, Heads
-from mtp_mem.model.losses import compute_dtype, loss_dtype
+from mtp_mem.model.losses import IGNORE, compute_dtype, loss_dtype
 from mtp_mem.model.shape import Shape
 from mtp_mem.strategies.sequential import Sequential
 

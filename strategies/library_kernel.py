@@ -13,13 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mtp_mem.data import IGNORE
 from mtp_mem.errors import BadInput, Missing
-from mtp_mem.limits import Limits
 from mtp_mem.model.head_tree import Head, Heads
-from mtp_mem.model.losses import compute_dtype, loss_dtype
+from mtp_mem.model.losses import IGNORE, compute_dtype, loss_dtype
 from mtp_mem.model.shape import Shape
 from mtp_mem.strategies.sequential import Sequential
+from mtp_mem.strategy import KernelLimits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,7 @@ class LibraryKernel(Sequential):
         interpreted: its kernels are also right in Triton's interpreter, which TRITON_INTERPRET=1 asks for.
     """
 
-    limits: ClassVar[Limits] = Limits()
+    limits: ClassVar[KernelLimits] = KernelLimits()
     module: ClassVar[str]
     package: ClassVar[str]
     interpreted: ClassVar[bool] = False
@@ -94,7 +93,7 @@ class LibraryKernel(Sequential):
 
 
 def kernel_arguments(
-    hidden: Tensor, unembedding: Tensor, targets: Tensor, limits: Limits
+    hidden: Tensor, unembedding: Tensor, targets: Tensor, limits: KernelLimits
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the libraries take: rows (N, D) and unembedding (V, D) in one dtype, targets (N,).
 

@@ -13,10 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mtp_mem.data import IGNORE
-from mtp_mem.limits import Limits
-from mtp_mem.model.losses import loss_dtype
+from mtp_mem.model.losses import IGNORE, loss_dtype
 from mtp_mem.strategies.library_kernel import LibraryKernel, kernel_arguments
+from mtp_mem.strategy import KernelLimits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +25,7 @@ class Liger(LibraryKernel):
     module: ClassVar[str] = "liger_kernel.transformers.functional"
     package: ClassVar[str] = "liger-kernel"
     interpreted: ClassVar[bool] = True
-    limits: ClassVar[Limits] = Limits(
+    limits: ClassVar[KernelLimits] = KernelLimits(
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         waits="the host counts its targets and looks at the upstream gradient",
     )

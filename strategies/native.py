@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_mem.data import IGNORE
 from mtp_mem.errors import BadInput, Missing
-from mtp_mem.limits import Limits
+from mtp_mem.model.losses import IGNORE
 from mtp_mem.strategies.library_kernel import LibraryKernel
+from mtp_mem.strategy import KernelLimits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Native(LibraryKernel):
 
     tokens: int | None = None  # per chunk; None: PyTorch's choice
     policy: Literal["auto", "accurate", "balanced", "compact"] = "auto"
-    limits: ClassVar[Limits] = Limits(
+    limits: ClassVar[KernelLimits] = KernelLimits(
         rounds_loss=True,
         not_predicted="torch chooses chunk and sums by device inside its operator, and here is no CUDA",
     )

@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mtp_mem.data import IGNORE
 from mtp_mem.errors import BadInput
-from mtp_mem.limits import Limits
+from mtp_mem.model.losses import IGNORE
 from mtp_mem.strategies.library_kernel import LibraryKernel
+from mtp_mem.strategy import KernelLimits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Quack(LibraryKernel):
 
     module: ClassVar[str] = "quack.linear_cross_entropy"
     package: ClassVar[str] = "quack-kernels"
-    limits: ClassVar[Limits] = Limits(dtypes=(torch.bfloat16, torch.float16), multiple_of=8)
+    limits: ClassVar[KernelLimits] = KernelLimits(dtypes=(torch.bfloat16, torch.float16), multiple_of=8)
     chunk: int = 4096  # tokens
 
     def __post_init__(self) -> None:

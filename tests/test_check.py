@@ -28,15 +28,15 @@ def test_without_a_gpu_it_prints_predictions(tmp_path: Path, capsys: pytest.Capt
 
 def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predicted: list[str] = []
-    trace_step, stop_at = check_prediction.simulated_step.trace_step, 3
+    simulate, stop_at = check_prediction.simulated_step.simulate, 3
 
     def counting(*args: Any, **kwargs: Any) -> Trace:
         if len(predicted) == stop_at:
             raise KeyboardInterrupt
         predicted.append("one more")
-        return trace_step(*args, **kwargs)
+        return simulate(*args, **kwargs)
 
-    monkeypatch.setattr(check_prediction.simulated_step, "trace_step", counting)
+    monkeypatch.setattr(check_prediction.simulated_step, "simulate", counting)
     args = ["predict", "--check", "--quick", "--out", str(tmp_path), "--gpu", "h200"]
     assert main(args) == 130
     kept = json.loads((tmp_path / "check.json").read_text())

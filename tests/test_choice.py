@@ -4,8 +4,8 @@ import pytest
 from small import build, gradients, tiny
 
 from mtp_mem import Workload, forward_backward, load_strategy
-from mtp_mem.prediction.auto import Choice, choose, settled
-from mtp_mem.prediction.simulated_step import trace_step
+from mtp_mem.prediction.auto import Choice, choose, resolve_auto
+from mtp_mem.prediction.simulated_step import simulate
 
 LONG = Workload(batch=4, sequence=256)
 
@@ -24,14 +24,14 @@ def test_the_largest_chunk_below_the_floor(n: int) -> None:
     choice = choose(config, LONG, cuda=False)
     name, _, chunk = choice.spec.partition(":chunk=")
     assert name == "chunked_tokens"
-    peak = trace_step(config, LONG, load_strategy(choice.spec), attention="sdpa").peak().nbytes
+    peak = simulate(config, LONG, load_strategy(choice.spec), attention="sdpa").peak().nbytes
     assert peak == choice.peak
-    twice = trace_step(config, LONG, load_strategy(f"{name}:chunk={2 * int(chunk)}"), attention="sdpa").peak().nbytes
+    twice = simulate(config, LONG, load_strategy(f"{name}:chunk={2 * int(chunk)}"), attention="sdpa").peak().nbytes
     if peak <= choice.floor:
         assert twice > choice.floor
     else:  # no chunk reaches the floor: smaller ones would hardly be smaller
         assert "no chunk reaches" in choice.why
-        least = trace_step(config, LONG, load_strategy(f"{name}:chunk=128"), attention="sdpa").peak().nbytes
+        least = simulate(config, LONG, load_strategy(f"{name}:chunk=128"), attention="sdpa").peak().nbytes
         assert peak <= 1.01 * least < twice
 
 
@@ -44,8 +44,8 @@ def test_fewer_tokens_than_the_smallest_chunk() -> None:
 def test_only_strategies_that_choose_are_settled() -> None:
     config = tiny(n_future=2)
     naive = load_strategy("naive")
-    assert settled(naive, config, LONG, cuda=False) == (naive, None)
-    strategy, chosen = settled(load_strategy("auto"), config, LONG, cuda=False)
+    assert resolve_auto(naive, config, LONG, cuda=False) == (naive, None)
+    strategy, chosen = resolve_auto(load_strategy("auto"), config, LONG, cuda=False)
     choice = choose(config, LONG, cuda=False)
     assert isinstance(choice, Choice)
     assert strategy == load_strategy(choice.spec)

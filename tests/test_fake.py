@@ -17,7 +17,7 @@ from mtp_mem.prediction import kernel_buffers
 from mtp_mem.prediction.caching_allocator import replay
 from mtp_mem.prediction.floor import NoLogits
 from mtp_mem.prediction.peaks import predicted
-from mtp_mem.prediction.simulated_step import Rehearsal, trace_step
+from mtp_mem.prediction.simulated_step import Simulation, simulate
 
 SPECS = ["naive", "sequential", "chunked_vocab:chunk=1000", "checkpointed", "chunked_tokens:chunk=40"]
 
@@ -33,7 +33,7 @@ def test_predicted_equals_tracked(spec: str, n: int, dtype: str) -> None:
     step()
     real = track(step)
     workload = Workload(batch=2, sequence=64, dtype=dtype)  # type: ignore[arg-type]
-    fake = trace_step(config, workload, load_strategy(spec), attention="sdpa")
+    fake = simulate(config, workload, load_strategy(spec), attention="sdpa")
     assert fake.baseline == real.baseline
     found, expected = fake.peak(), real.peak()
     assert (found.nbytes, found.phase, found.op) == (expected.nbytes, expected.phase, expected.op)
@@ -50,7 +50,7 @@ def test_predicted_equals_tracked_for_every_kind(spec: str, kind: str, unembeddi
     step = TrainingStep(model, make_optimizer(model), batch, load_strategy(spec))
     step()
     real = track(step)
-    fake = trace_step(config, Workload(batch=2, sequence=64), load_strategy(spec), attention="sdpa")
+    fake = simulate(config, Workload(batch=2, sequence=64), load_strategy(spec), attention="sdpa")
     assert fake.baseline == real.baseline
     found, expected = fake.peak(), real.peak()
     assert (found.nbytes, found.phase, found.op) == (expected.nbytes, expected.phase, expected.op)
@@ -64,9 +64,9 @@ def test_naive_holds_the_logits_that_can_be_counted_by_hand() -> None:
     config, n = tiny(vocab_size=32000, n_layers=5), 4
     workload = Workload(batch=2, sequence=512, dtype="bf16")
     logits = 1024 * 32000 * 4  # one fp32 tensor (N, V)
-    naive = trace_step(config.with_n(n), workload, load_strategy("naive"), gpu=load_gpu("h200")).peak()
+    naive = simulate(config.with_n(n), workload, load_strategy("naive"), gpu=load_gpu("h200")).peak()
     assert naive.by_category["logits"] == (n + 2) * logits  # n log-softmaxes, two gradients
-    sequential = trace_step(config.with_n(n), workload, load_strategy("sequential"), gpu=load_gpu("h200")).peak()
+    sequential = simulate(config.with_n(n), workload, load_strategy("sequential"), gpu=load_gpu("h200")).peak()
     assert sequential.by_category["logits"] == 3 * logits
 
 
@@ -74,7 +74,7 @@ def test_naive_holds_the_logits_that_can_be_counted_by_hand() -> None:
 def test_the_allocator_s_view_of_a_predicted_step(spec: str) -> None:
     gpu = load_gpu("h200")
     config = tiny(vocab_size=4099, n_layers=5, n_future=3)
-    trace = trace_step(config, Workload(batch=2, sequence=64, dtype="bf16"), load_strategy(spec), gpu=gpu)
+    trace = simulate(config, Workload(batch=2, sequence=64, dtype="bf16"), load_strategy(spec), gpu=gpu)
     default, expandable = (replay(trace, expandable=e, workspaces=(gpu.workspace_bytes,)) for e in (False, True))
     assert default.requested_peak == expandable.requested_peak == trace.peak().nbytes + gpu.workspace_bytes
     assert default.requested_peak <= expandable.allocated_peak <= default.allocated_peak <= default.reserved_peak
@@ -101,18 +101,18 @@ class ReadsBack:
 
 def test_a_strategy_that_reads_values_back_is_refused() -> None:
     with pytest.raises(BadInput, match="ReadsBack cannot be predicted: it needs real data or a GPU kernel"):
-        trace_step(tiny(), Workload(batch=1, sequence=8, dtype="bf16"), ReadsBack())
+        simulate(tiny(), Workload(batch=1, sequence=8, dtype="bf16"), ReadsBack())
 
 
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="torch before 2.13")
 def test_a_kernel_that_decides_by_the_device_is_predicted_for_this_one_only() -> None:
     config, workload = tiny(n_future=2), Workload(batch=2, sequence=24)
     with pytest.raises(BadInput, match="Native cannot be predicted: torch chooses chunk and sums by device"):
-        trace_step(config, dataclasses.replace(workload, dtype="bf16"), load_strategy("native"))
+        simulate(config, dataclasses.replace(workload, dtype="bf16"), load_strategy("native"))
     model, batch = build(config)
     step = TrainingStep(model, make_optimizer(model), batch, load_strategy("native"))
     step()
-    here = trace_step(config, workload, load_strategy("native"), attention="sdpa").peak()
+    here = simulate(config, workload, load_strategy("native"), attention="sdpa").peak()
     assert here.nbytes == track(step).peak().nbytes
 
 
@@ -131,10 +131,10 @@ class Watch(TorchDispatchMode):
         return out
 from mtp_mem import ModelConfig, Workload, load_strategy
 from mtp_mem.config.schema import load_gpu
-from mtp_mem.prediction.simulated_step import trace_step
+from mtp_mem.prediction.simulated_step import simulate
 config = ModelConfig(vocab_size=300, dim=32, n_layers=3, n_attention_heads=2, n_future=2)
 with Watch():
-    trace_step(config, Workload(batch=1, sequence=16, dtype="bf16"), load_strategy("naive"), gpu=load_gpu("h200"))
+    simulate(config, Workload(batch=1, sequence=16, dtype="bf16"), load_strategy("naive"), gpu=load_gpu("h200"))
 print("alive")
 """
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -150,10 +150,10 @@ def test_every_gpu_says_where_its_figures_come_from() -> None:
 
 def test_a_trace_does_not_depend_on_what_else_is_rehearsed() -> None:
     config, workload, gpu = tiny(n_future=3, n_layers=5), Workload(batch=2, sequence=64, dtype="bf16"), load_gpu("h200")
-    rehearsal = Rehearsal(config, workload, gpu=gpu)
-    assert predicted(rehearsal.floor(), gpu) == predicted(rehearsal.trace(NoLogits()), gpu)
+    simulation = Simulation(config, workload, gpu=gpu)
+    assert predicted(simulation.floor(), gpu) == predicted(simulation.trace(NoLogits()), gpu)
     with pytest.raises(BadInput):
-        rehearsal.trace(ReadsBack())  # half a step, which must leave nothing behind
+        simulation.trace(ReadsBack())  # half a step, which must leave nothing behind
     for spec in ("naive", "chunked_vocab:chunk=100", "sequential"):
-        alone = trace_step(config, workload, load_strategy(spec), gpu=gpu)
-        assert predicted(rehearsal.trace(load_strategy(spec)), gpu) == predicted(alone, gpu)
+        alone = simulate(config, workload, load_strategy(spec), gpu=gpu)
+        assert predicted(simulation.trace(load_strategy(spec)), gpu) == predicted(alone, gpu)

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from mtp_mem._util import whole
+from mtp_mem._util import atomic_write
 
 
 def cut_short(path: Path) -> None:
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("half of the sec")
         raise KeyboardInterrupt
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "kept.json"
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("first")
         assert not path.exists()
     assert path.read_text() == "first"

@@ -11,7 +11,7 @@ from mtp_mem.config.schema import load_gpu
 from mtp_mem.model.shape import Shape
 from mtp_mem.prediction.formulas import formula_bytes, step_flops
 from mtp_mem.prediction.largest_fit import baseline
-from mtp_mem.prediction.simulated_step import trace_step
+from mtp_mem.prediction.simulated_step import simulate
 
 
 @pytest.mark.parametrize("spec", ["naive", "sequential", "checkpointed", "chunked_vocab"])
@@ -49,7 +49,7 @@ def test_the_growth_with_n_follows_the_paper() -> None:
 def test_bytes_are_those_of_the_prediction(n: int) -> None:
     profile, gpu = load_profile("mtp-0.3b"), load_gpu("h200")
     config, workload = profile.model.with_n(n), profile.workload
-    trace = trace_step(config, workload, load_strategy("sequential"), gpu=gpu)
+    trace = simulate(config, workload, load_strategy("sequential"), gpu=gpu)
     assert baseline(config, workload) == pytest.approx(trace.baseline, rel=1e-4)
     over_baseline = formula_bytes("sequential", dataclasses.asdict(config), dataclasses.asdict(workload), cuda=True)
     assert over_baseline is not None

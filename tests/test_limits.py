@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtp_mem.config.schema import ALL_DTYPES
 from mtp_mem.errors import BadInput
-from mtp_mem.limits import Limits, limits_of
 from mtp_mem.model.head_tree import Head, Heads
 from mtp_mem.model.losses import full
 from mtp_mem.strategies.cce import CCE
@@ -19,14 +19,17 @@ from mtp_mem.strategies.library_kernel import kernel_arguments
 from mtp_mem.strategies.liger import Liger
 from mtp_mem.strategies.quack import Quack
 from mtp_mem.strategies.sequential import Sequential
-from mtp_mem.verification.scenarios import ALL_DTYPES, SCENARIOS
+from mtp_mem.strategy import KernelLimits, kernel_limits
+from mtp_mem.verification.scenarios import SCENARIOS
 from mtp_mem.verification.verify import verify
 
 
 class InEights(Sequential):
     """Right, but only for multiples of 8 in bf16, and it waits: what a library's kernel may be like."""
 
-    limits: ClassVar[Limits] = Limits(dtypes=(torch.bfloat16,), multiple_of=8, waits="it looks at its targets")
+    limits: ClassVar[KernelLimits] = KernelLimits(
+        dtypes=(torch.bfloat16,), multiple_of=8, waits="it looks at its targets"
+    )
 
     def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
         loss = heads.loss(head, hidden, targets, self.loss)
@@ -44,7 +47,7 @@ class InEights(Sequential):
 class Hidden(InEights):
     """The same without saying that it waits."""
 
-    limits: ClassVar[Limits] = Limits(dtypes=(torch.bfloat16,), multiple_of=8)
+    limits: ClassVar[KernelLimits] = KernelLimits(dtypes=(torch.bfloat16,), multiple_of=8)
 
 
 def test_a_strategy_is_verified_within_its_limits() -> None:
@@ -104,7 +107,7 @@ def test_refusals(dtype: torch.dtype, sizes: tuple[int, int, int], words: str) -
 
 
 def test_what_the_libraries_take() -> None:
-    assert limits_of(Sequential()) == Limits()
+    assert kernel_limits(Sequential()) == KernelLimits()
     takes = {cls.__name__: [d for d in ALL_DTYPES if cls.limits.takes(d)] for cls in (Liger, CCE, Quack)}
     assert takes == {
         "Liger": ["fp32", "bf16", "bf16-mixed"],

@@ -19,8 +19,8 @@ from mtp_mem.cli import main
 from mtp_mem.config.schema import Profile, Sweep, load_gpu
 from mtp_mem.prediction.largest_fit import AXES, SEQUENCE_STEP, Answer, Axis, Plan, advice, hint, plan, search
 from mtp_mem.prediction.peaks import predicted
-from mtp_mem.prediction.probes import Figures, Point, ProbeCache, Prober
-from mtp_mem.prediction.simulated_step import trace_step
+from mtp_mem.prediction.probes import Point, ProbeCache, ProbedBytes, Prober
+from mtp_mem.prediction.simulated_step import simulate
 
 SPECS = ("naive", "sequential", "chunked_vocab:chunk=1000", "chunked_tokens", "checkpointed")
 GPU = load_gpu("l4")
@@ -49,7 +49,7 @@ def planned(
 def allocated(spec: str, point: Point) -> int:
     """By a prediction that shares no model, no cache and no search with the plan."""
     workload = dataclasses.replace(PROFILE.workload, batch=point.batch, sequence=point.sequence)
-    trace = trace_step(PROFILE.model.with_n(point.n), workload, load_strategy(spec), gpu=GPU)
+    trace = simulate(PROFILE.model.with_n(point.n), workload, load_strategy(spec), gpu=GPU)
     found: int = predicted(trace, GPU)["peak_allocated_bytes"]
     return found
 
@@ -143,7 +143,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "probes.jsonl", tmp_path / "folder"):
-        cache, figures = ProbeCache(path), Figures(allocated=1, reserved=2, fixed=3)
+        cache, figures = ProbeCache(path), ProbedBytes(allocated=1, reserved=2, fixed=3)
         assert cache.get("key") is None
         cache.put("key", figures)
         assert cache.get("key") == figures
@@ -199,7 +199,7 @@ def answered(needs: Callable[[int], int], limit: int, start: int, top: int | Non
         k = getattr(point, axis)
         assert 1 <= k <= (top or k)
         try:
-            point = running.send(Figures(allocated=needs(k), reserved=needs(k), fixed=needs(0)))
+            point = running.send(ProbedBytes(allocated=needs(k), reserved=needs(k), fixed=needs(0)))
         except StopIteration as stop:
             return stop.value, probes
 

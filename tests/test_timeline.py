@@ -11,14 +11,14 @@ from small import tiny
 from mtp_mem import Workload, load_strategy
 from mtp_mem.cli import main
 from mtp_mem.config.schema import load_gpu
-from mtp_mem.prediction.simulated_step import trace_step
+from mtp_mem.prediction.simulated_step import simulate
 from mtp_mem.report.charts.timeline import live_by_category, phases
 
 
 @pytest.mark.parametrize("spec", ["naive", "sequential"])
 def test_bands_add_up_to_the_live_bytes(spec: str) -> None:
     config = tiny(n_future=3)
-    trace = trace_step(config, Workload(batch=2, sequence=32, dtype="bf16"), load_strategy(spec), gpu=load_gpu("h200"))
+    trace = simulate(config, Workload(batch=2, sequence=32, dtype="bf16"), load_strategy(spec), gpu=load_gpu("h200"))
     total = np.sum(list(live_by_category(trace).values()), axis=0)
     assert total[0] == trace.baseline
     assert total[1:].tolist() == trace.totals()[trace.start :]

@@ -14,7 +14,7 @@ from mtp_mem.errors import BadInput
 from mtp_mem.memory.cpu import track
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.model.head_tree import Heads
-from mtp_mem.prediction.simulated_step import trace_step
+from mtp_mem.prediction.simulated_step import simulate
 from mtp_mem.step import forward_backward
 from mtp_mem.strategies import chunked_tokens
 from mtp_mem.strategies.chunked_tokens import UnembeddingGradient, default_chunk, head_loss
@@ -161,7 +161,7 @@ def test_the_default_chunk_is_that_of_the_step_s_tokens() -> None:
 def test_the_default_chunk_on_cuda_is_that_of_the_vocabulary() -> None:
     config = tiny(vocab_size=256000, n_layers=2, n_future=1)
     workload = Workload(batch=1, sequence=4096, dtype="bf16")
-    trace = trace_step(config, workload, load_strategy("chunked_tokens"), gpu=load_gpu("h200"))
+    trace = simulate(config, workload, load_strategy("chunked_tokens"), gpu=load_gpu("h200"))
     assert {s.shape[0] for s in trace.storages.values() if s.category == "logits" and s.nbytes > 2**28} == {1024}
 
 

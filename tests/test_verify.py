@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import mtp_mem
+from mtp_mem.config.schema import ALL_DTYPES
 from mtp_mem.strategy import loadable
 from mtp_mem.verification.broken_strategies import BROKEN
-from mtp_mem.verification.scenarios import ALL_DTYPES, SCENARIOS, Scenario, build, oracle, run
+from mtp_mem.verification.scenarios import SCENARIOS, Scenario, build, oracle, run
 from mtp_mem.verification.verify import allowed, verify
 
 RIGHT = loadable()

@@ -150,7 +150,7 @@ def document(
         return {
             "strategy": answer.strategy,
             **dataclasses.asdict(answer.point),
-            "fits": found.verdict(figures),
+            "fits": found.fit(figures),
             "peak_allocated_bytes": figures.allocated,
             "peak_reserved_bytes": figures.reserved,
             "left_bytes": found.left(answer),
@@ -158,7 +158,7 @@ def document(
             if beyond is None or answer.next_point is None
             else {
                 **dataclasses.asdict(answer.next_point),
-                "fits": found.verdict(beyond),
+                "fits": found.fit(beyond),
                 "peak_allocated_bytes": beyond.allocated,
                 "peak_reserved_bytes": beyond.reserved,
             },
@@ -186,24 +186,25 @@ def document(
 
 def show(found: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None:
     """The plan for a terminal."""
-    from mtp_mem._util import show_bytes
+    from mtp_mem._util import format_bytes
     from mtp_mem.prediction.largest_fit import AXES, advice, largest_n
 
     screen, base = console(), found.base
     screen.print(
-        f"{profile.name} on {gpu.name}: a step may allocate {show_bytes(found.limit)} of {show_bytes(gpu.total_bytes)},"
-        f" headroom {percent:g}%. A column varies one of batch {base.batch}, sequence {base.sequence}, n = {base.n}.\n",
+        f"{profile.name} on {gpu.name}: a step may allocate {format_bytes(found.limit)}"
+        f" of {format_bytes(gpu.total_bytes)}, headroom {percent:g}%."
+        f" A column varies one of batch {base.batch}, sequence {base.sequence}, n = {base.n}.\n",
         markup=False,
     )
     screen.print(table(found, screen))
     screen.print()
     for axis in AXES:
         if misses := [answer for answer in found.of(axis) if not answer.fits]:
-            needs = ", ".join(f"{a.strategy} misses {show_bytes(-found.left(a))} at {a.value}" for a in misses)
+            needs = ", ".join(f"{a.strategy} misses {format_bytes(-found.left(a))} at {a.value}" for a in misses)
             screen.print(f"No {axis} fits: {needs}.", markup=False)
     if any(answer.fits and answer.next_point is None for answer in found.of("n")):
         screen.print(f"n = {largest_n(profile.model)}: every layer is a head, the model's own limit.", markup=False)
-    if any(found.verdict(answer.figures) == "tight" for answer in found.answers):
+    if any(found.fit(answer.figures) == "tight" for answer in found.answers):
         screen.print(
             f"{TIGHT} tight: with the unused parts of its segments it reserves more than that, and the allocator may"
             " have to give segments back and try again.",
@@ -223,7 +224,7 @@ def table(found: "Plan", screen: "Console") -> "Table":
     """One row a strategy; for each axis the answer, the bytes left and, where there is room, what the next misses."""
     from rich.table import Table
 
-    from mtp_mem._util import show_bytes
+    from mtp_mem._util import format_bytes
     from mtp_mem.prediction.largest_fit import AXES
 
     wide = screen.width >= 110
@@ -236,9 +237,9 @@ def table(found: "Plan", screen: "Console") -> "Table":
     for answer in found.answers:
         beyond = answer.next_figures
         cells = [
-            f"{answer.value}{TIGHT * (found.verdict(answer.figures) == 'tight')}" if answer.fits else "none",
-            show_bytes(found.left(answer)),
-            "-" if beyond is None else show_bytes(beyond.allocated - found.limit),
+            f"{answer.value}{TIGHT * (found.fit(answer.figures) == 'tight')}" if answer.fits else "none",
+            format_bytes(found.left(answer)),
+            "-" if beyond is None else format_bytes(beyond.allocated - found.limit),
         ]
         rows.setdefault(answer.strategy, []).extend(cells[: 3 if wide else 2])
     for spec, cells in rows.items():

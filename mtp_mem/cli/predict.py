@@ -93,7 +93,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _show(records: "list[Record]", path: Path, gpu: "GPU") -> None:
-    from mtp_mem._util import show_bytes
+    from mtp_mem._util import format_bytes
     from mtp_mem.report import tables
 
     screen = console()
@@ -105,7 +105,7 @@ def _show(records: "list[Record]", path: Path, gpu: "GPU") -> None:
         screen.print(line, markup=False)
     screen.print(f"\nrecords {path}, chart {path.with_name('memory-vs-n.png')} (.svg, .csv)", markup=False)
     screen.print(
-        f"Predicted for {gpu.name} ({show_bytes(gpu.total_bytes)}), not measured on one; CUDA context and"
+        f"Predicted for {gpu.name} ({format_bytes(gpu.total_bytes)}), not measured on one; CUDA context and"
         " libraries come on top.\n",
         markup=False,
     )

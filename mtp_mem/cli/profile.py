@@ -133,7 +133,7 @@ def _largest_n(model: "ModelConfig") -> int | None:
 
 
 def _show(profile: "Profile", facts: dict[str, Any]) -> None:
-    from mtp_mem._util import show_bytes
+    from mtp_mem._util import format_bytes
 
     model, work, logits = profile.model, profile.workload, facts["logits"]
     largest = facts["largest_n"]
@@ -147,11 +147,11 @@ def _show(profile: "Profile", facts: dict[str, Any]) -> None:
         "heads": f"{model.head}, unembedding {model.unembedding}",
         "possible n": f"1 to {largest}" if largest else f"1 or more (from n = {work.sequence} on a head has no target)",
         "step": f"B = {work.batch}, S = {work.sequence}, N = {work.tokens}, {work.dtype}, tokens: {work.tokenizer}",
-        "logits": f"{logits['values']:,} a head (N V), {show_bytes(logits['bytes'])} in the loss's dtype",
+        "logits": f"{logits['values']:,} a head (N V), {format_bytes(logits['bytes'])} in the loss's dtype",
         "strategies": ", ".join(profile.sweep.strategies),
     }
     for name, text in lines.items():
         print(f"{name:10}  {text}")
     print(f"\n{'n':>4} {'parameters':>18} {'weights':>10}")
     for case in facts["cases"]:
-        print(f"{case['n']:>4} {case['parameters']:>18,} {show_bytes(case['weight_bytes']):>10}")
+        print(f"{case['n']:>4} {case['parameters']:>18,} {format_bytes(case['weight_bytes']):>10}")

@@ -20,7 +20,7 @@ def add(command: AddCommand) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """A line for each change; 1 if one is a regression."""
-    from mtp_mem._util import show_bytes
+    from mtp_mem._util import format_bytes
     from mtp_mem.report.diff import changes, load
 
     notes: list[str] = []
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         if change.kind == "gradient":
             figures = f"{change.old} -> {change.new}"
         elif isinstance(change.old, int) and isinstance(change.new, int):
-            figures = f"{show_bytes(change.old)} -> {show_bytes(change.new)} ({change.new - change.old:+,} B)"
+            figures = f"{format_bytes(change.old)} -> {format_bytes(change.new)} ({change.new - change.old:+,} B)"
         else:
             figures = f"{change.old:.4g} -> {change.new:.4g} ({change.share or 0:+.1%})"
         mark = "WORSE" if change.worse else "     "

@@ -23,12 +23,12 @@ def run(args: argparse.Namespace) -> int:
     """One step's live bytes, tracked here or predicted for a GPU."""
     import torch
 
-    from mtp_mem._util import show_bytes, writable
+    from mtp_mem._util import format_bytes, writable
     from mtp_mem.config.schema import load_gpu, load_profile
     from mtp_mem.environment import environment, footer
     from mtp_mem.memory import cpu, cuda_history
     from mtp_mem.prediction import peaks, simulated_step
-    from mtp_mem.prediction.auto import settled
+    from mtp_mem.prediction.auto import resolve_auto
     from mtp_mem.report.charts import timeline as chart
     from mtp_mem.runs import bench
     from mtp_mem.strategy import load_strategy
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
     if args.gpu:
         gpu = load_gpu(args.gpu)
         peaks.check_predictable(profile)
-        strategy, _ = settled(strategy, config, profile.workload, cuda=True, gpu=gpu)
-        trace, how = simulated_step.trace_step(config, profile.workload, strategy, gpu=gpu), f"predicted for {gpu.name}"
+        strategy, _ = resolve_auto(strategy, config, profile.workload, cuda=True, gpu=gpu)
+        trace, how = simulated_step.simulate(config, profile.workload, strategy, gpu=gpu), f"predicted for {gpu.name}"
     else:
         from mtp_mem.data import load_corpus
 
@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(document, indent=1))
     else:
-        print(f"peak {show_bytes(peak.nbytes)} in {peak.phase} ({peak.op}), {how}:")
+        print(f"peak {format_bytes(peak.nbytes)} in {peak.phase} ({peak.op}), {how}:")
         for category, nbytes in peak.by_category.items():
-            print(f"  {show_bytes(nbytes):>10}  {category}")
+            print(f"  {format_bytes(nbytes):>10}  {category}")
         print(f"chart {files[0]} (.svg, .csv, .json)")
     return 0

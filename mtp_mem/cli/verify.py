@@ -42,11 +42,11 @@ def add(command: AddCommand) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0: all right, and with --prove all wrong ones caught; 1: not; 130: stopped, what it had is shown."""
-    from mtp_mem.config.schema import Dtype
+    from mtp_mem.config.schema import ALL_DTYPES, Dtype
     from mtp_mem.errors import unknown
     from mtp_mem.runs.bench import resolve_device
     from mtp_mem.verification.checks import Verification
-    from mtp_mem.verification.scenarios import ALL_DTYPES, SCENARIOS
+    from mtp_mem.verification.scenarios import SCENARIOS
     from mtp_mem.verification.verify import verify
 
     settle_numerics(args)
@@ -113,9 +113,8 @@ def _on_profile(
     """Every check to `each`; returns what was left out, a line each."""
     from mtp_mem.config.schema import load_profile
     from mtp_mem.data import load_corpus
-    from mtp_mem.limits import refusal, require
     from mtp_mem.runs.bench import Bench
-    from mtp_mem.strategy import load_strategy, loadable
+    from mtp_mem.strategy import load_strategy, loadable, refusal, require
     from mtp_mem.verification.scenarios import Problem, Scenario
     from mtp_mem.verification.verify import verify_problem
 
@@ -140,9 +139,10 @@ def _on_profile(
 
 
 def _prove(args: argparse.Namespace, device: "torch.device") -> int:
+    from mtp_mem.config.schema import ALL_DTYPES
     from mtp_mem.report import tables
     from mtp_mem.verification.broken_strategies import BROKEN
-    from mtp_mem.verification.scenarios import ALL_DTYPES, SCENARIOS
+    from mtp_mem.verification.scenarios import SCENARIOS
     from mtp_mem.verification.verify import verify
 
     with progress(sum(len(s.dtypes) for s in SCENARIOS)) as begin:

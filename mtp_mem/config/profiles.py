@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mtp_mem._util import whole
+from mtp_mem._util import atomic_write
 from mtp_mem.config.schema import Profile
 from mtp_mem.errors import BadInput
 
@@ -43,7 +43,7 @@ def write_new(path: Path, text: str, *, force: bool = False) -> None:
     if path.exists() and not force:
         raise BadInput(f"-o {path}: is there already; --force replaces it")
     try:
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as e:
         raise BadInput(f"-o {path}: cannot be written: {e.strerror}") from None

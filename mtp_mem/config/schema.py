@@ -19,6 +19,7 @@ from mtp_mem.errors import BadInput, unknown
 HeadKind = Literal["parallel", "causal", "anticausal", "linear", "deepseek", "medusa"]
 Unembedding = Literal["shared", "tied", "replicated"]
 Dtype = Literal["fp64", "fp32", "bf16", "bf16-mixed"]
+ALL_DTYPES: tuple[Dtype, ...] = typing.get_args(Dtype)
 Tokenizer = Literal["bytes", "bpe", "uniform"]
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ as it is.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mtp_mem._util import show_bytes
+from mtp_mem._util import format_bytes
 from mtp_mem.config.schema import ModelConfig, Workload
 from mtp_mem.model.hf_keys import Keys
 
@@ -98,7 +98,7 @@ def attention_heads(keys: Keys, family: Family) -> tuple[int, int]:
 
 def _logits(keys: Keys, family: Family, model: ModelConfig, workload: Workload) -> Iterator[Difference]:
     if keys.number("final_logit_softcapping", family.logits_cap):
-        more = show_bytes(workload.tokens * model.vocab_size * BF16)
+        more = format_bytes(workload.tokens * model.vocab_size * BF16)
         yield Difference(
             text=f"{keys.show('final_logit_softcapping')}: the logits here are not capped; the cap's tanh keeps one"
             f" more tensor (N, V) a head, {more} in bf16",
@@ -173,14 +173,14 @@ def _norms(keys: Keys, family: Family, model: ModelConfig, workload: Workload) -
     if family.qk_norms:
         H, kv = attention_heads(keys, family)
         head_dim = keys.whole("head_dim", family.head_dim) or D // H
-        kept = show_bytes(N * (H + kv) * (head_dim * BF16 + FP32))
+        kept = format_bytes(N * (H + kv) * (head_dim * BF16 + FP32))
         yield Difference(
             text=f"q and k are normed there and not here: {2 * head_dim} parameters a layer, and {kept} that each"
             f" layer, a head's too, would keep for the backward at N = {N}",
             parameters=model.n_layers * 2 * head_dim,
         )
     if family.post_norms:
-        kept = show_bytes(2 * N * (D * BF16 + FP32))
+        kept = format_bytes(2 * N * (D * BF16 + FP32))
         yield Difference(
             text=f"attention and feed-forward are normed once more there, behind: {2 * D} parameters a layer, and"
             f" {kept} that each layer, a head's too, would keep for the backward at N = {N}",

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_mem.data import IGNORE
+IGNORE = -100
+"""Target value of positions that have no target; torch's own default for `ignore_index`."""
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 

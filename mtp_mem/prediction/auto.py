@@ -11,12 +11,11 @@ the floor (mtp_mem/prediction/floor.py), rehearsed on tensors without data. Belo
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol, runtime_checkable
 
-from mtp_mem._util import show_bytes
+from mtp_mem._util import format_bytes
 from mtp_mem.config.schema import GPU, ModelConfig, Workload
 from mtp_mem.model.layers import Attention
-from mtp_mem.prediction.simulated_step import Rehearsal
+from mtp_mem.prediction.simulated_step import Simulation
 from mtp_mem.strategies.chunked_tokens import CPU_TOKENS, CUDA_TOKENS
 from mtp_mem.strategy import Strategy, load_strategy
 
@@ -41,22 +40,16 @@ class Choice:
     floor: int
 
 
-@runtime_checkable
-class ChoosesByStep(Protocol):
-    """A strategy that stands for another one, which depends on the step."""
-
-    def for_step(self, config: ModelConfig, workload: Workload, *, cuda: bool, gpu: GPU | None = None) -> Choice:
-        """The strategy to run in its place."""
-        ...
-
-
-def settled(
+def resolve_auto(
     strategy: Strategy, config: ModelConfig, workload: Workload, *, cuda: bool, gpu: GPU | None = None
 ) -> tuple[Strategy, str | None]:
-    """The strategy that is to run, and what was chosen and why where one was chosen."""
-    if not isinstance(strategy, ChoosesByStep):
+    """The strategy that is to run, and what was chosen and why where one was chosen.
+
+    A strategy whose class says `chooses_by_step = True` stands for the one that `choose` finds.
+    """
+    if not getattr(strategy, "chooses_by_step", False):
         return strategy, None
-    choice = strategy.for_step(config, workload, cuda=cuda, gpu=gpu)
+    choice = choose(config, workload, cuda=cuda, gpu=gpu)
     return load_strategy(choice.spec), f"{choice.spec}: {choice.why}"
 
 
@@ -71,13 +64,13 @@ def choose(config: ModelConfig, workload: Workload, *, cuda: bool, gpu: GPU | No
         gpu: adds the buffers of its kernels.
     """
     attention: Attention = "flash" if cuda and workload.dtype.startswith("bf16") else "sdpa"
-    rehearsal = Rehearsal(config, workload, attention=attention, gpu=gpu)
-    floor = rehearsal.floor().peak().nbytes
+    simulation = Simulation(config, workload, attention=attention, gpu=gpu)
+    floor = simulation.floor().peak().nbytes
     peaks: dict[str, int] = {}
 
     def peak(spec: str) -> int:
         if spec not in peaks:
-            peaks[spec] = rehearsal.trace(load_strategy(spec)).peak().nbytes
+            peaks[spec] = simulation.trace(load_strategy(spec)).peak().nbytes
         return peaks[spec]
 
     def choice(spec: str, why: str) -> Choice:
@@ -95,7 +88,7 @@ def choose(config: ModelConfig, workload: Workload, *, cuda: bool, gpu: GPU | No
     found = specs[low]
     if peak(found) <= floor:
         return choice(found, "the largest chunk whose logits fit below what the rest of the step needs anyway")
-    over = show_bytes(peak(found) - floor)
+    over = format_bytes(peak(found) - floor)
     why = f"no chunk reaches the step without logits; this one needs {over} more, smaller ones hardly less"
     return choice(found, why)
 

@@ -7,15 +7,19 @@ at least 512 B (small, or expandable) or more than 1 MiB (large); free neighbour
 of the two pools is one segment that grows.
 
 Not modelled: several streams, max_split_size, roundup_power2_divisions, garbage collection, retries, empty_cache.
-None of this has been compared with a CUDA device yet.
+Held against 40 recordings of real GPUs it was exact (docs/evidence.md).
 """
 
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from mtp_mem._util import MiB
 from mtp_mem.memory.trace import Event, Trace
+
+Fit = Literal["yes", "tight", "no"]
+"""Whether a step fits; `tight`: what it allocates does, the segments it reserves with their unused parts do not."""
 
 ROUND = 512
 SMALL = MiB
@@ -181,3 +185,10 @@ def _run(allocator: CachingAllocator, trace: Trace, events: Sequence[Event]) -> 
             allocator.release(event.key)
         else:
             allocator.move(event.key, event.old)
+
+
+def fit(allocated: int, reserved: int, limit: int) -> Fit:
+    """Do these predicted peaks fit into `limit` bytes?"""
+    if allocated > limit:
+        return "no"
+    return "tight" if reserved > limit else "yes"

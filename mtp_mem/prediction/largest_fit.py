@@ -13,14 +13,14 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mtp_mem._util import show_bytes
+from mtp_mem._util import format_bytes
 from mtp_mem.config.schema import ModelConfig, Profile, Workload
 from mtp_mem.errors import MtpMemError
 from mtp_mem.model.parameters import parameters, weight_bytes
 from mtp_mem.model.shape import Shape
+from mtp_mem.prediction.caching_allocator import Fit, fit
 from mtp_mem.prediction.formulas import flops_factor, formula_over_baseline
-from mtp_mem.prediction.peaks import Verdict, verdict
-from mtp_mem.prediction.probes import Figures, Point, Prober
+from mtp_mem.prediction.probes import Point, ProbedBytes, Prober
 
 Axis = Literal["batch", "sequence", "n"]
 AXES: tuple[Axis, ...] = ("batch", "sequence", "n")
@@ -41,9 +41,9 @@ class Answer:
     axis: Axis
     fits: bool
     point: Point  # the answer; where nothing fits, the probed point that needs least
-    figures: Figures  # at that point
+    figures: ProbedBytes  # at that point
     next_point: Point | None  # the next larger one, which does not fit; None at the model's limit or if nothing fits
-    next_figures: Figures | None
+    next_figures: ProbedBytes | None
 
     @property
     def value(self) -> int:
@@ -76,9 +76,9 @@ class Plan:
         """Bytes between the answer's allocated peak and the limit; negative if nothing fits."""
         return self.limit - answer.figures.allocated
 
-    def verdict(self, figures: Figures) -> Verdict:
+    def fit(self, figures: ProbedBytes) -> Fit:
         """`predict`'s word for these peaks, under this limit."""
-        return verdict(figures.allocated, figures.reserved, self.limit)
+        return fit(figures.allocated, figures.reserved, self.limit)
 
     def recommended(self) -> Answer | None:
         """The largest batch that fits; of equal ones the one without recomputation, then the one that leaves most.
@@ -171,7 +171,7 @@ def _unit(axis: Axis) -> int:
 
 def search(
     spec: str, axis: Axis, base: Point, limit: int, top: int | None, first: int | None = None
-) -> Generator[Point, Figures, Answer]:
+) -> Generator[Point, ProbedBytes, Answer]:
     """Asks for points until the largest one that fits and the next one, which does not, have both been probed.
 
     Args:
@@ -190,7 +190,7 @@ def search(
     def at(k: int) -> Point:
         return dataclasses.replace(base, **{axis: k * unit})
 
-    known: dict[int, Figures] = {}
+    known: dict[int, ProbedBytes] = {}
     k = top or start  # more heads may need less, for the trunk has then fewer layers: look at the end first
     while True:
         known[k] = yield at(k)
@@ -212,7 +212,7 @@ def search(
     )
 
 
-def _guess(known: dict[int, Figures], limit: int, low: int, high: int | None, *, proportional: bool) -> int:
+def _guess(known: dict[int, ProbedBytes], limit: int, low: int, high: int | None, *, proportional: bool) -> int:
     """Where the line through the two points nearest to the limit meets it; always between `low` and `high`.
 
     With a single point the line starts at the bytes that are there at any batch, or at zero (`proportional`: heads).
@@ -252,4 +252,4 @@ def advice(found: Plan) -> str:
         sentence += ", and it recomputes nothing"
     elif equal:
         sentence += f", as with {', '.join(answer.strategy for answer in equal)}, and it leaves most"
-    return f"{sentence}; {show_bytes(found.left(best))} are left."
+    return f"{sentence}; {format_bytes(found.left(best))} are left."

@@ -1,15 +1,12 @@
 """Peaks of a step on a GPU that need not be here, from its trace and the model of the CUDA allocator."""
 
-from typing import Any, Literal
+from typing import Any
 
 from mtp_mem.config.schema import GPU, Profile
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.trace import Trace
 from mtp_mem.prediction import simulated_step
 from mtp_mem.prediction.caching_allocator import replay
-
-Verdict = Literal["yes", "tight", "no"]
-"""Whether a step fits; `tight`: what it allocates does, the segments it reserves with their unused parts do not."""
 
 
 def check_predictable(profile: Profile) -> None:
@@ -23,13 +20,6 @@ def check_predictable(profile: Profile) -> None:
             f"workload.dtype = {profile.workload.dtype!r} cannot be predicted: only bf16 runs flash attention on CUDA"
             " and is modelled; valid: bf16"
         )
-
-
-def verdict(allocated: int, reserved: int, limit: int) -> Verdict:
-    """Do these predicted peaks fit into `limit` bytes?"""
-    if allocated > limit:
-        return "no"
-    return "tight" if reserved > limit else "yes"
 
 
 def predicted(trace: Trace, gpu: GPU, workspaces: tuple[int, ...] | None = None) -> dict[str, Any]:

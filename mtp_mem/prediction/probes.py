@@ -17,7 +17,7 @@ from mtp_mem.config.schema import GPU, ModelConfig, Profile, Workload
 from mtp_mem.environment import environment
 from mtp_mem.errors import MtpMemError
 from mtp_mem.prediction.peaks import predicted
-from mtp_mem.prediction.simulated_step import Rehearsal
+from mtp_mem.prediction.simulated_step import Simulation
 from mtp_mem.strategy import Strategy
 
 
@@ -31,7 +31,7 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
+class ProbedBytes:
     """Predicted bytes of a steady step: the allocator's peaks, and what of the peak is there at any batch."""
 
     allocated: int
@@ -40,7 +40,7 @@ class Figures:
 
 
 class ProbeCache:
-    """Figures by fingerprint in a file of JSON lines; a file or line that cannot be read is as good as absent.
+    """ProbedBytes by fingerprint in a file of JSON lines; a file or line that cannot be read is as good as absent.
 
     Args:
         path: by default in the user's cache folder.
@@ -51,11 +51,11 @@ class ProbeCache:
         self.path = path or Path(platformdirs.user_cache_dir("mtp_mem")) / "probes.jsonl"
         self._known = {} if fresh else dict(self._read())
 
-    def get(self, key: str) -> Figures | None:
+    def get(self, key: str) -> ProbedBytes | None:
         """The figures under this fingerprint, if they are known."""
         return self._known.get(key)
 
-    def put(self, key: str, figures: Figures) -> None:
+    def put(self, key: str, figures: ProbedBytes) -> None:
         """Keep the figures. A folder that cannot be written costs the next run its time, not this one its answer."""
         self._known[key] = figures
         line = json.dumps({"probe": key, **dataclasses.asdict(figures)})
@@ -66,12 +66,12 @@ class ProbeCache:
         except OSError:
             pass
 
-    def _read(self) -> Iterator[tuple[str, Figures]]:
+    def _read(self) -> Iterator[tuple[str, ProbedBytes]]:
         try:
             lines = self.path.read_bytes().splitlines()
         except OSError:
             return
-        names = {field.name for field in dataclasses.fields(Figures)}
+        names = {field.name for field in dataclasses.fields(ProbedBytes)}
         for line in lines:
             try:
                 found = json.loads(line)
@@ -80,11 +80,11 @@ class ProbeCache:
             if isinstance(found, dict) and found.keys() == names | {"probe"}:
                 key = found.pop("probe")
                 if isinstance(key, str) and all(type(value) is int for value in found.values()):
-                    yield key, Figures(**found)
+                    yield key, ProbedBytes(**found)
 
 
 class Prober:
-    """Answers probes for one profile and GPU, from the cache or from a rehearsal.
+    """Answers probes for one profile and GPU, from the cache or from a simulation.
 
     Args:
         profile: everything but batch, sequence and n is taken from it.
@@ -99,10 +99,10 @@ class Prober:
     ) -> None:
         self._profile, self._gpu, self._strategies = profile, gpu, strategies
         self._cache, self._progress = cache, progress
-        self._rehearsal: tuple[Point, Rehearsal] | None = None
-        self._answers: dict[tuple[str, Point], Figures | MtpMemError] = {}
+        self._rehearsal: tuple[Point, Simulation] | None = None
+        self._answers: dict[tuple[str, Point], ProbedBytes | MtpMemError] = {}
 
-    def probe(self, spec: str, point: Point) -> Figures | MtpMemError:
+    def probe(self, spec: str, point: Point) -> ProbedBytes | MtpMemError:
         """The strategy's figures at a point, or why they cannot be predicted.
 
         The last point's model is kept: ask for all strategies at one point in turn.
@@ -111,7 +111,7 @@ class Prober:
             self._answers[spec, point] = self._cached(spec, point)
         return self._answers[spec, point]
 
-    def _cached(self, spec: str, point: Point) -> Figures | MtpMemError:
+    def _cached(self, spec: str, point: Point) -> ProbedBytes | MtpMemError:
         model, workload = self._shape(point)
         env = environment("cpu")
         parts = [dataclasses.asdict(part) for part in (model, workload, self._gpu)]
@@ -123,12 +123,12 @@ class Prober:
         self._progress(f"{spec}: batch {point.batch}, sequence {point.sequence}, n = {point.n}")
         try:
             if self._rehearsal is None or self._rehearsal[0] != point:
-                self._rehearsal = point, Rehearsal(model, workload, gpu=self._gpu)
+                self._rehearsal = point, Simulation(model, workload, gpu=self._gpu)
             facts = predicted(self._rehearsal[1].trace(self._strategies[spec]), self._gpu)
         except MtpMemError as e:
             return e
         at_peak: dict[str, int] = facts["bytes_at_peak"]
-        figures = Figures(
+        figures = ProbedBytes(
             allocated=facts["peak_allocated_bytes"],
             reserved=facts["peak_reserved_bytes"],
             fixed=sum(at_peak.get(category, 0) for category in ("parameters", "gradients", "optimizer")),

@@ -21,7 +21,6 @@ from torch._subclasses.fake_tensor import (
 from mtp_mem.config.schema import GPU, ModelConfig, Workload
 from mtp_mem.data import make_batch
 from mtp_mem.errors import BadInput
-from mtp_mem.limits import limits_of
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.model.layers import Attention
@@ -29,7 +28,7 @@ from mtp_mem.model.mtp_model import MTPModel
 from mtp_mem.prediction.floor import NoLogits
 from mtp_mem.prediction.kernel_buffers import KERNELS
 from mtp_mem.step import TrainingStep, make_optimizer, optimizer_state
-from mtp_mem.strategy import Strategy
+from mtp_mem.strategy import Strategy, kernel_limits
 
 CUBLAS_WORKSPACES = 2  # one per thread that multiplies: forward, and autograd's device thread
 STEPS_BEFORE = 2  # the floor's, which makes the optimizer's state, and the replay's first pass over the step itself
@@ -46,7 +45,7 @@ class _Mode(FakeTensorMode):
         return super().__torch_dispatch__(func, types, args, kwargs or {})
 
 
-class Rehearsal:
+class Simulation:
     """A model of tensors without data, built and warmed up once; every strategy then takes a step on it.
 
     The warm-up is always the floor's step, so that a strategy's trace does not depend on what else is rehearsed.
@@ -100,7 +99,7 @@ class Rehearsal:
             BadInput: the strategy needs real data or an operator that fake tensors do not know, or it says that its
                 kernel decides by the device.
         """
-        why = limits_of(strategy).not_predicted
+        why = kernel_limits(strategy).not_predicted
         if why and self._for_cuda:
             raise BadInput(f"{type(strategy).__name__} cannot be predicted: {why}")
         tracker, begun = self._tracker, len(self._tracker.trace.events)
@@ -118,7 +117,7 @@ class Rehearsal:
             raise BadInput(f"{type(strategy).__name__} cannot be predicted: {why}") from None
 
 
-def trace_step(
+def simulate(
     config: ModelConfig,
     workload: Workload,
     strategy: Strategy,
@@ -126,8 +125,8 @@ def trace_step(
     attention: Attention = "flash",
     gpu: GPU | None = None,
 ) -> Trace:
-    """One strategy's step on a model of its own; see `Rehearsal`."""
-    return Rehearsal(config, workload, attention=attention, gpu=gpu).trace(strategy)
+    """One strategy's step on a model of its own; see `Simulation`."""
+    return Simulation(config, workload, attention=attention, gpu=gpu).trace(strategy)
 
 
 @contextlib.contextmanager

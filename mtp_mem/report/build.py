@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_mem._util import show_bytes, whole, writable
+from mtp_mem._util import atomic_write, format_bytes, writable
 from mtp_mem.errors import BadInput
 from mtp_mem.report import charts
 from mtp_mem.report.content import gpu_of, section
@@ -68,7 +68,7 @@ def build(
             [c.png.with_suffix(suffix) for c in drawn for suffix in (".png", ".svg", ".csv")] if charts_folder else []
         )
     try:
-        with whole(out) as partial:
+        with atomic_write(out) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as e:
         raise BadInput(f"--output {out}: cannot be written: {e.strerror}") from None
@@ -107,7 +107,7 @@ def _ends(records: Sequence[Record], *, whole: bool) -> str:
     n = max(r.n for r in records)
     here = [r for r in records if r.n == n and r.status == "ok"]
     found = [(r.strategy, peak_bytes(r) if whole else r.peak_over_baseline_bytes) for r in here]
-    words = ", ".join(f"{strategy} {show_bytes(nbytes)}" for strategy, nbytes in found if nbytes is not None)
+    words = ", ".join(f"{strategy} {format_bytes(nbytes)}" for strategy, nbytes in found if nbytes is not None)
     return f"{'In all' if whole else 'Over the baseline'} at n = {n}: {words}." if words else ""
 
 

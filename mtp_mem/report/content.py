@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mtp_mem._util import show_bytes
+from mtp_mem._util import format_bytes
 from mtp_mem.config.schema import GPU, load_gpus
 from mtp_mem.report import tables
 from mtp_mem.report.charts.style import HOW
@@ -82,7 +82,7 @@ def _measured(records: Sequence[Record]) -> tuple[str, tuple[tuple[str, str], ..
     figures = [(f"use at n = {choice.n}", best.strategy)]
     if naive is not None and naive is not best:
         saved = (naive.peak_over_baseline_bytes or 0) - (best.peak_over_baseline_bytes or 0)
-        figures.append(("saves against naive", f"{show_bytes(saved)} ({saving(best, naive)})"))
+        figures.append(("saves against naive", f"{format_bytes(saved)} ({saving(best, naive)})"))
         if best.step_ms and naive.step_ms:
             figures.append(("time of a step, to naive's", slowdown(best, naive)))
     figures.append(("gradients", best.gradient))
@@ -96,17 +96,17 @@ def _predicted(records: Sequence[Record]) -> tuple[str, tuple[tuple[str, str], .
     n = max(r.n for r in done)
     here = {r.strategy: peak_bytes(r) or 0 for r in done if r.n == n}
     best = min(here, key=lambda name: here[name])
-    sentence = f"At n = {n}, {best} is predicted to need {show_bytes(here[best])} in all"
+    sentence = f"At n = {n}, {best} is predicted to need {format_bytes(here[best])} in all"
     figures = [(f"least memory at n = {n}", best)]
     if "naive" in here and best != "naive":
         saved = here["naive"] - here[best]
         percent = f"{-saved / here['naive']:+.0%}" if here["naive"] else "-"
-        sentence += f" where naive needs {show_bytes(here['naive'])} ({percent})"
-        figures.append(("saves against naive", f"{show_bytes(saved)} ({percent})"))
+        sentence += f" where naive needs {format_bytes(here['naive'])} ({percent})"
+        figures.append(("saves against naive", f"{format_bytes(saved)} ({percent})"))
     gpu = gpu_of(records[0])
     if gpu:
         fitting = [name for name, nbytes in here.items() if nbytes <= gpu.total_bytes]
-        sentence += f"; of {show_bytes(gpu.total_bytes)} on {gpu.name}, "
+        sentence += f"; of {format_bytes(gpu.total_bytes)} on {gpu.name}, "
         sentence += "every strategy fits" if len(fitting) == len(here) else f"{', '.join(fitting) or 'none'} fits"
         figures.append((f"fit {gpu.name}", f"{len(fitting)} of {len(here)} strategies"))
     return f"{sentence}. Time and gradients were not predicted.", (*figures, ("time, gradients", "not predicted"))
@@ -152,7 +152,7 @@ def _machine(records: Sequence[Record]) -> Grid:
         facts = {**record.environment, **dict(record.environment.get("variables") or {})}
         for name, value in facts.items():
             if name not in HIDDEN and value is not None:
-                text = show_bytes(value) if name.endswith("_bytes") and isinstance(value, int) else str(value)
+                text = format_bytes(value) if name.endswith("_bytes") and isinstance(value, int) else str(value)
                 seen.setdefault(name, {})[text] = None
     dates = sorted(r.created_at for r in records)
     span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"

@@ -13,7 +13,7 @@ Kind = Literal["memory", "time", "gradient"]
 
 
 @dataclass(frozen=True)
-class Figures:
+class CaseFigures:
     """One case: its bytes, its time, whether its gradient was right.
 
     `seconds` is the median; `times_floor` the same over the bare products of the same round, which a busy machine
@@ -32,7 +32,7 @@ class Results:
 
     path: Path
     device: str
-    cases: dict[str, Figures]
+    cases: dict[str, CaseFigures]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def load(path: Path, notes: list[str]) -> Results:
     for r in found:
         m, w = r.model, r.workload
         shape = f"V={m['vocab_size']} D={m['dim']} {w['dtype']} {w['batch']}x{w['sequence']}"
-        cases[f"{r.strategy} n={r.n} {shape}"] = Figures(
+        cases[f"{r.strategy} n={r.n} {shape}"] = CaseFigures(
             peak_bytes(r), r.step_ms / 1e3 if r.step_ms else None, gradient=r.gradient if r.status == "ok" else r.status
         )
     return Results(path, devices.pop(), cases)
@@ -140,7 +140,7 @@ def _benchmarks(path: Path, document: dict[str, Any]) -> Results:
         for bench in document["benchmarks"]:
             info = bench["extra_info"]
             nbytes = info.get("peak_over_inputs_bytes", info.get("max_rss_bytes"))
-            cases[bench["fullname"]] = Figures(nbytes, bench["stats"]["median"], info.get("times_floor"))
+            cases[bench["fullname"]] = CaseFigures(nbytes, bench["stats"]["median"], info.get("times_floor"))
         facts = document["machine_info"]
         device = facts.get("mtp_mem", {}).get("device") or "unknown"
         if device == "cpu":

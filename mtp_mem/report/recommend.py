@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mtp_mem._util import show_bytes
+from mtp_mem._util import format_bytes
 from mtp_mem.runs.record import Record
 
 SLOWER = 1.10  # a step this much slower than naive's still counts as no slower: timings are noisy
@@ -16,7 +16,7 @@ def peak_bytes(record: Record) -> int | None:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Recommendation:
     """What to use at the largest n, of the strategies with right gradients."""
 
     n: int
@@ -25,7 +25,7 @@ class Choice:
     least: Record  # the least memory of all
 
 
-def choose(records: Sequence[Record]) -> Choice | None:
+def choose(records: Sequence[Record]) -> Recommendation | None:
     """The choice at the largest n; None where no strategy ran with right gradients."""
     usable = [r for r in records if r.status == "ok" and r.gradient in ("bit-identical", "within bound")]
     if not usable:
@@ -34,7 +34,7 @@ def choose(records: Sequence[Record]) -> Choice | None:
     here = {r.strategy: r for r in usable if r.n == n}
     naive = here.get("naive")
     pool = [r for r in here.values() if naive is None or _time(r) <= SLOWER * _time(naive)]
-    return Choice(n, naive, min(pool, key=_over), min(here.values(), key=_over))
+    return Recommendation(n, naive, min(pool, key=_over), min(here.values(), key=_over))
 
 
 def advise(records: Sequence[Record]) -> str:
@@ -45,18 +45,18 @@ def advise(records: Sequence[Record]) -> str:
     if choice is None:
         return "No strategy ran with right gradients." + warning
     naive, best, least = choice.naive, choice.best, choice.least
-    sentence = f"At n = {choice.n} use {best.strategy}: it needs {show_bytes(_over(best))} over the baseline"
+    sentence = f"At n = {choice.n} use {best.strategy}: it needs {format_bytes(_over(best))} over the baseline"
     if naive is None:
         sentence += f", gradients {best.gradient} to naive's."
     elif best is naive:
         sentence += ", and nothing as fast needs less."
     else:
         sentence += (
-            f" where naive needs {show_bytes(_over(naive))} ({saving(best, naive)}),"
+            f" where naive needs {format_bytes(_over(naive))} ({saving(best, naive)}),"
             f" takes {slowdown(best, naive)} naive's time, and its gradients are {_same(best)}."
         )
     if least is not best and _over(least) < SMALLER * _over(best):
-        sentence += f" If that does not fit, {least.strategy} needs {show_bytes(_over(least))}"
+        sentence += f" If that does not fit, {least.strategy} needs {format_bytes(_over(least))}"
         sentence += f" at {slowdown(least, best)} the time, gradients {_same(least)}."
     return sentence + warning
 

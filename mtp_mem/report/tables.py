@@ -7,16 +7,15 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from mtp_mem._util import show_bytes
-from mtp_mem.config.schema import GPU
+from mtp_mem._util import format_bytes
+from mtp_mem.config.schema import ALL_DTYPES, GPU
 from mtp_mem.memory.trace import Category
+from mtp_mem.prediction.caching_allocator import fit
 from mtp_mem.prediction.formulas import formula_bytes, slope
-from mtp_mem.prediction.peaks import verdict
 from mtp_mem.report.recommend import peak_bytes
 from mtp_mem.runs.record import Record
 from mtp_mem.verification.broken_strategies import Broken
 from mtp_mem.verification.checks import Check, Verification
-from mtp_mem.verification.scenarios import ALL_DTYPES
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Column:
 
 
 def _bytes(nbytes: int | None) -> str:
-    return "-" if nbytes is None else show_bytes(nbytes)
+    return "-" if nbytes is None else format_bytes(nbytes)
 
 
 def _ratio(mine: float | None, naive: float | None) -> str:
@@ -131,7 +130,7 @@ def proof(broken: Sequence[type[Broken]], caught: Mapping[str, Sequence[Check]],
 
 def fits(record: Record, gpu: GPU) -> str:
     """`yes`; `tight` where only the cached, unused part of the segments is too much; `no`."""
-    return verdict(record.peak_allocated_bytes or 0, record.peak_reserved_bytes or 0, gpu.total_bytes)
+    return fit(record.peak_allocated_bytes or 0, record.peak_reserved_bytes or 0, gpu.total_bytes)
 
 
 def comparison(records: Sequence[Record], console: Console) -> Table:
@@ -154,7 +153,7 @@ def remarks(records: Sequence[Record]) -> list[str]:
         if r.alloc_retries:
             words.append(f"the allocator ran out {r.alloc_retries} times and freed its cache: the peak is bent by it")
         if r.peak_spread_bytes:
-            words.append(f"three repeats of the step differ by {show_bytes(r.peak_spread_bytes)} in their peaks")
+            words.append(f"three repeats of the step differ by {format_bytes(r.peak_spread_bytes)} in their peaks")
         lines += [f"{r.strategy}, n = {r.n}: {text}" for text in words]
     return lines
 
@@ -186,7 +185,7 @@ def slope_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
         predicted = slope([(n, formula) for n, _, formula in known])
         off = max((formula / nbytes - 1 for _, nbytes, formula in known if nbytes), key=abs, default=None)
         if fitted is not None:
-            cells = ("-" if value is None else show_bytes(round(value)) for value in (fitted, predicted))
+            cells = ("-" if value is None else format_bytes(round(value)) for value in (fitted, predicted))
             rows.append((strategy, *cells, "-" if off is None else f"{off:+.2%}"))
     return rows
 

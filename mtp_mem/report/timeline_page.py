@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_mem._util import show_bytes
+from mtp_mem._util import format_bytes
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.trace import CATEGORIES, Storage, Trace
 from mtp_mem.report.charts.style import COLOURS
@@ -152,14 +152,14 @@ def drawing(timeline: Timeline) -> dict[str, Any]:
             [order.index(t.category), t.nbytes, number[t.phase, t.op], t.born, t.died] for t in timeline.tensors
         ],
     }
-    words = f"peak {show_bytes(totals[peak])} in {timeline.phases[peak] or 'rest'}"
+    words = f"peak {format_bytes(totals[peak])} in {timeline.phases[peak] or 'rest'}"
     return {
         "bands": bands,
         "phases": [{"name": name, "left": x(a), "right": x(b)} for name, a, b in _phases(timeline.phases, totals)],
         "peak": {"x": x(peak), "y": y(totals[peak]), "words": words, "left": peak > len(totals) / 2},
-        "at_peak": [(timeline.categories[c], show_bytes(timeline.rows[peak][c])) for c in reversed(order)],
+        "at_peak": [(timeline.categories[c], format_bytes(timeline.rows[peak][c])) for c in reversed(order)],
         "largest": [
-            (show_bytes(t.nbytes), timeline.categories[t.category], t.op, t.phase) for t in timeline.largest(peak)
+            (format_bytes(t.nbytes), timeline.categories[t.category], t.op, t.phase) for t in timeline.largest(peak)
         ],
         "thinned": len(kept) < len(totals),
         "moments": len(kept),

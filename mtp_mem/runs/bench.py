@@ -15,7 +15,7 @@ from mtp_mem.memory.cpu import track
 from mtp_mem.memory.rss import sampled_rss
 from mtp_mem.memory.trace import Trace
 from mtp_mem.model.mtp_model import MTPModel
-from mtp_mem.prediction.auto import settled
+from mtp_mem.prediction.auto import resolve_auto
 from mtp_mem.step import TrainingStep, forward_backward, make_optimizer
 from mtp_mem.strategy import Strategy, load_strategy
 from mtp_mem.verification.gradient_error import Gradients, compare, take
@@ -51,7 +51,7 @@ class Bench:
             again, _ = self._gradients(load_strategy(self.reference_name))
             self.noise = compare(again, self.reference, self.profile.workload.dtype).error
             del again
-        mine, losses = self._gradients(self.settled(strategy)[0])
+        mine, losses = self._gradients(self.resolve_auto(strategy)[0])
         verdict = compare(mine, self.reference, self.profile.workload.dtype)
         return {
             "losses": tuple(losses),
@@ -64,7 +64,7 @@ class Bench:
 
     def measure(self, strategy: Strategy) -> dict[str, Any]:
         """Bytes of one step: tracked on the CPU, the caching allocator's on CUDA."""
-        step, chosen = self.step(strategy), self.settled(strategy)[1]
+        step, chosen = self.step(strategy), self.resolve_auto(strategy)[1]
         with sampled_rss() as rss:
             for _ in range(WARM_UP[self.device.type]):
                 step()
@@ -146,12 +146,12 @@ class Bench:
 
     def step(self, strategy: Strategy) -> TrainingStep:
         """The training step with this strategy."""
-        strategy = self.settled(strategy)[0]
+        strategy = self.resolve_auto(strategy)[0]
         return TrainingStep(self.model, self.optimizer, self.batch, strategy, self.profile.workload.clip_norm)
 
-    def settled(self, strategy: Strategy) -> tuple[Strategy, str | None]:
+    def resolve_auto(self, strategy: Strategy) -> tuple[Strategy, str | None]:
         """The strategy that runs, and what was chosen and why where it depends on the step."""
-        return settled(strategy, self.model.config, self.profile.workload, cuda=self.device.type == "cuda")
+        return resolve_auto(strategy, self.model.config, self.profile.workload, cuda=self.device.type == "cuda")
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":

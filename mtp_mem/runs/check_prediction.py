@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from mtp_mem._util import whole, writable
+from mtp_mem._util import atomic_write, writable
 from mtp_mem.config.schema import GPU, ModelConfig, Profile, Sweep, Workload, load_gpu, load_gpus
 from mtp_mem.environment import code_digest
 from mtp_mem.prediction import simulated_step
@@ -140,7 +140,7 @@ def compare(
     shape: str, spec: str, n: int, allocator: str, profile: Profile, gpu: GPU, facts: dict[str, Any] | None
 ) -> Row:
     """Predict one case and set it beside what `isolated.measure` found of it."""
-    trace = simulated_step.trace_step(profile.model.with_n(n), profile.workload, load_strategy(spec), gpu=gpu)
+    trace = simulated_step.simulate(profile.model.with_n(n), profile.workload, load_strategy(spec), gpu=gpu)
     if facts is None or facts["status"] != "ok":
         found = predicted(trace, gpu)
         error = None if facts is None else facts["error"]
@@ -242,7 +242,7 @@ def _before(out: Path | None, about: dict[str, Any]) -> list[Row]:
 def _write(out: Path | None, document: dict[str, Any]) -> None:
     """Keep the document so that check.json is whole at any moment."""
     if out:
-        with whole(out / "check.json") as partial:
+        with atomic_write(out / "check.json") as partial:
             partial.write_text(json.dumps(document, indent=1) + "\n")
 
 

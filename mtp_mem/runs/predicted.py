@@ -8,8 +8,9 @@ from mtp_mem._util import Progress, fingerprint
 from mtp_mem.config.schema import GPU, Profile
 from mtp_mem.environment import environment
 from mtp_mem.errors import MtpMemError
+from mtp_mem.model.parameters import parameters
 from mtp_mem.prediction import simulated_step
-from mtp_mem.prediction.auto import settled
+from mtp_mem.prediction.auto import resolve_auto
 from mtp_mem.prediction.peaks import predicted
 from mtp_mem.runs.record import Record, new_record
 from mtp_mem.strategy import load_strategy
@@ -23,14 +24,14 @@ def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
         for n in profile.sweep.n:
             config = profile.model.with_n(n)
             progress(f"n={n} floor")
-            rehearsal = simulated_step.Rehearsal(config, workload, gpu=gpu)
-            floor = predicted(rehearsal.floor(), gpu)
+            simulation = simulated_step.Simulation(config, workload, gpu=gpu)
+            floor = predicted(simulation.floor(), gpu)
             for spec in profile.sweep.strategies:
                 progress(f"n={n} {spec}")
                 facts: dict[str, Any] = {"status": "ok"}
                 try:
-                    strategy, chosen = settled(load_strategy(spec), config, workload, cuda=True, gpu=gpu)
-                    facts |= {"chosen": chosen, **predicted(rehearsal.trace(strategy), gpu)}
+                    strategy, chosen = resolve_auto(load_strategy(spec), config, workload, cuda=True, gpu=gpu)
+                    facts |= {"chosen": chosen, **predicted(simulation.trace(strategy), gpu)}
                 except MtpMemError as e:
                     facts |= {"status": "error", "error": str(e)}
                 yield new_record(
@@ -41,6 +42,7 @@ def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
                     backend="fake",
                     source={"source": f"for {gpu.name}"},
                     environment={**env, "target": gpu.name, "target_bytes": gpu.total_bytes},
+                    parameters=sum(parameters(config).values()),
                     floor=floor,
                     facts=facts,
                 )

@@ -12,7 +12,6 @@ from typing import Any, Literal
 from mtp_mem._util import writable
 from mtp_mem.config.schema import ModelConfig, Workload
 from mtp_mem.errors import BadInput
-from mtp_mem.model.parameters import parameters
 from mtp_mem.verification.gradient_error import Verdict
 
 SCHEMA = 1
@@ -107,6 +106,7 @@ def new_record(
     backend: Backend,
     source: dict[str, str],
     environment: dict[str, Any],
+    parameters: int,
     floor: dict[str, Any],
     facts: dict[str, Any],
 ) -> Record:
@@ -120,6 +120,7 @@ def new_record(
         backend: the instrument.
         source: where the tokens came from; stored with the workload.
         environment: machine and versions.
+        parameters: the model's count.
         floor: the record's fields for the step without logits.
         facts: the record's fields for this case; `status` is one of them.
     """
@@ -130,7 +131,7 @@ def new_record(
         exactness=EXACTNESS[backend],
         strategy=strategy,
         n=config.n_future,
-        parameters=sum(parameters(config).values()),
+        parameters=parameters,
         model=dataclasses.asdict(config),
         workload={**dataclasses.asdict(workload), **source},
         environment=environment,

@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from mtp_mem._util import Progress, fingerprint, show_bytes
+from mtp_mem._util import Progress, fingerprint, format_bytes
 from mtp_mem.config.schema import ModelConfig, Profile, Workload
 from mtp_mem.data import Corpus
 from mtp_mem.environment import environment, numerics
-from mtp_mem.limits import require
+from mtp_mem.model.parameters import parameters
 from mtp_mem.prediction.floor import NoLogits
 from mtp_mem.prediction.formulas import formula_bytes
 from mtp_mem.prediction.largest_fit import baseline
 from mtp_mem.runs import isolated
 from mtp_mem.runs.bench import Bench, failure, free, speed
 from mtp_mem.runs.record import Record, new_record
-from mtp_mem.strategy import Strategy, load_strategy
+from mtp_mem.strategy import Strategy, load_strategy, require
 
 Facts = dict[str, Any]
 """Fields of a record."""
@@ -108,7 +108,7 @@ def refusal(spec: str, config: ModelConfig, workload: Workload, total_bytes: int
     over_baseline = formula_bytes(spec, dataclasses.asdict(config), dataclasses.asdict(workload), cuda=True)
     if over_baseline is None or (peak := baseline(config, workload) + over_baseline) <= total_bytes:
         return None
-    needs, has = show_bytes(peak), show_bytes(total_bytes)
+    needs, has = format_bytes(peak), format_bytes(total_bytes)
     return f"refused before the run: needs {needs} by closed form, the device has {has}"
 
 
@@ -167,6 +167,7 @@ def _record(
         backend="cuda" if device.type == "cuda" else "cpu",
         source={"source": corpus.source, "digest": corpus.digest},
         environment=environment(device.type),
+        parameters=sum(parameters(config).values()),
         floor=floor or {},
         facts=facts,
     )

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_mem.data import IGNORE
 from mtp_mem.model.head_tree import Head, Heads
-from mtp_mem.model.losses import Loss, full, loss_dtype
+from mtp_mem.model.losses import IGNORE, Loss, full, loss_dtype
 from mtp_mem.strategies.sequential import Sequential
 from mtp_mem.strategy import load_strategy
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mtp_mem.config.schema import Dtype, HeadKind, ModelConfig, Unembedding
-from mtp_mem.data import IGNORE, Batch, make_batch
+from mtp_mem.config.schema import ALL_DTYPES, Dtype, HeadKind, ModelConfig, Unembedding
+from mtp_mem.data import Batch, make_batch
+from mtp_mem.model.losses import IGNORE
 from mtp_mem.model.mtp_model import PARAMETER_DTYPES, MTPModel
 from mtp_mem.step import TrainingStep, make_optimizer
 from mtp_mem.strategy import Strategy, load_strategy
 
-ALL_DTYPES: tuple[Dtype, ...] = ("fp64", "fp32", "bf16", "bf16-mixed")
 CHUNK = 13  # divides neither V = 67 nor the number of tokens
 DROPOUT = 0.2
 

@@ -14,18 +14,16 @@ import torch
 from torch import Tensor
 
 from mtp_mem._util import Progress
-from mtp_mem.config.schema import Dtype
+from mtp_mem.config.schema import ALL_DTYPES, Dtype
 from mtp_mem.data import Batch
 from mtp_mem.errors import BadInput
-from mtp_mem.limits import Limits, limits_of
 from mtp_mem.model.mtp_model import MTPModel
 from mtp_mem.step import forward_backward
-from mtp_mem.strategy import Strategy, load_strategy, loadable
+from mtp_mem.strategy import KernelLimits, Strategy, kernel_limits, load_strategy, loadable
 from mtp_mem.verification.checks import Check, Part, Verification
 from mtp_mem.verification.contract import BrokenContract, Watched, unchanged
 from mtp_mem.verification.gradient_error import relative_error
 from mtp_mem.verification.scenarios import (
-    ALL_DTYPES,
     SCENARIOS,
     Outcome,
     Problem,
@@ -69,7 +67,7 @@ def verify(
         if name in named and not isinstance(s, str):
             name = f"{name} {sum(isinstance(other, type(s)) for other in named.values()) + 1}"
         named[name] = load_strategy(s) if isinstance(s, str) else s
-    limits = {name: limits_of(strategy) for name, strategy in named.items()}
+    limits = {name: kernel_limits(strategy) for name, strategy in named.items()}
     unable = [name for name in named if not any(map(limits[name].takes, dtypes))]
     if unable and strategies is not None:
         raise BadInput(f"strategy {unable[0]!r} {limits[unable[0]].computes}: in none of {', '.join(dtypes)}")
@@ -94,7 +92,7 @@ def _checks(
     for name, strategy in strategies.items():
         if (check := _contract(name, strategy, device)).broken:
             yield check
-    limits = {name: limits_of(strategy) for name, strategy in strategies.items()}
+    limits = {name: kernel_limits(strategy) for name, strategy in strategies.items()}
     for scenario in scenarios:
         for dtype in (d for d in dtypes if d in scenario.dtypes):
             progress(f"{scenario.name}, {dtype}")
@@ -104,7 +102,7 @@ def _checks(
                 yield from verify_problem(build(scenario.in_multiples_of(multiple), dtype, device), dtype, alike)
 
 
-def _allowances(name: str, limits: Limits, dtypes: Sequence[Dtype]) -> Iterator[str]:
+def _allowances(name: str, limits: KernelLimits, dtypes: Sequence[Dtype]) -> Iterator[str]:
     """What the verifier leaves out of a strategy's checks or lets it do, a line each."""
     if missing := [dtype for dtype in dtypes if not limits.takes(dtype)]:
         yield f"{name}: not in {', '.join(missing)}: its kernel {limits.computes}"
@@ -137,7 +135,7 @@ def verify_problem(problem: Problem, dtype: Dtype, strategies: dict[str, Strateg
         except Exception as e:
             yield Check(name, scenario.name, dtype, False, scenario.exact, broken=_told(e))
             continue
-        rounding = LAST_PLACE[dtype] if limits_of(strategy).rounds_loss else 0.0
+        rounding = LAST_PLACE[dtype] if kernel_limits(strategy).rounds_loss else 0.0
         parts = tuple(_parts(problem.model, dtype, found, naive, exact, rounding))
         yield Check(name, scenario.name, dtype, _identical(found, naive), scenario.exact, parts)
 
@@ -220,7 +218,7 @@ def _host(tensor: Tensor | None) -> Tensor | None:
 
 def _contract(name: str, strategy: Strategy, device: torch.device) -> Check:
     """Does it wait for the device, and does it keep anything from one step to the next?"""
-    limits = limits_of(strategy)
+    limits = kernel_limits(strategy)
     dtype: Dtype = "fp32" if limits.takes("fp32") else "bf16"
     scenario = Scenario(name="protocol").in_multiples_of(limits.multiple_of)
     problem = build(scenario, dtype, device)

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mtp_mem._util import show_bytes
+from mtp_mem._util import format_bytes
 from mtp_mem.environment import environment
 
 
@@ -43,7 +43,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
                 f"{info['times_floor']:.3f}",
                 f"{info['times_floor_p20']:.2f}-{info['times_floor_p80']:.2f}",
                 f"{info['tokens_per_s']:,.0f}",
-                show_bytes(info["peak_over_inputs_bytes"]),
+                format_bytes(info["peak_over_inputs_bytes"]),
                 f"{info['peak_over_inputs_bytes'] / info['lower_bound_bytes']:.2f}",
             )
         Console(highlight=False).print(table)

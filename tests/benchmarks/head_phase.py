@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_mem.data import IGNORE
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.model.head_tree import Head, Heads, no_phase
-from mtp_mem.model.losses import loss_dtype
+from mtp_mem.model.losses import IGNORE, loss_dtype
 from mtp_mem.strategy import Strategy
 
 COPY_BYTES = 256 * 2**20

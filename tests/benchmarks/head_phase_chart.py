@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from mtp_mem._util import show_bytes
+from mtp_mem._util import format_bytes
 from mtp_mem.report.charts.style import figure, save, styles, unit_for, write_rows
 
 COLUMNS = ("strategy", "n", "times_floor", "times_floor_p20", "times_floor_p80", "peak_over_inputs_bytes")
@@ -46,9 +46,9 @@ def head_phase(rows: Sequence[Mapping[str, Any]], out: Path, *, title: str, foot
             left.barh(y, times, color=colour, height=0.62, xerr=band, ecolor="#555555", capsize=2)
             right.barh(y, nbytes / unit, color=colour, height=0.62)
             _label(left, max(times, row["times_floor_p80"]), y, f"{times:.2f}x")
-            _label(right, nbytes / unit, y, show_bytes(nbytes))
+            _label(right, nbytes / unit, y, format_bytes(nbytes))
         _floor(left, 1.0, "time, times the bare matrix products (line)")
-        _floor(right, bound / unit, f"bytes above the inputs, {unit_name}; line: lower bound {show_bytes(bound)}")
+        _floor(right, bound / unit, f"bytes above the inputs, {unit_name}; line: lower bound {format_bytes(bound)}")
         left.set_yticks(range(len(names)), names)
         return save(drawing, out, name, write_rows(COLUMNS, [[row[column] for column in COLUMNS] for row in found]))
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from mtp_mem.config.schema import Dtype
-from mtp_mem.data import IGNORE
-from mtp_mem.limits import Limits
-from mtp_mem.model.losses import Loss, full
+from mtp_mem.model.losses import IGNORE, Loss, full
 from mtp_mem.strategies.cce import CCE
 from mtp_mem.strategies.liger import Liger
+from mtp_mem.strategy import KernelLimits
 from mtp_mem.verification.gradient_error import relative_error
 from mtp_mem.verification.scenarios import SCENARIOS
 from mtp_mem.verification.verify import verify
@@ -38,7 +37,7 @@ def test_liger_is_right(dtype: Dtype) -> None:
 
 def test_liger_does_wait() -> None:
     class Silent(Liger):
-        limits = Limits()
+        limits = KernelLimits()
 
     found = verify([Silent()], dtypes=["fp32"], scenarios=SCENARIOS[:1])
     assert [check.broken for check in found.failures] == [

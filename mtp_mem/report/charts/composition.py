@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.patches import Patch
 
-from mtp_mem._util import show_bytes
+from mtp_mem._util import format_bytes
 from mtp_mem.report.charts.style import COLOURS, figure, foot, grid, save, subtitle, unit_for, write_rows
 from mtp_mem.runs.record import Record
 
@@ -48,13 +48,13 @@ def composition(records: Sequence[Record], out: Path) -> list[Path]:
             for y, width, start, part in zip(places, widths, left, parts, strict=True):
                 if width > ROOM * top / unit:
                     axes.text(
-                        start + width / 2, y, show_bytes(part[category]), ha="center", va="center_baseline", size=7.5,
+                        start + width / 2, y, format_bytes(part[category]), ha="center", va="center_baseline", size=7.5,
                         color="white" if category in DARK else "black",
                         bbox={"fc": colour, "ec": "none", "pad": 0.8} if hatch else None,
                     )  # fmt: skip
             left = [a + b for a, b in zip(left, widths, strict=True)]
         for y, total in zip(places, left, strict=True):
-            axes.text(total + 0.006 * top / unit, y, show_bytes(round(total * unit)), va="center", size=8.5)
+            axes.text(total + 0.006 * top / unit, y, format_bytes(round(total * unit)), va="center", size=8.5)
         axes.set_yticks(places, [f"{r.strategy}  n = {r.n}" for r in shown])
         axes.set_ylim(places[-1] + 0.6, -0.6)
         axes.tick_params(axis="y", length=0)

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from mtp_mem._util import show_bytes
+from mtp_mem._util import format_bytes
 from mtp_mem.config.schema import GPU
 from mtp_mem.prediction.formulas import formula_bytes
 from mtp_mem.report.charts.style import (
@@ -128,7 +128,7 @@ def _lines(axes: Axes, records: Sequence[Record], unit: int, gpu: GPU | None) ->
             axes.plot(x, y, color=colour, marker=marker, linestyle=dash, linewidth=2, markersize=6, clip_on=False)
             labelled += _draw_formula(axes, line, unit, whole=gpu is not None, label=not labelled)
             if not ooms or ooms[-1] < x[-1]:
-                ends.append(End(x[-1], y[-1], f"{strategy}  {show_bytes(_height(line[-1], gpu))}", colour))
+                ends.append(End(x[-1], y[-1], f"{strategy}  {format_bytes(_height(line[-1], gpu))}", colour))
         if ooms:
             at = top - failed * 0.055 * (top - low)
             axes.plot(ooms, [at] * len(ooms), "x", color=colour, markersize=9, mew=2.5, clip_on=False)
@@ -138,11 +138,11 @@ def _lines(axes: Axes, records: Sequence[Record], unit: int, gpu: GPU | None) ->
     if floors:
         ns = sorted(floors)
         axes.plot(ns, [floors[n] / unit for n in ns], color="#777777", linewidth=1.4, linestyle=(0, (1, 2.5)))
-        ends.append(End(ns[-1], floors[ns[-1]] / unit, f"floor: no logits  {show_bytes(floors[ns[-1]])}", "#666666"))
+        ends.append(End(ns[-1], floors[ns[-1]] / unit, f"floor: no logits  {format_bytes(floors[ns[-1]])}", "#666666"))
     if gpu:
         axes.axhline(gpu.total_bytes / unit, color="#666666", linewidth=1.2)
         where = (min(r.n for r in records), gpu.total_bytes / unit)
-        capacity = f"{gpu.name}: {show_bytes(gpu.total_bytes)}"
+        capacity = f"{gpu.name}: {format_bytes(gpu.total_bytes)}"
         axes.annotate(capacity, where, xytext=(0, 4), textcoords="offset points", size=9)
     return ends
 

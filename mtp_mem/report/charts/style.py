@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from mtp_mem._util import GiB, KiB, MiB, whole
+from mtp_mem._util import GiB, KiB, MiB, atomic_write
 from mtp_mem.environment import footer
 from mtp_mem.memory.trace import Category
 from mtp_mem.runs.record import Record
@@ -173,7 +173,7 @@ def save(figure: Figure, out: Path, name: str, write_csv: Callable[[Path], objec
     written = []
     for suffix in ("png", "svg", "csv"):
         path = out / f"{name}.{suffix}"
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             if suffix == "csv":
                 write_csv(partial)
             else:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from mtp_mem._util import show_bytes, whole
+from mtp_mem._util import atomic_write, format_bytes
 from mtp_mem.memory.trace import CATEGORIES, Category, Storage, Trace
 from mtp_mem.report.charts.style import COLOURS, RC, save, unit_for
 
@@ -64,7 +64,7 @@ def draw(trace: Trace, out: Path, title: str, footer: str) -> list[Path]:
         for area, category in zip(areas, order, strict=True):
             area.set(hatch=COLOURS[category][1], edgecolor="white", label=category, rasterized=True)
         axes.plot([at], [peak.nbytes / unit], "v", color="black", markersize=9, clip_on=False)
-        label = f"peak {show_bytes(peak.nbytes)} in {peak.phase}"
+        label = f"peak {format_bytes(peak.nbytes)} in {peak.phase}"
         left = at > len(steps) / 2
         axes.annotate(
             label,
@@ -100,7 +100,7 @@ def draw(trace: Trace, out: Path, title: str, footer: str) -> list[Path]:
                     table.writerow([i, made.phase if made else "", made.op if made else "", *values, sum(values)])
 
         files = save(figure, out, "timeline", write_csv)
-    with whole(out / "timeline.json") as partial:
+    with atomic_write(out / "timeline.json") as partial:
         partial.write_text(json.dumps(trace.to_json()) + "\n", encoding="utf-8")
     return [*files, out / "timeline.json"]
 
@@ -108,7 +108,7 @@ def draw(trace: Trace, out: Path, title: str, footer: str) -> list[Path]:
 def _line(storage: Storage) -> str:
     shape = "x".join(map(str, storage.shape)) or "scalar"
     made = ", ".join(filter(None, (storage.op.partition(".")[0], storage.phase)))
-    return f"{show_bytes(storage.nbytes):>10} {storage.dtype} {shape}\n{'':>10} {storage.name or made}"
+    return f"{format_bytes(storage.nbytes):>10} {storage.dtype} {shape}\n{'':>10} {storage.name or made}"
 
 
 def _mark_phases(axes: mpl.axes.Axes, found: list[tuple[str, int]], width: int) -> None:
