@@ -1,7 +1,8 @@
 """Profile and verify head-backward strategies for multi-token prediction."""
 
 from mtp_mem._version import __version__
-from mtp_mem.config.schema import ModelConfig, Profile, Sweep, Workload, load_profile
+from mtp_mem.config.profiles import load_profile
+from mtp_mem.config.schema import ModelConfig, Profile, Sweep, Workload
 from mtp_mem.data import Batch, make_batch
 from mtp_mem.model.losses import IGNORE
 from mtp_mem.model.mtp_model import MTPModel

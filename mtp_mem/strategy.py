@@ -6,7 +6,6 @@ A spec is `name`, `name:option=value:option=value` or, for a class that is not r
 
 import dataclasses
 import importlib
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mtp_mem.config.schema import Dtype, ModelConfig, Workload
+from mtp_mem.config.toml import parse
 from mtp_mem.errors import BadInput, Missing, unknown
 from mtp_mem.model.head_tree import Heads
 from mtp_mem.model.mtp_model import PRODUCT_DTYPES
@@ -166,28 +166,8 @@ def _options(cls: type[Any], name: str, items: list[str]) -> dict[str, Any]:
             raise unknown("option", key, valid, f"strategy {name!r}")
         if not equals:
             raise BadInput(f"strategy {name!r}: option {key!r} needs a value: {name}:{key}=...")
-        options[key] = _parse(hints[key], text, f"strategy {name!r}: {key} = {text!r}")
+        options[key] = parse(hints[key], text, f"strategy {name!r}: {key}")
     return options
-
-
-def _parse(hint: Any, text: str, where: str) -> Any:
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(inner for inner in typing.get_args(hint) if inner is not type(None))
-    if typing.get_origin(hint) is typing.Literal:
-        choices = typing.get_args(hint)
-        if text not in choices:
-            raise unknown("value", text, choices, where)
-        return text
-    if hint is bool:
-        if text.lower() not in ("true", "false"):
-            raise BadInput(f"{where}: expected true or false")
-        return text.lower() == "true"
-    if hint in (int, float):
-        try:
-            return hint(text)
-        except ValueError:
-            raise BadInput(f"{where}: expected {'a whole number' if hint is int else 'a number'}") from None
-    return text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_mem.config.schema import builtin_profiles, load_profile
+from mtp_mem.config.profiles import builtin_profiles, load_profile
 from mtp_mem.errors import BadInput
 
 GOOD = """

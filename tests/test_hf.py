@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from hf_configs import CONFIGS, NAMES, PUBLISHED, changed
 
-from mtp_mem.config.profiles import to_toml, write_new
-from mtp_mem.config.schema import Profile, from_table, load_profile
+from mtp_mem.config.profiles import load_profile, to_toml, write_new
+from mtp_mem.config.schema import Profile
+from mtp_mem.config.toml import from_table
 from mtp_mem.errors import BadInput
 from mtp_mem.model.hf import FAMILIES, Conversion, convert
 from mtp_mem.model.parameters import parameters

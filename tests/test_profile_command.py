@@ -12,8 +12,7 @@ import pytest
 from hf_configs import CONFIGS, PUBLISHED, changed
 
 from mtp_mem.cli import main
-from mtp_mem.config.profiles import to_toml
-from mtp_mem.config.schema import load_profile
+from mtp_mem.config.profiles import load_profile, to_toml
 from mtp_mem.model.hf import convert
 from mtp_mem.strategy import loadable
 

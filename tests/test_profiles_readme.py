@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from mtp_mem.config.schema import GPU, ModelConfig, Profile, Sweep, Workload, load_profile
+from mtp_mem.config.profiles import load_profile
+from mtp_mem.config.schema import GPU, ModelConfig, Profile, Sweep, Workload
 from mtp_mem.model.hf import FAMILIES
 
 TEXT = (Path(__file__).parent.parent / "profiles/README.md").read_text()

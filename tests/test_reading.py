@@ -11,7 +11,8 @@ from fixed import ENVIRONMENT, MODEL, record, records
 from mtp_mem.errors import BadInput
 from mtp_mem.report.charts import memory_vs_n
 from mtp_mem.report.content import gpu_of
-from mtp_mem.runs.read_results import groups, machine, read, what_is_wrong
+from mtp_mem.runs.read_results import groups, machine, read
+from mtp_mem.runs.record import Record
 
 
 def line(**changes: Any) -> str:
@@ -40,18 +41,20 @@ def test_damaged_lines_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"n": "4"}, "n = '4': not int"),
+        ({"n": "4"}, "n = '4': expected a whole number"),
         ({"n": 0}, "n = 0: not a number of heads"),
         ({"peak_requested_bytes": -1}, "peak_requested_bytes = -1"),
         ({"peak_requested_bytes": True}, "peak_requested_bytes = True"),
-        ({"step_ms": float("nan")}, "step_ms = nan"),
-        ({"status": "fine"}, "status = 'fine'"),
-        ({"bytes_at_peak": {"logits": "many"}}, "bytes_at_peak = {'logits': 'many'}"),
-        ({"environment": {}}, "environment.mtp_mem is missing"),
-        ({"environment": {**ENVIRONMENT, "cpu": 7}}, "environment.cpu is 7"),
-        ({"model": MODEL}, "model.n_future is missing"),
-        ({"model": {**MODEL, "n_future": 1, "dim": 0}}, "model.dim is 0"),
-        ({"model": {**MODEL, "n_future": True}}, "model.n_future is True"),
+        ({"step_ms": float("nan")}, "step_ms = nan: expected a number from 0"),
+        ({"step_ms": 10**400}, "step_ms = a number of over 38 digits: expected a number"),
+        ({"losses": [1.0, float("nan")]}, "losses = nan: expected a number from 0"),
+        ({"status": "fine"}, "status: unknown value 'fine'"),
+        ({"bytes_at_peak": {"logits": "many"}}, "bytes_at_peak.logits = 'many': expected a whole number"),
+        ({"environment": {}}, "key environment.mtp_mem is missing (expected a string)"),
+        ({"environment": {**ENVIRONMENT, "cpu": 7}}, "environment.cpu = 7: expected a string"),
+        ({"model": MODEL}, "key model.n_future is missing"),
+        ({"model": {**MODEL, "n_future": 1, "dim": 0}}, "model.dim = 0: below one"),
+        ({"model": {**MODEL, "n_future": True}}, "model.n_future = True: expected a whole number"),
     ],
 )
 def test_a_field_of_the_wrong_kind_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -68,7 +71,8 @@ def test_sound_records_pass() -> None:
     found = read([recorded], notes)
     assert len(found) >= 32
     assert not [note for note in notes if "skipped" in note]
-    assert what_is_wrong(record(gradient="differs", gradient_error=float("inf"))) is None
+    differing = record(gradient="differs", gradient_error=float("inf"))
+    assert Record.from_json(json.loads(json.dumps(differing.to_json()))) == differing
 
 
 RECORDED = sorted((Path(__file__).parent.parent / "profiles" / "recorded").rglob("results.jsonl"))

@@ -15,7 +15,7 @@ import pytest
 from fixed import MODEL, WORKLOAD, record, records
 
 from mtp_mem.cli import main
-from mtp_mem.config.schema import load_profile
+from mtp_mem.config.profiles import load_profile
 from mtp_mem.memory.trace import Event, Storage, Trace
 from mtp_mem.report import timeline_page as timeline_module
 from mtp_mem.report.reproduce import command

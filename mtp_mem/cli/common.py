@@ -68,7 +68,7 @@ def settle_numerics(args: argparse.Namespace) -> None:
 
 def profile_of(args: argparse.Namespace) -> "Profile":
     """The profile with the command line's changes; every strategy in it can be loaded."""
-    from mtp_mem.config.schema import load_profile
+    from mtp_mem.config.profiles import load_profile
     from mtp_mem.strategy import load_strategy
 
     profile = load_profile(args.profile)

@@ -44,7 +44,8 @@ def add(command: AddCommand) -> None:
 def run(args: argparse.Namespace) -> int:
     """What of the profile fits on the GPU, strategy by strategy."""
     from mtp_mem._util import writable
-    from mtp_mem.config.schema import load_gpu, load_profile
+    from mtp_mem.config.profiles import load_profile
+    from mtp_mem.config.schema import load_gpu
     from mtp_mem.prediction.largest_fit import plan
     from mtp_mem.prediction.peaks import check_predictable
     from mtp_mem.prediction.probes import Point, ProbeCache, Prober

@@ -78,7 +78,7 @@ def new(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> int:
     """Is the profile valid, what shape is its model, how many parameters and logits has it, which n are possible?"""
-    from mtp_mem.config.schema import load_profile
+    from mtp_mem.config.profiles import load_profile
     from mtp_mem.data import check_vocabulary
     from mtp_mem.errors import Missing
     from mtp_mem.model.layers import FLASH_CHANNELS

@@ -24,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from mtp_mem._util import format_bytes, writable
-    from mtp_mem.config.schema import load_gpu, load_profile
+    from mtp_mem.config.profiles import load_profile
+    from mtp_mem.config.schema import load_gpu
     from mtp_mem.environment import environment, footer
     from mtp_mem.memory import cpu, cuda_history
     from mtp_mem.prediction import peaks, simulated_step

@@ -111,7 +111,7 @@ def _on_profile(
     args: argparse.Namespace, asked: list[str] | None, device: "torch.device", each: "Callable[[Check], None]"
 ) -> tuple[str, ...]:
     """Every check to `each`; returns what was left out, a line each."""
-    from mtp_mem.config.schema import load_profile
+    from mtp_mem.config.profiles import load_profile
     from mtp_mem.data import load_corpus
     from mtp_mem.runs.bench import Bench
     from mtp_mem.strategy import load_strategy, loadable, refusal, require

@@ -1,15 +1,47 @@
-"""A profile as a TOML file: the inverse of `config.load_profile`."""
+"""Profiles as TOML files: the shipped ones, reading one, writing one."""
 
 import dataclasses
 import json
 import textwrap
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mtp_mem._util import atomic_write
-from mtp_mem.config.schema import Profile
-from mtp_mem.errors import BadInput
+from mtp_mem.config.schema import Profile, builtin_folder
+from mtp_mem.config.toml import from_table
+from mtp_mem.errors import BadInput, unknown
+
+
+def builtin_profiles() -> dict[str, Path]:
+    """The profiles that ship with the package, by name."""
+    return {path.stem: path for path in sorted(builtin_folder().glob("*.toml")) if path.stem != "gpus"}
+
+
+def load_profile(name: str) -> Profile:
+    """Read a shipped profile by name, or a TOML file by path (anything that ends in `.toml` or holds a slash).
+
+    Raises:
+        BadInput: no such profile or file, TOML that does not parse, unknown keys, values of the wrong type or range.
+    """
+    shipped = builtin_profiles()
+    if name in shipped:
+        path = shipped[name]
+    elif name.endswith(".toml") or "/" in name:
+        path = Path(name)
+    else:
+        raise unknown("profile", name, shipped)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise BadInput(f"{path}: is not valid TOML: {e}") from None
+    try:
+        return from_table(Profile, {"name": path.stem, **table})
+    except BadInput as e:
+        raise BadInput(f"{path}: {e}") from None
 
 
 def to_toml(profile: Profile, comments: Iterable[str] = ()) -> str:

@@ -1,4 +1,4 @@
-"""What to run: model, workload and sweep as frozen dataclasses, read from a TOML profile and validated.
+"""What to run, as validated dataclasses: model, workload, sweep, and the GPUs to predict for.
 
 Symbols used throughout: B sequences of S tokens (N = B*S), D model width, V vocabulary, n future tokens (heads).
 """
@@ -6,14 +6,14 @@ Symbols used throughout: B sequences of S tokens (N = B*S), D model width, V voc
 import dataclasses
 import math
 import tomllib
-import types
 import typing
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+from mtp_mem.config.toml import from_table
 from mtp_mem.errors import BadInput, unknown
 
 HeadKind = Literal["parallel", "causal", "anticausal", "linear", "deepseek", "medusa"]
@@ -21,8 +21,6 @@ Unembedding = Literal["shared", "tied", "replicated"]
 Dtype = Literal["fp64", "fp32", "bf16", "bf16-mixed"]
 ALL_DTYPES: tuple[Dtype, ...] = typing.get_args(Dtype)
 Tokenizer = Literal["bytes", "bpe", "uniform"]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,11 +191,6 @@ def builtin_folder() -> Path:
     return Path(str(resources.files("mtp_mem.profiles")))
 
 
-def builtin_profiles() -> dict[str, Path]:
-    """The profiles that ship with the package, by name."""
-    return {path.stem: path for path in sorted(builtin_folder().glob("*.toml")) if path.stem != "gpus"}
-
-
 @cache
 def load_gpus() -> dict[str, GPU]:
     """The target GPUs of profiles/gpus.toml, by name."""
@@ -215,92 +208,6 @@ def load_gpu(name: str) -> GPU:
     if name.lower() not in gpus:
         raise unknown("GPU", name, gpus)
     return gpus[name.lower()]
-
-
-def load_profile(name: str) -> Profile:
-    """Read a shipped profile by name, or a TOML file by path (anything that ends in `.toml` or holds a slash).
-
-    Raises:
-        BadInput: no such profile or file, TOML that does not parse, unknown keys, values of the wrong type or range.
-    """
-    shipped = builtin_profiles()
-    if name in shipped:
-        path = shipped[name]
-    elif name.endswith(".toml") or "/" in name:
-        path = Path(name)
-    else:
-        raise unknown("profile", name, shipped)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise BadInput(f"{path}: is not valid TOML: {e}") from None
-    try:
-        return from_table(Profile, {"name": path.stem, **table})
-    except BadInput as e:
-        raise BadInput(f"{path}: {e}") from None
-
-
-def from_table(cls: type[T], table: dict[str, Any], where: str = "") -> T:
-    """Build the dataclass `cls` from a TOML table; unknown or missing keys and wrong types are named ."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values = {}
-    for key, value in table.items():
-        if key not in fields:
-            raise _unknown_key(key, where, list(fields))
-        values[key] = _convert(hints[key], value, f"{where}{key}")
-    for name, f in fields.items():
-        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise BadInput(f"key {where}{name} is missing (expected {_describe(hints[name])})")
-    return cls(**values)
-
-
-def _unknown_key(key: str, where: str, valid: list[str]) -> BadInput:
-    tables = {"model.": ModelConfig, "workload.": Workload, "sweep.": Sweep}
-    if where in ("", *tables):
-        for table, cls in tables.items():
-            if key in (f.name for f in dataclasses.fields(cls)):
-                return BadInput(f"key {where}{key} stands in the wrong table: it belongs to [{table[:-1]}]")
-    return unknown("key", f"{where}{key}", [where + name for name in valid])
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    wrong = BadInput(f"{where} = {value!r}: expected {_describe(hint)}")
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return _convert(next(a for a in args if a is not type(None)), value, where)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise wrong
-        return from_table(typing.cast(type, hint), value, f"{where}.")
-    if origin is Literal:
-        if value not in args:
-            raise unknown("value", str(value), map(str, args), where)
-        return value
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise wrong
-        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:  # not isinstance: true is no integer here
-        raise wrong
-    return value
-
-
-def _describe(hint: Any) -> str:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return _describe(next(a for a in args if a is not type(None)))
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
-    if origin is tuple:
-        return f"a list, each item {_describe(args[0])}"
-    if dataclasses.is_dataclass(hint):
-        return "a table"
-    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}[hint]
 
 
 def _one_of(where: str, value: str, literal: Any) -> None:

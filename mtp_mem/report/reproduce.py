@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from mtp_mem.config.schema import ModelConfig, Profile, Workload, builtin_profiles, load_gpus, load_profile
+from mtp_mem.config.profiles import builtin_profiles, load_profile
+from mtp_mem.config.schema import ModelConfig, Profile, Workload, load_gpus
 from mtp_mem.runs.record import Record
 
 DEFAULT_TEXT = "CPython's pydoc_data.topics"

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from mtp_mem.config.schema import Profile, from_table
+from mtp_mem.config.schema import Profile
+from mtp_mem.config.toml import from_table
 
 TIMEOUT_S = 600
 

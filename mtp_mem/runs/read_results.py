@@ -1,23 +1,12 @@
 """Results files for people who only look: nothing is written, what is damaged is skipped and named."""
 
-import math
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mtp_mem.errors import BadInput
 from mtp_mem.runs.record import Record, read_lines
-
-NEEDED: dict[str, dict[str, Any]] = {
-    "model": {"vocab_size": int, "dim": int, "n_layers": int, "n_attention_heads": int, "n_kv_heads": (int, type(None))}
-    | {"ffn_dim": (int, type(None)), "n_future": int, "head": str, "unembedding": str, "match_layers": bool},
-    "workload": {"batch": int, "sequence": int, "dtype": str, "source": str},
-    "environment": {"mtp_mem": str, "torch": str, "device": str, "cpu": str, "commit": (str, type(None))},
-}
-"""What the charts and tables read from a record's nested fields."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +34,9 @@ def read(paths: Sequence[Path], notes: list[str]) -> list[Located]:
         usable = 0
         try:
             for line, record in read_lines(file, notes):
-                wrong = what_is_wrong(record)
-                if wrong:
-                    notes.append(f"{file}:{line}: skipped: {wrong}")
-                else:
-                    found.pop(record.case, None)
-                    found[record.case] = Located(record, file, line)
-                    usable += 1
+                found.pop(record.case, None)
+                found[record.case] = Located(record, file, line)
+                usable += 1
         except OSError as e:
             raise BadInput(f"{file}: cannot be read: {e.strerror}") from None
         if not usable:
@@ -61,21 +46,6 @@ def read(paths: Sequence[Path], notes: list[str]) -> list[Located]:
     return list(found.values())
 
 
-def what_is_wrong(record: Record) -> str | None:
-    """The first field whose type or value no record of this version has; None for a sound record."""
-    for name, hint in typing.get_type_hints(Record).items():
-        value = getattr(record, name)
-        if not _is(value, hint):
-            return f"{name} = {_short(value)}: not {_words(hint)}"
-    for name, keys in NEEDED.items():
-        for key, kinds in keys.items():
-            value = getattr(record, name).get(key)
-            right = isinstance(value, kinds) and (type(value) is not int or value > 0)
-            if not right or (isinstance(value, bool) and kinds is not bool):
-                return f"{name}.{key} is {'missing' if key not in getattr(record, name) else _short(value)}"
-    return None if record.n >= 1 else f"n = {record.n}: not a number of heads"
-
-
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
@@ -83,30 +53,6 @@ def _files(path: Path) -> list[Path]:
     if not files:
         raise BadInput(f"{path}: holds no results.jsonl")
     return files
-
-
-def _is(value: Any, hint: Any) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return any(_is(value, arg) for arg in args)
-    if origin is Literal:
-        return isinstance(value, str) and value in args
-    if origin is dict:
-        return isinstance(value, dict) and (args[1] is Any or all(_is(v, args[1]) for v in value.values()))
-    if origin is tuple:
-        return isinstance(value, tuple)
-    if hint is float:
-        return type(value) in (int, float) and (math.isfinite(value) or value == math.inf) and value >= 0
-    return type(value) is hint and (hint is not int or value >= 0)
-
-
-def _words(hint: Any) -> str:
-    return str(hint).replace("typing.", "") if typing.get_origin(hint) else hint.__name__
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def machine(record: Record) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 from mtp_mem._util import writable
 from mtp_mem.config.schema import ModelConfig, Workload
+from mtp_mem.config.toml import convert, describe, from_table, short
 from mtp_mem.errors import BadInput
 from mtp_mem.verification.gradient_error import Verdict
 
@@ -21,7 +23,16 @@ Backend = Literal["cuda", "cpu", "fake"]
 Exactness = Literal["measured", "tracked", "predicted"]
 EXACTNESS: dict[Backend, Exactness] = {"cuda": "measured", "cpu": "tracked", "fake": "predicted"}
 
+LARGEST = 2**63
 ERRORS = ("gradient_error", "gradient_noise")
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "model": {"vocab_size": int, "dim": int, "n_layers": int, "n_attention_heads": int, "n_kv_heads": int | None}
+    | {"ffn_dim": int | None, "n_future": int, "head": str, "unembedding": str, "match_layers": bool},
+    "workload": {"batch": int, "sequence": int, "dtype": str, "source": str},
+    "environment": {"mtp_mem": str, "torch": str, "device": str, "cpu": str, "commit": str | None},
+}
+"""What the charts and tables read from a record's nested fields."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,21 +91,30 @@ class Record:
         """The record of a JSON object; fields that this version does not know are dropped.
 
         Raises:
-            BadInput: another schema version, or no record at all.
+            BadInput: another schema version, a field whose type or value no record has, or no record at all.
         """
         schema = found.get("schema")
         if schema != SCHEMA:
             newer = "; update mtp_mem" if isinstance(schema, int) and schema > SCHEMA else ""
             raise BadInput(f"schema {schema!r}; this version reads schema {SCHEMA}{newer}")
-        names = {f.name for f in dataclasses.fields(Record)}
-        known = {key: value for key, value in found.items() if key in names}
-        known |= {key: float("inf") for key in ERRORS if known.get(key) == "inf"}
-        if known.get("losses") is not None:
-            known["losses"] = tuple(known["losses"])
-        try:
-            return Record(**known)
-        except TypeError as e:
-            raise BadInput(f"no record: {e}") from None
+        known = {f.name: found[f.name] for f in dataclasses.fields(Record) if f.name in found}
+        known |= {key: math.inf for key in ERRORS if known.get(key) == "inf"}
+        record = from_table(Record, known)
+        for name, value in known.items():
+            for number in value if name == "losses" and value else [value]:
+                largest = math.inf if name in ERRORS else LARGEST
+                if isinstance(number, (int, float)) and not 0 <= number <= largest:
+                    raise BadInput(f"{name} = {short(number)}: expected a number from 0 to 2**63")
+        if record.n < 1:
+            raise BadInput(f"n = {record.n}: not a number of heads")
+        for table, keys in NEEDED.items():
+            for key, hint in keys.items():
+                if key not in getattr(record, table):
+                    raise BadInput(f"key {table}.{key} is missing (expected {describe(hint)})")
+                value = convert(hint, getattr(record, table)[key], f"{table}.{key}")
+                if type(value) is int and value < 1:
+                    raise BadInput(f"{table}.{key} = {value}: below one")
+        return record
 
 
 def new_record(

@@ -1,0 +1,135 @@
+"""The one typed converter: values of a TOML table, a JSON document or a strategy's options become a dataclass's fields.
+
+Every error names what is wrong, where it stands, and what is valid.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Literal, TypeVar
+
+from mtp_mem.errors import BadInput, unknown
+
+T = TypeVar("T")
+WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+
+
+@cache
+def type_hints(cls: Any) -> dict[str, Any]:
+    """A class's fields with their types; kept, because a file of records asks once for each."""
+    return typing.get_type_hints(cls)
+
+
+def from_table(cls: type[T], table: Mapping[str, Any], where: str = "", root: type | None = None) -> T:
+    """Build the dataclass `cls` from a table.
+
+    Args:
+        cls: the dataclass.
+        table: its fields by name; tables inside become dataclasses inside.
+        where: what stands before a key's name in errors.
+        root: the dataclass of the whole file: a key that belongs into another of its tables is told where.
+
+    Raises:
+        BadInput: a key is unknown or missing, or a value has the wrong type.
+    """
+    root = root or cls
+    hints = type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values = {}
+    for key, value in table.items():
+        if key not in fields:
+            for name, inner in type_hints(root).items():
+                if dataclasses.is_dataclass(inner) and key in (f.name for f in dataclasses.fields(inner)):
+                    raise BadInput(f"key {where}{key} stands in the wrong table: it belongs to [{name}]")
+            raise unknown("key", f"{where}{key}", [where + name for name in fields])
+        values[key] = convert(hints[key], value, f"{where}{key}", root)
+    for name, f in fields.items():
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise BadInput(f"key {where}{name} is missing (expected {describe(hints[name])})")
+    return cls(**values)
+
+
+def convert(hint: Any, value: Any, where: str, root: type | None = None) -> Any:
+    """The value as the type hint has it: lists become tuples, whole numbers floats, tables dataclasses.
+
+    Args:
+        hint: int, float, str, bool, a Literal, a tuple or dict of these, a dataclass, or one of these or None.
+        value: as TOML or JSON gives it.
+        where: its name in errors.
+        root: see `from_table`.
+
+    Raises:
+        BadInput: it is of another type.
+    """
+    wrong = BadInput(f"{where} = {short(value)}: expected {describe(hint)}")
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else convert(_without_none(args), value, where, root)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise wrong
+        return from_table(typing.cast(type, hint), value, f"{where}.", root)
+    if origin is Literal:
+        if value not in args:
+            raise unknown("value", str(value), map(str, args), where)
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise wrong
+        return tuple(convert(args[0], item, f"{where}[{i}]", root) for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise wrong
+        return {key: convert(args[1], item, f"{where}.{key}", root) for key, item in value.items()}
+    if hint is float and type(value) is int and abs(value) < 2**1000:
+        return float(value)
+    if type(value) is not hint:  # not isinstance: true is no whole number
+        raise wrong
+    return value
+
+
+def parse(hint: Any, text: str, where: str) -> Any:
+    """The value that a text stands for, where only texts can be given.
+
+    Raises:
+        BadInput: it stands for no value of this type.
+    """
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = _without_none(typing.get_args(hint))
+    value: Any = text
+    try:
+        if hint is bool:
+            value = {"true": True, "false": False}[text.lower()]
+        elif hint in (int, float):
+            value = hint(text)
+    except (ValueError, KeyError):
+        raise BadInput(f"{where} = {text!r}: expected {describe(hint)}") from None
+    return convert(hint, value, where)
+
+
+def describe(hint: Any) -> str:
+    """What a value of this type is, in words."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return describe(_without_none(args))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin is tuple:
+        return f"a list, each item {describe(args[0])}"
+    if dataclasses.is_dataclass(hint) or hint is dict or origin is dict:
+        return "a table"
+    return WORDS.get(hint, "a value")
+
+
+def _without_none(hints: tuple[Any, ...]) -> Any:
+    return next(hint for hint in hints if hint is not type(None))
+
+
+def short(value: Any) -> str:
+    """The value as Python writes it, in at most 40 characters."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 2**128 else "a number of over 38 digits"
+    return text if len(text) <= 40 else f"{text[:37]}..."
