@@ -35,7 +35,7 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str = "", root: ty
         BadInput: a key is unknown or missing, or a value has the wrong type.
     """
     root = root or cls
-    hints = type_hints(cls)
+    hints = type_hints(typing.cast(Any, cls))
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {}
     for key, value in table.items():
