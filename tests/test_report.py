@@ -158,6 +158,7 @@ def test_recorded_results_of_two_kinds(tmp_path: Path, capsys: pytest.CaptureFix
         (["good", "--timeline", "cut/results.jsonl"], "cut/results.jsonl: no timeline.json (cut off?): "),
         (["good", "--timeline", "t.json"], "t.json: no timeline.json (cut off?): not a step's storages and events"),
         (["good", "--timeline", "huge.json"], "huge.json: no timeline.json (cut off?): not a storage"),
+        (["good", "--timeline", "empty.json"], "empty.json: no timeline.json (cut off?): no events"),
     ],
 )
 def test_bad_input(
@@ -169,6 +170,7 @@ def test_bad_input(
     write(Path("cut"), [])
     Path("cut/results.jsonl").write_text('{"schema": 1, "case"')
     Path("t.json").write_text('{"timeline": 1, "storages": [], "before": [], "events": [["free", 3]]}')
+    Path("empty.json").write_text('{"timeline": 1, "storages": [], "before": [], "events": []}')
     huge = Trace({0: Storage(10**400, "logits", "", "", (1,), "x")}, [0], [])
     Path("huge.json").write_text(json.dumps(huge.to_json()))
     before = sorted(map(str, tmp_path.rglob("*")))
@@ -214,30 +216,31 @@ def _as(source: str, found: Record) -> Record:
 
 def test_a_timeline_is_read_back_as_it_was_drawn() -> None:
     """Event by event the bytes of the file beside the chart, of which the tensors and what was live before are all."""
-    found = read_timeline(TIMELINE)
-    assert found.totals[found.peak] == max(found.totals)
-    for category in range(len(found.categories)):
-        change = [0] * (len(found.rows) + 1)
-        for tensor in found.tensors:
-            if tensor.category == category:
-                change[tensor.born] += tensor.nbytes
-                change[tensor.died] -= tensor.nbytes
-        live = found.rows[0][category]
-        for i, row in enumerate(found.rows):
+    trace = read_timeline(TIMELINE)
+    drawn = timeline_module.drawing(trace)
+    data = drawn["data"]
+    for category, name in enumerate(data["categories"]):
+        change = [0] * (len(data["rows"]) + 1)
+        for tensor_category, nbytes, _, born, died in data["tensors"]:
+            if tensor_category == category:
+                change[born] += nbytes
+                change[died] -= nbytes
+        live = data["rows"][0][category]
+        for i, row in enumerate(data["rows"]):
             live += change[i]
-            assert live == row[category], (found.categories[category], i)
+            assert live == row[category], (name, i)
     with TIMELINE.with_suffix(".csv").open() as file:
-        assert found.totals == [int(row["total"]) for row in csv.DictReader(file)]
-    largest = found.largest(found.peak)[0]
-    assert (largest.nbytes, found.categories[largest.category], largest.phase) == (2**25, "logits", "head 1 loss")
+        assert [sum(row) for row in data["rows"]] == [int(row["total"]) for row in csv.DictReader(file)]
+    assert drawn["largest"][0][:2] == ("32.0 MiB", "logits")
+    assert drawn["largest"][0][3] == "head 1 loss"
 
 
 def test_a_long_timeline_keeps_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timeline_module, "MOST_COLUMNS", 100)
-    found = read_timeline(TIMELINE)
-    drawn = timeline_module.drawing(found)
+    trace = read_timeline(TIMELINE)
+    drawn = timeline_module.drawing(trace)
     assert 50 < drawn["moments"] <= 100
-    assert max(sum(row) for row in drawn["data"]["rows"]) == max(found.totals)
+    assert max(sum(row) for row in drawn["data"]["rows"]) == trace.peak().nbytes
 
 
 BROWSERS = (
@@ -308,8 +311,9 @@ def test_in_a_browser(tmp_path: Path) -> None:
     results = write(tmp_path / "results", records())
     out = tmp_path / "r.html"
     assert main(["report", str(results), "--timeline", str(TIMELINE), "-o", str(out)]) == 0
-    found = read_timeline(TIMELINE)
-    probe = PROBE.replace("PEAK", repr(found.peak / (len(found.rows) - 1)))
+    trace = read_timeline(TIMELINE)
+    peak = trace.peak().event + 1
+    probe = PROBE.replace("PEAK", repr(peak / len(trace.events)))
     probed = tmp_path / "probed.html"
     probed.write_text(out.read_text(encoding="utf-8").replace("<head>", f"<head>{probe}", 1), encoding="utf-8")
     done = browse(tmp_path, "--virtual-time-budget=5000", "--window-size=800,2000", "--dump-dom", probed.as_uri())
@@ -322,6 +326,6 @@ def test_in_a_browser(tmp_path: Path) -> None:
     assert "in what was live before the step" in said["bottom"]
     assert said["peak"].startswith("logits: 96.0 MiB of 151.2 MiB32.0 MiB  made by ")
     assert "in head 1 loss" in said["peak"]
-    assert f"event {found.peak}:" in said["peak"]
-    assert f"event {found.peak - 1}:" in said["left"]
+    assert f"event {peak}:" in said["peak"]
+    assert f"event {peak - 1}:" in said["left"]
     assert said["overflow"] <= 0  # 800 pixels are enough: wide tables scroll by themselves

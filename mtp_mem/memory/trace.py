@@ -157,15 +157,19 @@ class Trace:
             if document["timeline"] != FORMAT:
                 raise ValueError(f"format {document['timeline']!r}; this version reads format {FORMAT}")
             storages = {i: Storage(**fields) for i, fields in enumerate(document["storages"])}
-            events = [Event(*event) for event in document["events"]]
-            trace = Trace(storages, list(document["before"]), events)
-            trace.live_after(len(events))
+            trace = Trace(storages, list(document["before"]), [Event(*event) for event in document["events"]])
+            trace.live_after(len(trace.events))
+            unknown = {*trace.resident, *(event.key for event in trace.events)} - storages.keys()
         except (TypeError, KeyError, AttributeError) as e:
             raise ValueError(f"not a step's storages and events: {e!r}") from None
+        if unknown:
+            raise ValueError(f"no storages of the numbers {unknown}")
         for storage in storages.values():
             right_types = isinstance(storage.nbytes, int) and all(
                 isinstance(text, str) for text in (storage.phase, storage.op, storage.name)
             )
-            if not right_types or storage.category not in CATEGORIES or not 0 <= storage.nbytes < 2**63:
+            if not right_types or storage.category not in CATEGORIES or not 0 < storage.nbytes < 2**63:
                 raise ValueError(f"not a storage: {storage!r:.200}")
+        if not trace.events:
+            raise ValueError("no events")
         return trace

@@ -17,37 +17,31 @@ from mtp_mem.report.charts.style import COLOURS, RC, save, unit_for
 LARGEST = 10
 
 
-def live_by_category(trace: Trace) -> dict[Category, np.ndarray]:
-    """Live bytes of each category before the step (index 0) and after each of its events; (events + 1,) int64 each."""
+def live_by_category(trace: Trace) -> dict[Category, list[int]]:
+    """Live bytes of each used category, before the step (index 0) and after each of its events."""
     live = Counter[Category]()
     for storage in trace.live_after(trace.start - 1):
         live[storage.category] += storage.nbytes
-    events = trace.events[trace.start :]
-    rows = {c: np.zeros(len(events) + 1, dtype=np.int64) for c in CATEGORIES}
-    for i in range(len(events) + 1):
-        if i:
-            event = events[i - 1]
-            storage = trace.storages[event.key]
-            if event.kind == "free":
-                live[storage.category] -= storage.nbytes
-            else:
-                live[storage.category] += storage.nbytes
-                if event.kind == "move":
-                    old = trace.storages[event.old]
-                    live[old.category] -= old.nbytes
+    rows = {category: [live[category]] for category in CATEGORIES}
+    for event in trace.events[trace.start :]:
+        storage = trace.storages[event.key]
+        live[storage.category] += -storage.nbytes if event.kind == "free" else storage.nbytes
+        if event.kind == "move":
+            old = trace.storages[event.old]
+            live[old.category] -= old.nbytes
         for category, row in rows.items():
-            row[i] = live[category]
-    return {category: row for category, row in rows.items() if row.any()}
+            row.append(live[category])
+    return {category: row for category, row in rows.items() if any(row)}
 
 
 def phases(trace: Trace) -> list[tuple[str, int]]:
     """Each phase with the index (as in `live_by_category`) of its first allocation, in order; a repeated one again."""
-    found: list[tuple[str, int]] = []
+    begun: list[tuple[str, int]] = []
     for i, event in enumerate(trace.events[trace.start :], start=1):
         phase = trace.storages[event.key].phase
-        if event.kind == "alloc" and (not found or found[-1][0] != phase):
-            found.append((phase, i))
-    return found
+        if event.kind == "alloc" and (not begun or begun[-1][0] != phase):
+            begun.append((phase, i))
+    return begun
 
 
 def draw(trace: Trace, out: Path, title: str, footer: str) -> list[Path]:
@@ -60,7 +54,9 @@ def draw(trace: Trace, out: Path, title: str, footer: str) -> list[Path]:
         figure = Figure(figsize=(11, 6.2), dpi=130, layout="constrained", facecolor="white")
         axes, notes = figure.subplots(1, 2, width_ratios=[2.4, 1])
         steps = np.arange(len(next(iter(rows.values()))))
-        areas = axes.stackplot(steps, [rows[c] / unit for c in order], colors=[COLOURS[c][0] for c in order], lw=0)
+        areas = axes.stackplot(
+            steps, [np.array(rows[c]) / unit for c in order], colors=[COLOURS[c][0] for c in order], lw=0
+        )
         for area, category in zip(areas, order, strict=True):
             area.set(hatch=COLOURS[category][1], edgecolor="white", label=category, rasterized=True)
         axes.plot([at], [peak.nbytes / unit], "v", color="black", markersize=9, clip_on=False)
@@ -96,7 +92,7 @@ def draw(trace: Trace, out: Path, title: str, footer: str) -> list[Path]:
                 table.writerow(["event", "phase", "op", *order, "total"])
                 for i in steps:
                     made = trace.storages[trace.events[trace.start + i - 1].key] if i else None
-                    values = [int(rows[c][i]) for c in order]
+                    values = [rows[c][i] for c in order]
                     table.writerow([i, made.phase if made else "", made.op if made else "", *values, sum(values)])
 
         files = save(figure, out, "timeline", write_csv)
@@ -111,9 +107,9 @@ def _line(storage: Storage) -> str:
     return f"{format_bytes(storage.nbytes):>10} {storage.dtype} {shape}\n{'':>10} {storage.name or made}"
 
 
-def _mark_phases(axes: mpl.axes.Axes, found: list[tuple[str, int]], width: int) -> None:
+def _mark_phases(axes: mpl.axes.Axes, begun: list[tuple[str, int]], width: int) -> None:
     """A line where each phase begins, and its name where there is room for it."""
-    for (name, begin), (_, end) in zip(found, [*found[1:], ("", width)], strict=True):
+    for (name, begin), (_, end) in zip(begun, [*begun[1:], ("", width)], strict=True):
         axes.axvline(begin, color="black", lw=0.5, alpha=0.35)
         if end - begin > 0.022 * width:
             axes.annotate(name, ((begin + end) / 2, 0.99), xycoords=("data", "axes fraction"), rotation=90,
