@@ -108,8 +108,8 @@ def corpus_batch(corpus: Corpus, model: ModelConfig, workload: Workload) -> Batc
         generator = torch.Generator().manual_seed(workload.seed)
         tokens = torch.randint(model.vocab_size, (workload.batch, workload.sequence), generator=generator)
     else:
-        mine = corpus.ids[: workload.tokens].clone()  # a view would keep the whole corpus
-        tokens = mine.view(workload.batch, workload.sequence)
+        ids = corpus.ids[: workload.tokens].clone()  # a view would keep the whole corpus
+        tokens = ids.view(workload.batch, workload.sequence)
     return make_batch(tokens, model.n_future)
 
 

@@ -74,14 +74,14 @@ def available() -> dict[str, str]:
 
 def loadable() -> list[str]:
     """Names of the strategies that can be loaded here: installed, and with the device they need."""
-    found = []
+    names = []
     for name in available():
         try:
             load_strategy(name)
         except Missing:
             continue
-        found.append(name)
-    return found
+        names.append(name)
+    return names
 
 
 def load_strategy(spec: str) -> Strategy:
@@ -135,9 +135,9 @@ def _registered() -> dict[str, EntryPoint]:
 def _load_class(path: str, name: str) -> type[Any]:
     module, _, attribute = path.partition(":")
     try:
-        found: Any = importlib.import_module(module)
+        cls: Any = importlib.import_module(module)
         for part in attribute.split("."):
-            found = getattr(found, part)
+            cls = getattr(cls, part)
     except ModuleNotFoundError as e:
         if name in BUILTIN and (e.name or "").startswith("mtp_mem.strategies"):
             raise Missing(
@@ -151,9 +151,9 @@ def _load_class(path: str, name: str) -> type[Any]:
         raise BadInput(f"strategy {name!r}: module {module!r} has no {attribute!r}") from None
     except ImportError as e:
         raise Missing(f"strategy {name!r}: {e}") from None
-    if not isinstance(found, type):
+    if not isinstance(cls, type):
         raise BadInput(f"strategy {name!r}: {attribute!r} is no class")
-    return found
+    return cls
 
 
 def _options(cls: type[Any], name: str, items: list[str]) -> dict[str, Any]:
@@ -210,8 +210,8 @@ class KernelLimits:
 
 def kernel_limits(strategy: object) -> KernelLimits:
     """What its class says, or none."""
-    found = getattr(strategy, "limits", KernelLimits())
-    return found if isinstance(found, KernelLimits) else KernelLimits()
+    limits = getattr(strategy, "limits", KernelLimits())
+    return limits if isinstance(limits, KernelLimits) else KernelLimits()
 
 
 def refusal(strategy: object, config: ModelConfig, workload: Workload) -> str:

@@ -48,10 +48,14 @@ def run(args: argparse.Namespace) -> int:
     results = ResultsFile(out, fresh=args.fresh)
 
     wanted = sweep.cases(profile, corpus, device)
-    found = {record.case: record for record in results.read()}
+    records_by_case = {record.case: record for record in results.read()}
     for line in results.notes:
         note(f"note: {line}")
-    todo = [case for case in wanted if case.fingerprint not in found or found[case.fingerprint].status == "error"]
+    todo = [
+        case
+        for case in wanted
+        if case.fingerprint not in records_by_case or records_by_case[case.fingerprint].status == "error"
+    ]
     if len(todo) < len(wanted):
         note(
             f"{len(wanted) - len(todo)} of {len(wanted)} cases are in {results.path} already (--fresh runs them again)"
@@ -62,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         with progress(sweep.units(todo, profile.sweep.rounds)) as begin:
             for record in sweep.run(profile, corpus, device, todo, begin, budget_s):
                 results.append(record)
-                found[record.case] = record
+                records_by_case[record.case] = record
                 left.discard(record.case)
     except KeyboardInterrupt:
         interrupted = True
@@ -71,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         why = "stopped" if interrupted else f"the budget of {args.budget_minutes:g} min is spent"
         note(f"{why}: {finished} of {len(wanted)} cases are in {results.path}; the same command runs the others")
         return 130 if interrupted else 1
-    records = [found[case.fingerprint] for case in wanted]
+    records = [records_by_case[case.fingerprint] for case in wanted]
     files = charts.memory_vs_n(records, out)
     sentence = recommend.advise(records)
     if args.json:

@@ -50,10 +50,10 @@ def env(args: argparse.Namespace) -> int:
 
     from mtp_mem.environment import environment
 
-    found = environment("cuda" if torch.cuda.is_available() else "cpu")
+    facts = environment("cuda" if torch.cuda.is_available() else "cpu")
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(facts, indent=1))
     else:
-        for key, value in found.items():
+        for key, value in facts.items():
             print(f"{key:18} {value}")
     return 0

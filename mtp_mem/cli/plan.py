@@ -66,22 +66,22 @@ def run(args: argparse.Namespace) -> int:
     batches: list[Answer] = []
     with progress(None) as begin:
         prober = Prober(profile, gpu, strategies, ProbeCache(fresh=args.fresh), begin)
-        found = plan(prober, profile, base, limit, list(strategies))
+        result = plan(prober, profile, base, limit, list(strategies))
         for n in profile.sweep.n if out else ():
             batches += plan(prober, profile, dataclasses.replace(base, n=n), limit, list(strategies), ["batch"]).answers
-    found = dataclasses.replace(found, left_out={**left_out, **found.left_out})
-    if not found.answers:
-        raise BadInput("no strategy can be predicted: " + "; ".join(found.left_out.values()))
-    made = document(found, batches, profile, gpu, float(percent))
+    result = dataclasses.replace(result, left_out={**left_out, **result.left_out})
+    if not result.answers:
+        raise BadInput("no strategy can be predicted: " + "; ".join(result.left_out.values()))
+    content = document(result, batches, profile, gpu, float(percent))
     files = []
     if out:
         kept = out / "plan.json"
-        kept.write_text(json.dumps(made, indent=1) + "\n")
-        files = [kept, *plan_chart(made, out)]
+        kept.write_text(json.dumps(content, indent=1) + "\n")
+        files = [kept, *plan_chart(content, out)]
     if args.json:
-        print(json.dumps({**made, "files": [str(path) for path in files]}, indent=1))
+        print(json.dumps({**content, "files": [str(path) for path in files]}, indent=1))
     else:
-        show(found, profile, gpu, float(percent))
+        show(result, profile, gpu, float(percent))
         if files:
             print(f"plan {files[0]}, chart {files[1]} (.svg, .csv)")
     return 0
@@ -137,7 +137,7 @@ def loaded(specs: tuple[str, ...]) -> "tuple[dict[str, Strategy], dict[str, str]
 
 
 def document(
-    found: "Plan", batches: "Sequence[Answer]", profile: "Profile", gpu: "GPU", percent: float
+    result: "Plan", batches: "Sequence[Answer]", profile: "Profile", gpu: "GPU", percent: float
 ) -> dict[str, Any]:
     """The plan as JSON: one list a question, a row a strategy; bytes are integers.
 
@@ -151,69 +151,69 @@ def document(
         return {
             "strategy": answer.strategy,
             **dataclasses.asdict(answer.point),
-            "fits": found.fit(figures),
+            "fits": result.fit(figures),
             "peak_allocated_bytes": figures.allocated,
             "peak_reserved_bytes": figures.reserved,
-            "left_bytes": found.left(answer),
+            "left_bytes": result.left(answer),
             "next": None
             if beyond is None or answer.next_point is None
             else {
                 **dataclasses.asdict(answer.next_point),
-                "fits": found.fit(beyond),
+                "fits": result.fit(beyond),
                 "peak_allocated_bytes": beyond.allocated,
                 "peak_reserved_bytes": beyond.reserved,
             },
         }
 
-    best = found.recommended()
+    best = result.recommended()
     return {
         "schema": 1,
         "exactness": "predicted",
         "profile": profile.name,
-        "model": dataclasses.asdict(profile.model.with_n(found.base.n)),
+        "model": dataclasses.asdict(profile.model.with_n(result.base.n)),
         "workload": dataclasses.asdict(profile.workload),
         "gpu": dataclasses.asdict(gpu),
         "headroom_percent": percent,
-        "limit_bytes": found.limit,
+        "limit_bytes": result.limit,
         "model_limit_n": largest_n(profile.model),
-        **{f"largest_{axis}": [row(answer) for answer in found.of(axis)] for axis in AXES},
+        **{f"largest_{axis}": [row(answer) for answer in result.of(axis)] for axis in AXES},
         "largest_batch_by_n": [row(answer) for answer in batches],
         "recommended": best and {"strategy": best.strategy, "axis": best.axis},
-        "advice": advice(found),
-        "left_out": [{"strategy": spec, "reason": reason} for spec, reason in found.left_out.items()],
+        "advice": advice(result),
+        "left_out": [{"strategy": spec, "reason": reason} for spec, reason in result.left_out.items()],
         "environment": environment("cpu"),
     }
 
 
-def show(found: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None:
+def show(result: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None:
     """The plan for a terminal."""
     from mtp_mem._util import format_bytes
     from mtp_mem.prediction.largest_fit import AXES, advice, largest_n
 
-    screen, base = console(), found.base
+    screen, base = console(), result.base
     screen.print(
-        f"{profile.name} on {gpu.name}: a step may allocate {format_bytes(found.limit)}"
+        f"{profile.name} on {gpu.name}: a step may allocate {format_bytes(result.limit)}"
         f" of {format_bytes(gpu.total_bytes)}, headroom {percent:g}%."
         f" A column varies one of batch {base.batch}, sequence {base.sequence}, n = {base.n}.\n",
         markup=False,
     )
-    screen.print(table(found, screen))
+    screen.print(table(result, screen))
     screen.print()
     for axis in AXES:
-        if misses := [answer for answer in found.of(axis) if not answer.fits]:
-            needs = ", ".join(f"{a.strategy} misses {format_bytes(-found.left(a))} at {a.value}" for a in misses)
+        if misses := [answer for answer in result.of(axis) if not answer.fits]:
+            needs = ", ".join(f"{a.strategy} misses {format_bytes(-result.left(a))} at {a.value}" for a in misses)
             screen.print(f"No {axis} fits: {needs}.", markup=False)
-    if any(answer.fits and answer.next_point is None for answer in found.of("n")):
+    if any(answer.fits and answer.next_point is None for answer in result.of("n")):
         screen.print(f"n = {largest_n(profile.model)}: every layer is a head, the model's own limit.", markup=False)
-    if any(found.fit(answer.figures) == "tight" for answer in found.answers):
+    if any(result.fit(answer.figures) == "tight" for answer in result.answers):
         screen.print(
             f"{TIGHT} tight: with the unused parts of its segments it reserves more than that, and the allocator may"
             " have to give segments back and try again.",
             markup=False,
         )
-    for spec, reason in found.left_out.items():
+    for spec, reason in result.left_out.items():
         screen.print(f"{spec} is left out: {reason}", markup=False)
-    screen.print(advice(found), markup=False)
+    screen.print(advice(result), markup=False)
     screen.print(
         f"Predicted for {gpu.name}, not measured on one. The CUDA context and libraries come on top: the headroom is"
         " for them. No time is predicted.",
@@ -221,7 +221,7 @@ def show(found: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None:
     )
 
 
-def table(found: "Plan", screen: "Console") -> "Table":
+def table(result: "Plan", screen: "Console") -> "Table":
     """One row a strategy; for each axis the answer, the bytes left and, where there is room, what the next misses."""
     from rich.table import Table
 
@@ -229,20 +229,20 @@ def table(found: "Plan", screen: "Console") -> "Table":
     from mtp_mem.prediction.largest_fit import AXES
 
     wide = screen.width >= 110
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    made.add_column("strategy", overflow="fold")
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    grid.add_column("strategy", overflow="fold")
     for axis in AXES:
         for title in (axis, "left", "next misses")[: 3 if wide else 2]:
-            made.add_column(title, justify="right", no_wrap=True)
+            grid.add_column(title, justify="right", no_wrap=True)
     rows: dict[str, list[str]] = {}
-    for answer in found.answers:
+    for answer in result.answers:
         beyond = answer.next_figures
         cells = [
-            f"{answer.value}{TIGHT * (found.fit(answer.figures) == 'tight')}" if answer.fits else "none",
-            format_bytes(found.left(answer)),
-            "-" if beyond is None else format_bytes(beyond.allocated - found.limit),
+            f"{answer.value}{TIGHT * (result.fit(answer.figures) == 'tight')}" if answer.fits else "none",
+            format_bytes(result.left(answer)),
+            "-" if beyond is None else format_bytes(beyond.allocated - result.limit),
         ]
         rows.setdefault(answer.strategy, []).extend(cells[: 3 if wide else 2])
     for spec, cells in rows.items():
-        made.add_row(spec, *cells)
-    return made
+        grid.add_row(spec, *cells)
+    return grid

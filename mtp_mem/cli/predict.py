@@ -73,18 +73,18 @@ def _predict(args: argparse.Namespace) -> int:
     alone = args.out if len(gpus) == 1 else None
     folder = args.out or Path("results")
     files = {name: ResultsFile(alone or folder / f"predict-{profile.name}-{name}", fresh=True) for name in gpus}
-    found: dict[str, list[Record]] = {name: [] for name in gpus}
+    records_by_gpu: dict[str, list[Record]] = {name: [] for name in gpus}
     with progress(len(gpus) * len(profile.sweep.n) * (1 + len(profile.sweep.strategies))) as begin:
         for name, gpu in gpus.items():
             for record in predict(profile, gpu, begin):
                 files[name].append(record)
-                found[name].append(record)
+                records_by_gpu[name].append(record)
     written: list[Path] = []
     for name, gpu in gpus.items():
-        written += [files[name].path, *charts.memory_vs_n(found[name], files[name].path.parent, gpu)]
+        written += [files[name].path, *charts.memory_vs_n(records_by_gpu[name], files[name].path.parent, gpu)]
         if not args.json:
-            _show(found[name], files[name].path, gpu)
-    records = [record for one in found.values() for record in one]
+            _show(records_by_gpu[name], files[name].path, gpu)
+    records = [record for one in records_by_gpu.values() for record in one]
     if args.json:
         paths = [str(path) for path in written]
         document = {"schema": records[0].schema, "records": [r.to_json() for r in records], "files": paths}

@@ -42,7 +42,7 @@ def new(args: argparse.Namespace) -> int:
     from mtp_mem.config.profiles import to_toml, write_new
     from mtp_mem.model.hf import convert
 
-    made = convert(
+    conversion = convert(
         args.from_hf,
         name=args.out.stem if args.out else args.from_hf.stem,
         n=args.n,
@@ -50,12 +50,14 @@ def new(args: argparse.Namespace) -> int:
         sequence=args.sequence,
         approximate=args.approximate,
     )
-    here = "as many here" if made.parameters == made.written else f"{made.written:,} here at n = 1"
-    size = f"{made.parameters:,} parameters by the config, {here}"
-    texts = [difference.text for difference in made.differences]
-    origin = f"From the config.json of a {made.model_type} by `mtp-mem profile new`: {size}."
+    own_count = (
+        "as many here" if conversion.parameters == conversion.written else f"{conversion.written:,} here at n = 1"
+    )
+    size = f"{conversion.parameters:,} parameters by the config, {own_count}"
+    texts = [difference.text for difference in conversion.differences]
+    origin = f"From the config.json of a {conversion.model_type} by `mtp-mem profile new`: {size}."
     heading = ["What the model there has and the model here does otherwise:"] if texts else []
-    toml = to_toml(made.profile, [origin, *heading, *(f"- {text}" for text in texts)])
+    toml = to_toml(conversion.profile, [origin, *heading, *(f"- {text}" for text in texts)])
     if args.out:
         write_new(args.out, toml, force=args.force)
     for text in [size, *texts]:
@@ -63,8 +65,8 @@ def new(args: argparse.Namespace) -> int:
     if args.json:
         document = {
             "file": str(args.out) if args.out else None,
-            "profile": dataclasses.asdict(made.profile),
-            "parameters": {"config": made.parameters, "profile": made.written},
+            "profile": dataclasses.asdict(conversion.profile),
+            "parameters": {"config": conversion.parameters, "profile": conversion.written},
             "notes": texts,
             "toml": toml,
         }

@@ -27,16 +27,16 @@ def run(args: argparse.Namespace) -> int:
     old, new = load(args.old, notes), load(args.new, notes)
     for line in notes:
         note(f"note: {line}")
-    found = changes(old, new, args.memory, args.time)
-    worse = [change for change in found if change.worse]
+    differing = changes(old, new, args.memory, args.time)
+    worse = [change for change in differing if change.worse]
     missing = [case for case in old.cases if case not in new.cases]
     added = [case for case in new.cases if case not in old.cases]
     if args.json:
-        rows = [{**dataclasses.asdict(change), "share": change.share} for change in found]
+        rows = [{**dataclasses.asdict(change), "share": change.share} for change in differing]
         print(json.dumps({"changes": rows, "regressions": len(worse), "missing": missing, "added": added}, indent=1))
         return 1 if worse else 0
     screen = console()
-    for change in found:
+    for change in differing:
         if change.kind == "gradient":
             figures = f"{change.old} -> {change.new}"
         elif isinstance(change.old, int) and isinstance(change.new, int):
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         for case in cases:
             screen.print(f"      {word}: {case}", markup=False)
     common = len(new.cases) - len(added)
-    screen.print(f"{common} cases compared, {len(found)} figures changed, {len(worse)} got worse", markup=False)
+    screen.print(f"{common} cases compared, {len(differing)} figures changed, {len(worse)} got worse", markup=False)
     return 1 if worse else 0
 
 

@@ -31,10 +31,10 @@ def measure(step: TrainingStep, repeats: int = 3) -> CudaPeaks:
 
     Run it before: lazy buffers, optimizer state.
     """
-    found = [_once(step) for _ in range(repeats)]
-    worst = max(found, key=lambda peaks: peaks.allocated)
-    spread = worst.allocated - min(peaks.allocated for peaks in found)
-    return replace(worst, spread=spread, retries=sum(peaks.retries for peaks in found))
+    runs = [_once(step) for _ in range(repeats)]
+    worst = max(runs, key=lambda peaks: peaks.allocated)
+    spread = worst.allocated - min(peaks.allocated for peaks in runs)
+    return replace(worst, spread=spread, retries=sum(peaks.retries for peaks in runs))
 
 
 def _once(step: TrainingStep) -> CudaPeaks:

@@ -78,7 +78,7 @@ def record(step: TrainingStep, snapshot: Path | None = None) -> Trace:
     try:
         step(lambda name: marks.append((_allocations() - begun, name)))
         torch.cuda.synchronize()
-        found = torch.cuda.memory._snapshot()
+        history = torch.cuda.memory._snapshot()
         if snapshot is not None:
             torch.cuda.memory._dump_snapshot(str(snapshot))
     finally:
@@ -90,19 +90,19 @@ def record(step: TrainingStep, snapshot: Path | None = None) -> Trace:
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
-    return trace_of(found["device_traces"][device], resident_blocks(before), names, gradients, marks, sizes)
+    return trace_of(history["device_traces"][device], resident_blocks(before), names, gradients, marks, sizes)
 
 
 def resident_blocks(segments: Iterable[Mapping[str, Any]]) -> list[tuple[int, int]]:
     """(address, requested bytes) of every block in use, from a snapshot's `segments`."""
-    found = []
+    blocks = []
     for segment in segments:
         address = segment["address"]
         for block in segment["blocks"]:
             if block["state"] == "active_allocated":
-                found.append((block.get("address", address), block.get("requested_size", block["size"])))
+                blocks.append((block.get("address", address), block.get("requested_size", block["size"])))
             address += block["size"]
-    return found
+    return blocks
 
 
 def trace_of(
@@ -140,8 +140,8 @@ def trace_of(
             allocations += 1
             at[address] = key = len(trace.storages)
             nbytes = entry["size"]
-            made = _where(entry.get("frames", ()))
-            trace.storages[key] = Storage(nbytes, sizes.category(nbytes, phase), phase, made, (nbytes,), "bytes")
+            origin = _where(entry.get("frames", ()))
+            trace.storages[key] = Storage(nbytes, sizes.category(nbytes, phase), phase, origin, (nbytes,), "bytes")
             trace.events.append(Event("alloc", key))
         elif entry["action"] == "free_completed" and address in at:
             trace.events.append(Event("free", at.pop(address)))

@@ -98,12 +98,12 @@ class Trace:
             at = self.start - 1
         live = sorted(self.live_after(at), key=lambda s: -s.nbytes)
         by_category = {c: n for c in CATEGORIES if (n := sum(s.nbytes for s in live if s.category == c))}
-        made = self.storages[self.events[at].key] if at >= self.start else None
+        storage = self.storages[self.events[at].key] if at >= self.start else None
         return Peak(
             nbytes=sum(s.nbytes for s in live),
             event=at,
-            phase=made.phase if made else "before the step",
-            op=made.op if made else "",
+            phase=storage.phase if storage else "before the step",
+            op=storage.op if storage else "",
             by_category=by_category,
             live=tuple(live),
         )

@@ -94,24 +94,24 @@ def _convert(keys: Keys, name: str, workload: Workload, sweep: Sweep | None, app
     model = _model(keys, family)
     depths = keys.whole("num_nextn_predict_layers") or 0 if family.deepseek else 0
     possible = (1, 1 + depths) if depths else tuple(k for k in HEADS if k <= model.n_layers)
-    found = differences(keys, family, model, workload)
-    if not approximate and (weighty := [d.text for d in found if d.weighty]):
+    model_differences = differences(keys, family, model, workload)
+    if not approximate and (weighty := [d.text for d in model_differences if d.weighty]):
         raise BadInput(
             f"not what the model here can be: {'; '.join(weighty)}. With --approximate the nearest profile is written,"
             " with these words in it"
         )
     written = sum(parameters(model).values())
-    whole = written + sum(d.parameters for d in found)
+    whole = written + sum(d.parameters for d in model_differences)
     profile = Profile(
         name=name,
         description=f"{model_type}, {whole / 1e9:.2f} billion parameters, from its Hugging Face config.json"
-        + (", approximated" if any(d.weighty for d in found) else ""),
+        + (", approximated" if any(d.weighty for d in model_differences) else ""),
         model=model,
         workload=workload,
         sweep=sweep or Sweep(n=possible),
     )
     return Conversion(
-        profile=profile, model_type=model_type, differences=tuple(found), parameters=whole, written=written
+        profile=profile, model_type=model_type, differences=tuple(model_differences), parameters=whole, written=written
     )
 
 

@@ -66,7 +66,7 @@ class Family:
 def differences(keys: Keys, family: Family, model: ModelConfig, workload: Workload) -> list[Difference]:
     """All of them, the weighty ones first; bytes are stated for `workload`."""
     attention = _latent_attention(keys, model) if family.deepseek else _attention(keys, family, model)
-    found = [
+    all_differences = [
         *_logits(keys, family, model, workload),
         *attention,
         *_feed_forward(keys, family, model),
@@ -76,10 +76,10 @@ def differences(keys: Keys, family: Family, model: ModelConfig, workload: Worklo
     ]
     if keys.assumed:
         named = ", ".join(keys.show(name) for name in keys.assumed)
-        found.append(Difference(text=f"not in the file, so as transformers has it: {named}"))
+        all_differences.append(Difference(text=f"not in the file, so as transformers has it: {named}"))
     if unread := keys.unread():
-        found.append(Difference(text=f"not looked at: {', '.join(map(ascii, unread))}"))
-    return sorted(found, key=lambda difference: not difference.weighty)
+        all_differences.append(Difference(text=f"not looked at: {', '.join(map(ascii, unread))}"))
+    return sorted(all_differences, key=lambda difference: not difference.weighty)
 
 
 def active_width(keys: Keys) -> int:

@@ -59,27 +59,27 @@ class Keys:
         """A whole number of at least 1 that must be there."""
         if name not in self._table:
             raise BadInput(f"key {name} is missing (expected a whole number)")
-        found = self._value(name, int, "a whole number of at least 1")
-        if found is None or found < 1:
+        value = self._value(name, int, "a whole number of at least 1")
+        if value is None or value < 1:
             raise BadInput(f"{self.show(name)}: expected a whole number of at least 1")
-        return int(found)
+        return int(value)
 
     def whole(self, name: str, default: int | None = None) -> int | None:
         """A whole number of at least 0, or None."""
-        found: int | None = self._value(name, int, "a whole number of at least 0", default)
-        if found is not None and found < 0:
+        value: int | None = self._value(name, int, "a whole number of at least 0", default)
+        if value is not None and value < 0:
             raise BadInput(f"{self.show(name)}: expected a whole number of at least 0")
-        return found
+        return value
 
     def number(self, name: str, default: float | None = None) -> float | None:
         """A number, or None."""
-        found = self._value(name, (int, float), "a number", default)
-        return None if found is None else float(found)
+        value = self._value(name, (int, float), "a number", default)
+        return None if value is None else float(value)
 
     def text(self, name: str, default: str | None = None) -> str | None:
         """A string, or None."""
-        found: str | None = self._value(name, str, "a string", default)
-        return found
+        value: str | None = self._value(name, str, "a string", default)
+        return value
 
     def flag(self, name: str, default: bool = False) -> bool:
         """True or false; null is false."""
@@ -91,10 +91,10 @@ class Keys:
 
     def texts(self, name: str) -> list[str]:
         """A list of strings; empty where there is none."""
-        found = self._value(name, list, "a list of strings") or []
-        if not all(isinstance(item, str) for item in found):
+        value = self._value(name, list, "a list of strings") or []
+        if not all(isinstance(item, str) for item in value):
             raise BadInput(f"{self.show(name)}: expected a list of strings")
-        return list(found)
+        return list(value)
 
     def show(self, name: str) -> str:
         """`name = value` in JSON's spelling."""

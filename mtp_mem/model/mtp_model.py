@@ -75,12 +75,12 @@ class MTPModel(nn.Module):
 
     def moved(self, dtype: Dtype, device: torch.device) -> "MTPModel":
         """A copy in another dtype on another device, with the attention that runs there; tied weights stay tied."""
-        found = copy.deepcopy(self).to(device, PARAMETER_DTYPES[dtype])
-        found.dtype, found.attention = dtype, default_attention(dtype, device)
-        for module in found.modules():
+        copied = copy.deepcopy(self).to(device, PARAMETER_DTYPES[dtype])
+        copied.dtype, copied.attention = dtype, default_attention(dtype, device)
+        for module in copied.modules():
             if isinstance(module, Layer):
-                module.attention_kind = found.attention
-        return found
+                module.attention_kind = copied.attention
+        return copied
 
     def trunk(self, tokens: Tensor) -> Tensor:
         """Tokens (B, S) -> hidden states (B, S, D), before any head and before the final norm."""

@@ -85,17 +85,17 @@ def choose(config: ModelConfig, workload: Workload, *, cuda: bool, gpu: GPU | No
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if peak(specs[middle]) <= limit else (low, middle)
-    found = specs[low]
-    if peak(found) <= floor:
-        return choice(found, "the largest chunk whose logits fit below what the rest of the step needs anyway")
-    over = format_bytes(peak(found) - floor)
+    spec = specs[low]
+    if peak(spec) <= floor:
+        return choice(spec, "the largest chunk whose logits fit below what the rest of the step needs anyway")
+    over = format_bytes(peak(spec) - floor)
     why = f"no chunk reaches the step without logits; this one needs {over} more, smaller ones hardly less"
-    return choice(found, why)
+    return choice(spec, why)
 
 
 def _chunks(tokens: int, smallest: int) -> list[int]:
     """Powers of two from the smallest useful chunk up to all tokens."""
-    found = [min(smallest, tokens)]
-    while found[-1] < tokens:
-        found.append(min(2 * found[-1], tokens))
-    return found
+    chunks = [min(smallest, tokens)]
+    while chunks[-1] < tokens:
+        chunks.append(min(2 * chunks[-1], tokens))
+    return chunks

@@ -74,13 +74,13 @@ class ProbeCache:
         names = {field.name for field in dataclasses.fields(ProbedBytes)}
         for line in lines:
             try:
-                found = json.loads(line)
+                entry = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(found, dict) and found.keys() == names | {"probe"}:
-                key = found.pop("probe")
-                if isinstance(key, str) and all(type(value) is int for value in found.values()):
-                    yield key, ProbedBytes(**found)
+            if isinstance(entry, dict) and entry.keys() == names | {"probe"}:
+                key = entry.pop("probe")
+                if isinstance(key, str) and all(type(value) is int for value in entry.values()):
+                    yield key, ProbedBytes(**entry)
 
 
 class Prober:

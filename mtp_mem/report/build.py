@@ -44,18 +44,18 @@ def build(
         BadInput: a path cannot be read or written, no usable record, `out` is one of the results.
     """
     notes: list[str] = []
-    found = read(results, notes)
-    if out.is_dir() or any(out.resolve() == one.path.resolve() for one in found):
+    located = read(results, notes)
+    if out.is_dir() or any(out.resolve() == one.path.resolve() for one in located):
         raise BadInput(f"--output {out}: is {'a folder' if out.is_dir() else 'one of the results'}")
     pictures = []
-    for path in _timelines(results, found, timelines):
+    for path in _timelines(results, located, timelines):
         try:
             pictures.append({"path": str(path), **drawing(read_timeline(path))})
         except BadInput as e:
             if path in timelines:
                 raise
             notes.append(f"skipped: {e}")
-    apart = groups(found, notes)
+    apart = groups(located, notes)
     writable(out.parent)
     with tempfile.TemporaryDirectory() as scratch:
         folder = writable(charts_folder) if charts_folder else Path(scratch)
@@ -75,9 +75,9 @@ def build(
     return Report((out, *(kept if charts_folder else ())), sections, tuple(notes))
 
 
-def _timelines(results: Sequence[Path], found: Sequence[Located], given: Sequence[Path]) -> list[Path]:
+def _timelines(results: Sequence[Path], located: Sequence[Located], given: Sequence[Path]) -> list[Path]:
     """The given ones, those beside a used results file, and those below the given folders."""
-    beside = [path for one in found if (path := one.path.with_name("timeline.json")).is_file()]
+    beside = [path for one in located if (path := one.path.with_name("timeline.json")).is_file()]
     below = [path for folder in results if folder.is_dir() for path in sorted(folder.rglob("timeline.json"))]
     return list(dict.fromkeys([*given, *beside, *below]))
 
@@ -105,9 +105,9 @@ def draw_group(records: Sequence[Record], out: Path) -> list[Path]:
 def _ends(records: Sequence[Record], *, whole: bool) -> str:
     """The right end of the chart's lines, for those who cannot see it: `whole` peaks, or peaks over the baseline."""
     n = max(r.n for r in records)
-    here = [r for r in records if r.n == n and r.status == "ok"]
-    found = [(r.strategy, peak_bytes(r) if whole else r.peak_over_baseline_bytes) for r in here]
-    words = ", ".join(f"{strategy} {format_bytes(nbytes)}" for strategy, nbytes in found if nbytes is not None)
+    last = [r for r in records if r.n == n and r.status == "ok"]
+    peaks = [(r.strategy, peak_bytes(r) if whole else r.peak_over_baseline_bytes) for r in last]
+    words = ", ".join(f"{strategy} {format_bytes(nbytes)}" for strategy, nbytes in peaks if nbytes is not None)
     return f"{'In all' if whole else 'Over the baseline'} at n = {n}: {words}." if words else ""
 
 

@@ -94,21 +94,21 @@ def _predicted(records: Sequence[Record]) -> tuple[str, tuple[tuple[str, str], .
     if not done:
         return "No case could be predicted.", ()
     n = max(r.n for r in done)
-    here = {r.strategy: peak_bytes(r) or 0 for r in done if r.n == n}
-    best = min(here, key=lambda name: here[name])
-    sentence = f"At n = {n}, {best} is predicted to need {format_bytes(here[best])} in all"
+    peaks = {r.strategy: peak_bytes(r) or 0 for r in done if r.n == n}
+    best = min(peaks, key=lambda name: peaks[name])
+    sentence = f"At n = {n}, {best} is predicted to need {format_bytes(peaks[best])} in all"
     figures = [(f"least memory at n = {n}", best)]
-    if "naive" in here and best != "naive":
-        saved = here["naive"] - here[best]
-        percent = f"{-saved / here['naive']:+.0%}" if here["naive"] else "-"
-        sentence += f" where naive needs {format_bytes(here['naive'])} ({percent})"
+    if "naive" in peaks and best != "naive":
+        saved = peaks["naive"] - peaks[best]
+        percent = f"{-saved / peaks['naive']:+.0%}" if peaks["naive"] else "-"
+        sentence += f" where naive needs {format_bytes(peaks['naive'])} ({percent})"
         figures.append(("saves against naive", f"{format_bytes(saved)} ({percent})"))
     gpu = gpu_of(records[0])
     if gpu:
-        fitting = [name for name, nbytes in here.items() if nbytes <= gpu.total_bytes]
+        fitting = [name for name, nbytes in peaks.items() if nbytes <= gpu.total_bytes]
         sentence += f"; of {format_bytes(gpu.total_bytes)} on {gpu.name}, "
-        sentence += "every strategy fits" if len(fitting) == len(here) else f"{', '.join(fitting) or 'none'} fits"
-        figures.append((f"fit {gpu.name}", f"{len(fitting)} of {len(here)} strategies"))
+        sentence += "every strategy fits" if len(fitting) == len(peaks) else f"{', '.join(fitting) or 'none'} fits"
+        figures.append((f"fit {gpu.name}", f"{len(fitting)} of {len(peaks)} strategies"))
     return f"{sentence}. Time and gradients were not predicted.", (*figures, ("time, gradients", "not predicted"))
 
 

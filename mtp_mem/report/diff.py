@@ -66,12 +66,12 @@ def load(path: Path, notes: list[str]) -> Results:
     document = json_document(path, "benchmarks")
     if document is not None:
         return _benchmarks(path, document)
-    found = [one.record for one in read([path], notes)]
-    devices = {f"{machine(r)} ({r.exactness})" for r in found}
+    records = [one.record for one in read([path], notes)]
+    devices = {f"{machine(r)} ({r.exactness})" for r in records}
     if len(devices) > 1:
         raise BadInput(f"{path}: holds results of {', '.join(sorted(devices))}; compare one at a time")
     cases = {}
-    for r in found:
+    for r in records:
         m, w = r.model, r.workload
         shape = f"V={m['vocab_size']} D={m['dim']} {w['dtype']} {w['batch']}x{w['sequence']}"
         cases[f"{r.strategy} n={r.n} {shape}"] = CaseFigures(
@@ -97,7 +97,7 @@ def changes(old: Results, new: Results, memory: float, time: float) -> list[Chan
     common = [case for case in new.cases if case in old.cases]
     if not common:
         raise BadInput(f"{old.path} and {new.path} have no case in common")
-    found = []
+    differing = []
     for case in common:
         a, b = old.cases[case], new.cases[case]
         pairs: list[tuple[Kind, float | None, float | None, float]] = [("memory", a.nbytes, b.nbytes, memory)]
@@ -105,7 +105,7 @@ def changes(old: Results, new: Results, memory: float, time: float) -> list[Chan
             pairs.append(("time", a.times_floor, b.times_floor, time))
         else:
             pairs.append(("time", a.seconds, b.seconds, time))
-        found += [
+        differing += [
             Change(case, kind, x, y, worse=y > x * (1 + allowed))
             for kind, x, y, allowed in pairs
             if x is not None and y is not None and x != y
@@ -113,8 +113,8 @@ def changes(old: Results, new: Results, memory: float, time: float) -> list[Chan
         if a.gradient != b.gradient and a.gradient is not None and b.gradient is not None:
             good = ("bit-identical", "within bound")
             worse = b.gradient not in good or (a.gradient == good[0] and b.gradient == good[1])
-            found.append(Change(case, "gradient", a.gradient, b.gradient, worse))
-    return found
+            differing.append(Change(case, "gradient", a.gradient, b.gradient, worse))
+    return differing
 
 
 def json_document(path: Path, key: str) -> dict[str, Any] | None:
@@ -126,12 +126,12 @@ def json_document(path: Path, key: str) -> dict[str, Any] | None:
     if path.is_dir() or path.suffix == ".jsonl":
         return None
     try:
-        found = json.loads(path.read_bytes())
+        document = json.loads(path.read_bytes())
     except OSError as e:
         raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
     except ValueError:
         return None
-    return found if isinstance(found, dict) and key in found else None
+    return document if isinstance(document, dict) and key in document else None
 
 
 def _benchmarks(path: Path, document: dict[str, Any]) -> Results:

@@ -31,10 +31,10 @@ def choose(records: Sequence[Record]) -> Recommendation | None:
     if not usable:
         return None
     n = max(r.n for r in usable)
-    here = {r.strategy: r for r in usable if r.n == n}
-    naive = here.get("naive")
-    pool = [r for r in here.values() if naive is None or _time(r) <= SLOWER * _time(naive)]
-    return Recommendation(n, naive, min(pool, key=_over), min(here.values(), key=_over))
+    by_strategy = {r.strategy: r for r in usable if r.n == n}
+    naive = by_strategy.get("naive")
+    pool = [r for r in by_strategy.values() if naive is None or _time(r) <= SLOWER * _time(naive)]
+    return Recommendation(n, naive, min(pool, key=_over), min(by_strategy.values(), key=_over))
 
 
 def advise(records: Sequence[Record]) -> str:

@@ -52,9 +52,9 @@ def command(records: Sequence[Record]) -> str:
 
 def _same(profile: Profile, record: Record) -> bool:
     """Whether the record could come from this profile, at any n, with any strategy and dtype."""
-    mine, workload = dataclasses.asdict(profile.model), dataclasses.asdict(profile.workload)
+    model, workload = dataclasses.asdict(profile.model), dataclasses.asdict(profile.workload)
     defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}  # a record may be older than a field
-    return all(record.model.get(k, defaults[k]) == v for k, v in mine.items() if k != "n_future") and all(
+    return all(record.model.get(k, defaults[k]) == v for k, v in model.items() if k != "n_future") and all(
         record.workload.get(k, v) == v for k, v in workload.items() if k != "dtype"
     )
 

@@ -32,8 +32,8 @@ def _bytes(nbytes: int | None) -> str:
     return "-" if nbytes is None else format_bytes(nbytes)
 
 
-def _ratio(mine: float | None, naive: float | None) -> str:
-    return "-" if mine is None or not naive else f"{mine / naive:.2f}x"
+def _ratio(value: float | None, naive: float | None) -> str:
+    return "-" if value is None or not naive else f"{value / naive:.2f}x"
 
 
 def _gradients(record: Record) -> str:
@@ -89,15 +89,15 @@ def prediction(records: Sequence[Record], console: Console, gpu: GPU) -> Table:
     return _fitting(columns, records, console)
 
 
-def verification(found: Verification, specs: Sequence[str], console: Console) -> Table:
+def verification(result: Verification, specs: Sequence[str], console: Console) -> Table:
     """One row a strategy: checks passed, bit-identity, and the largest error in each dtype beside naive's own."""
-    dtypes = [d for d in ALL_DTYPES if any(check.dtype == d and check.parts for check in found.checks)]
+    dtypes = [d for d in ALL_DTYPES if any(check.dtype == d and check.parts for check in result.checks)]
     titles = ["strategy", "passed", "bit-identical", *(f"{d} (naive's)" for d in dtypes)]
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for title in titles if console.width >= 100 else titles[:-1]:
         table.add_column(title, justify="left" if title == "strategy" else "right", no_wrap=True)
     for spec in specs:
-        checks = found.of(spec)
+        checks = result.of(spec)
         exact = [check for check in checks if check.exact and check.parts]
         cells = [spec, f"{sum(c.passed for c in checks)}/{len(checks)}"]
         cells.append(f"{sum(c.identical for c in exact)}/{len(exact)}")
@@ -173,15 +173,15 @@ def slopes(records: Sequence[Record]) -> Table | None:
 
 def slope_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
     """The rows of `slopes`, a cell for each of SLOPE_TITLES."""
-    points: dict[str, list[tuple[int, int, int | None]]] = {}
+    points_by_strategy: dict[str, list[tuple[int, int, int | None]]] = {}
     for r in records:
         if r.status == "ok" and r.peak_over_baseline_bytes is not None:
             formula = formula_bytes(r.strategy, r.model, r.workload, cuda=r.backend != "cpu")
-            points.setdefault(r.strategy, []).append((r.n, r.peak_over_baseline_bytes, formula))
+            points_by_strategy.setdefault(r.strategy, []).append((r.n, r.peak_over_baseline_bytes, formula))
     rows = []
-    for strategy, found in points.items():
-        fitted = slope([(n, nbytes) for n, nbytes, _ in found])
-        known = [(n, nbytes, formula) for n, nbytes, formula in found if formula is not None]
+    for strategy, points in points_by_strategy.items():
+        fitted = slope([(n, nbytes) for n, nbytes, _ in points])
+        known = [(n, nbytes, formula) for n, nbytes, formula in points if formula is not None]
         predicted = slope([(n, formula) for n, _, formula in known])
         off = max((formula / nbytes - 1 for _, nbytes, formula in known if nbytes), key=abs, default=None)
         if fitted is not None:

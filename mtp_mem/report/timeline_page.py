@@ -73,7 +73,7 @@ def drawing(trace: Trace) -> dict[str, Any]:
             storage = trace.storages[event.key]
             end = died.get(event.key, len(totals))
             tensors.append([categories.index(storage.category), storage.nbytes, origin(storage), i, end])
-    made = [0, *(origin(trace.storages[event.key]) for event in events)]
+    origins_of_events = [0, *(origin(trace.storages[event.key]) for event in events)]
     data = {
         "width": WIDTH,
         "height": HEIGHT,
@@ -83,7 +83,7 @@ def drawing(trace: Trace) -> dict[str, Any]:
         "categories": categories,
         "rows": [[rows[category][i] for category in categories] for i in kept],
         "origins": list(origins),
-        "made": [made[i] for i in kept],
+        "made": [origins_of_events[i] for i in kept],
         "tensors": tensors,
     }
     begun = phases(trace)

@@ -107,8 +107,10 @@ def run(
             )
             return document, False
     for name, table, kernel_bytes in check_kernels("cuda" if measured else "cpu", gpu.multiprocessors):
-        found = "" if kernel_bytes is None else f", measured {kernel_bytes:,}, difference {table - kernel_bytes:+,}"
-        show(f"kernel {name}: table {table:,}{found}")
+        comparison = (
+            "" if kernel_bytes is None else f", measured {kernel_bytes:,}, difference {table - kernel_bytes:+,}"
+        )
+        show(f"kernel {name}: table {table:,}{comparison}")
         document["kernels"].append({"kernel": name, "table": table, "measured": kernel_bytes})
     _write(folder, document)
     if measured:
@@ -142,17 +144,17 @@ def compare(
     """Predict one case and set it beside what `isolated.measure` found of it."""
     trace = simulated_step.simulate(profile.model.with_n(n), profile.workload, load_strategy(spec), gpu=gpu)
     if facts is None or facts["status"] != "ok":
-        found = predicted(trace, gpu)
+        peaks = predicted(trace, gpu)
         error = None if facts is None else facts["error"]
-        return Row(shape, n, spec, allocator, {key: found[f"peak_{key}_bytes"] for key in FIELDS}, error=error)
+        return Row(shape, n, spec, allocator, {key: peaks[f"peak_{key}_bytes"] for key in FIELDS}, error=error)
     count, rest = divmod(facts["live_unnamed_bytes"], gpu.workspace_bytes)
-    found = predicted(trace, gpu, (gpu.workspace_bytes,) * count + ((rest,) if rest else ()))
+    peaks = predicted(trace, gpu, (gpu.workspace_bytes,) * count + ((rest,) if rest else ()))
     return Row(
         shape,
         n,
         spec,
         allocator,
-        {key: found[f"peak_{key}_bytes"] for key in FIELDS},
+        {key: peaks[f"peak_{key}_bytes"] for key in FIELDS},
         {key: facts[f"peak_{key}_bytes"] for key in FIELDS},
         facts["live_unnamed_bytes"],
         facts["alloc_retries"],
@@ -231,10 +233,10 @@ def _inside(operator: Any, args: tuple[Any, ...]) -> int:
 def _before(out: Path | None, about: dict[str, Any]) -> list[Row]:
     """The cases in check.json that this code found on this device, without the failed ones."""
     try:
-        found = json.loads((out / "check.json").read_text()) if out else {}
-        if any(found.get(key) != value for key, value in about.items()):
+        document = json.loads((out / "check.json").read_text()) if out else {}
+        if any(document.get(key) != value for key, value in about.items()):
             return []
-        return [Row(**row) for row in found["cases"] if not row["error"]]
+        return [Row(**row) for row in document["cases"] if not row["error"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 

@@ -29,21 +29,21 @@ def read(paths: Sequence[Path], notes: list[str]) -> list[Located]:
         BadInput: a path that is not there or cannot be read, a folder without results, no usable record at all.
     """
     files = list(dict.fromkeys(file for path in paths for file in _files(path)))
-    found: dict[str, Located] = {}
+    located: dict[str, Located] = {}
     for file in files:
         usable = 0
         try:
             for line, record in read_lines(file, notes):
-                found.pop(record.case, None)
-                found[record.case] = Located(record, file, line)
+                located.pop(record.case, None)
+                located[record.case] = Located(record, file, line)
                 usable += 1
         except OSError as e:
             raise BadInput(f"{file}: cannot be read: {e.strerror}") from None
         if not usable:
             notes.append(f"{file}: {'no usable record' if file.stat().st_size else 'empty'}")
-    if not found:
+    if not located:
         raise BadInput("; ".join([*notes, "nothing to report: no usable record"]))
-    return list(found.values())
+    return list(located.values())
 
 
 def _files(path: Path) -> list[Path]:
@@ -64,14 +64,14 @@ def machine(record: Record) -> str:
     return str(env["cpu"] if env["device"] == "cpu" else env["device"])
 
 
-def groups(found: Sequence[Located], notes: list[str]) -> list[list[Record]]:
+def groups(located: Sequence[Located], notes: list[str]) -> list[list[Record]]:
     """Records that may stand in one table: one machine, one way of measuring, one model but for n, one workload.
 
     Of several records of one strategy and n (from two versions of the code, say) the last is kept; `notes` names the
     others, and files that mix machines.
     """
     kept: dict[tuple[str, ...], dict[tuple[str, int], Located]] = {}
-    for one in found:
+    for one in located:
         record = one.record
         model = {k: v for k, v in record.model.items() if k != "n_future"}
         key = (machine(record), record.backend, record.exactness, _canonical(model), _canonical(record.workload))
@@ -82,9 +82,9 @@ def groups(found: Sequence[Located], notes: list[str]) -> list[list[Record]]:
                 f"{before.path}:{before.line}: replaced by {one.path}:{one.line}: {record.strategy} at n = {record.n}"
             )
         cases[record.strategy, record.n] = one
-    for path in dict.fromkeys(one.path for one in found):
+    for path in dict.fromkeys(one.path for one in located):
         lines: dict[str, list[int]] = {}
-        for one in found:
+        for one in located:
             if one.path == path:
                 lines.setdefault(machine(one.record), []).append(one.line)
         if len(lines) > 1:

@@ -83,21 +83,21 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; a number that JSON cannot hold (an infinite error) becomes the string "inf"."""
-        found = dataclasses.asdict(self)
-        return found | {key: "inf" for key in ERRORS if found[key] == float("inf")}
+        table = dataclasses.asdict(self)
+        return table | {key: "inf" for key in ERRORS if table[key] == float("inf")}
 
     @staticmethod
-    def from_json(found: dict[str, Any]) -> "Record":
+    def from_json(table: dict[str, Any]) -> "Record":
         """The record of a JSON object; fields that this version does not know are dropped.
 
         Raises:
             BadInput: another schema version, a field whose type or value no record has, or no record at all.
         """
-        schema = found.get("schema")
+        schema = table.get("schema")
         if schema != SCHEMA:
             newer = "; update mtp_mem" if isinstance(schema, int) and schema > SCHEMA else ""
             raise BadInput(f"schema {schema!r}; this version reads schema {SCHEMA}{newer}")
-        known = {f.name: found[f.name] for f in dataclasses.fields(Record) if f.name in found}
+        known = {f.name: table[f.name] for f in dataclasses.fields(Record) if f.name in table}
         known |= {key: math.inf for key in ERRORS if known.get(key) == "inf"}
         record = from_table(Record, known)
         for name, value in known.items():
@@ -107,13 +107,13 @@ class Record:
                     raise BadInput(f"{name} = {short(number)}: expected a number from 0 to 2**63")
         if record.n < 1:
             raise BadInput(f"n = {record.n}: not a number of heads")
-        for table, keys in NEEDED.items():
+        for group, keys in NEEDED.items():
             for key, hint in keys.items():
-                if key not in getattr(record, table):
-                    raise BadInput(f"key {table}.{key} is missing (expected {describe(hint)})")
-                value = convert(hint, getattr(record, table)[key], f"{table}.{key}")
+                if key not in getattr(record, group):
+                    raise BadInput(f"key {group}.{key} is missing (expected {describe(hint)})")
+                value = convert(hint, getattr(record, group)[key], f"{group}.{key}")
                 if type(value) is int and value < 1:
-                    raise BadInput(f"{table}.{key} = {value}: below one")
+                    raise BadInput(f"{group}.{key} = {value}: below one")
         return record
 
 

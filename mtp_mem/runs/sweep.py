@@ -128,26 +128,26 @@ def _run_n(
             progress(f"n={n} {spec or 'floor'}: bytes")
             bytes_alone[spec] = isolated.measure(profile, n, spec, str(device), text=corpus.path)
     bench = Bench(profile, config, corpus, device)
-    found = {spec: bytes_alone.get(spec, {}) for spec in strategies}
-    for spec, facts in found.items():  # all of them before the first step, which changes the weights
+    facts_by_spec = {spec: bytes_alone.get(spec, {}) for spec in strategies}
+    for spec, facts in facts_by_spec.items():  # all of them before the first step, which changes the weights
         if "error" not in facts:
             progress(f"n={n} {spec}: gradients")
             facts |= _tried(bench, partial(bench.check, strategies[spec]))
     if device.type != "cuda":
         progress(f"n={n} floor: bytes")
         bytes_alone[""] = _tried(bench, partial(bench.measure, NoLogits()))
-        for spec, facts in found.items():
+        for spec, facts in facts_by_spec.items():
             if "error" not in facts:
                 progress(f"n={n} {spec}: bytes")
                 facts |= _tried(bench, partial(bench.measure, strategies[spec]))
-    running = {spec: strategies[spec] for spec, facts in found.items() if "error" not in facts}
+    running = {spec: strategies[spec] for spec, facts in facts_by_spec.items() if "error" not in facts}
     for spec, seconds in bench.time(running, lambda spec: progress(f"n={n} {spec}: timing")).items():
         if isinstance(seconds, Exception):
-            found[spec]["error"] = f"not timed: {failure(seconds)['error']}"
+            facts_by_spec[spec]["error"] = f"not timed: {failure(seconds)['error']}"
         else:
-            found[spec] |= speed(seconds, workload.tokens)
+            facts_by_spec[spec] |= speed(seconds, workload.tokens)
     for case in todo:
-        yield _record(case, profile, config, corpus, device, found[case.strategy], floor=bytes_alone[""])
+        yield _record(case, profile, config, corpus, device, facts_by_spec[case.strategy], floor=bytes_alone[""])
 
 
 def _record(

@@ -66,10 +66,10 @@ def composition(records: Sequence[Record], out: Path) -> list[Path]:
         return save(drawing, out, "peak-composition", write_rows(["n", "strategy", *order, "total"], rows))
 
 
-def _known(found: dict[str, int]) -> dict[str, int]:
+def _known(by_category: dict[str, int]) -> dict[str, int]:
     """The bytes by category; a category that this version does not know counts as other."""
     merged: dict[str, int] = {}
-    for category, nbytes in found.items():
+    for category, nbytes in by_category.items():
         name = category if category in COLOURS else "other"
         merged[name] = merged.get(name, 0) + nbytes
     return merged

@@ -69,14 +69,14 @@ def styles(strategies: Sequence[str]) -> dict[str, tuple[str, str, Any]]:
     order = [s for s in BUILTIN if s in strategies] + [s for s in dict.fromkeys(strategies) if s not in BUILTIN]
     fixed = list(BUILTIN)
     taken = len(fixed)
-    found = {}
+    looks = {}
     for strategy in order:
         if strategy in BUILTIN:
-            found[strategy] = _style(fixed.index(strategy))
+            looks[strategy] = _style(fixed.index(strategy))
         else:
-            found[strategy] = _style(taken)
+            looks[strategy] = _style(taken)
             taken += 1
-    return found
+    return looks
 
 
 def _style(place: int) -> tuple[str, str, Any]:
@@ -89,11 +89,11 @@ def _style(place: int) -> tuple[str, str, Any]:
 def figure(width: float, height: float, title: str, under: str, foot: str, dpi: int = 150) -> Iterator[Figure]:
     """A white figure of `width` x `height` inches: the title, a line `under` it, and `foot` at the bottom."""
     with mpl.rc_context(RC):
-        made = Figure(figsize=(width, height), dpi=dpi, layout="constrained", facecolor="white")
-        made.suptitle(f"{title}\n", x=0.02, ha="left", size=13)  # the empty second line keeps room for `under`
-        made.text(0.02, 0.98 - 18 / (72 * height), under, va="top", size=9, color="#444444")
-        made.supxlabel(foot, x=0.02, ha="left", size=7.5, color="#666666")
-        yield made
+        drawing = Figure(figsize=(width, height), dpi=dpi, layout="constrained", facecolor="white")
+        drawing.suptitle(f"{title}\n", x=0.02, ha="left", size=13)  # the empty second line keeps room for `under`
+        drawing.text(0.02, 0.98 - 18 / (72 * height), under, va="top", size=9, color="#444444")
+        drawing.supxlabel(foot, x=0.02, ha="left", size=7.5, color="#666666")
+        yield drawing
 
 
 def foot(record: Record, how: str = "") -> str:

@@ -41,19 +41,19 @@ def paper_times(record: Record) -> dict[int, float]:
     model = record.model
     if model.get("head") != "parallel" or model.get("unembedding") != "shared" or not model.get("match_layers"):
         return {}
-    found = PAPER.get((model["vocab_size"], model["dim"], model["n_layers"]), {})
-    return {1: 1.0, **found} if found else {}
+    flops_by_n = PAPER.get((model["vocab_size"], model["dim"], model["n_layers"]), {})
+    return {1: 1.0, **flops_by_n} if flops_by_n else {}
 
 
 def flops_over_first(records: Sequence[Record]) -> dict[int, float]:
     """FLOPs of naive's step relative to its smallest n, by n; empty where there is no closed form."""
-    found = {}
+    flops_by_n = {}
     for r in sorted((r for r in records if r.strategy == "naive"), key=lambda r: r.n):
         shape = Shape.of(r.model, r.workload)
         if shape is None:
             return {}
-        found[r.n] = step_flops(r.strategy, shape)
-    return {n: flops / found[min(found)] for n, flops in found.items()}
+        flops_by_n[r.n] = step_flops(r.strategy, shape)
+    return {n: flops / flops_by_n[min(flops_by_n)] for n, flops in flops_by_n.items()}
 
 
 def time_vs_n(records: Sequence[Record], out: Path) -> list[Path]:
@@ -93,8 +93,8 @@ def time_vs_n(records: Sequence[Record], out: Path) -> list[Path]:
 
 
 def _over(record: Record, reference: dict[int, float]) -> float | None:
-    found = reference.get(record.n)
-    return round(record.step_ms / found, 4) if found and record.step_ms else None
+    base = reference.get(record.n)
+    return round(record.step_ms / base, 4) if base and record.step_ms else None
 
 
 def _panel(

@@ -91,9 +91,10 @@ def draw(trace: Trace, out: Path, title: str, footer: str) -> list[Path]:
                 table = csv.writer(file, lineterminator="\n")
                 table.writerow(["event", "phase", "op", *order, "total"])
                 for i in steps:
-                    made = trace.storages[trace.events[trace.start + i - 1].key] if i else None
+                    storage = trace.storages[trace.events[trace.start + i - 1].key] if i else None
+                    origin = (storage.phase, storage.op) if storage else ("", "")
                     values = [rows[c][i] for c in order]
-                    table.writerow([i, made.phase if made else "", made.op if made else "", *values, sum(values)])
+                    table.writerow([i, *origin, *values, sum(values)])
 
         files = save(figure, out, "timeline", write_csv)
     with atomic_write(out / "timeline.json") as partial:
@@ -103,8 +104,8 @@ def draw(trace: Trace, out: Path, title: str, footer: str) -> list[Path]:
 
 def _line(storage: Storage) -> str:
     shape = "x".join(map(str, storage.shape)) or "scalar"
-    made = ", ".join(filter(None, (storage.op.partition(".")[0], storage.phase)))
-    return f"{format_bytes(storage.nbytes):>10} {storage.dtype} {shape}\n{'':>10} {storage.name or made}"
+    origin = ", ".join(filter(None, (storage.op.partition(".")[0], storage.phase)))
+    return f"{format_bytes(storage.nbytes):>10} {storage.dtype} {shape}\n{'':>10} {storage.name or origin}"
 
 
 def _mark_phases(axes: mpl.axes.Axes, begun: list[tuple[str, int]], width: int) -> None:

@@ -50,14 +50,14 @@ def throughput_vs_memory(records: Sequence[Record], out: Path, n: int | None = N
     """
     timed = [r for r in records if r.status == "ok" and r.tokens_per_s and r.peak_over_baseline_bytes is not None]
     n = n or max((r.n for r in timed), default=0)
-    here = [r for r in timed if r.n == n]
-    if len(here) < 2:
+    shown = [r for r in timed if r.n == n]
+    if len(shown) < 2:
         return []
-    unit, unit_name = unit_for(max(r.peak_over_baseline_bytes or 0 for r in here))
-    points = [((r.peak_over_baseline_bytes or 0) / unit, r.tokens_per_s or 0.0) for r in here]
+    unit, unit_name = unit_for(max(r.peak_over_baseline_bytes or 0 for r in shown))
+    points = [((r.peak_over_baseline_bytes or 0) / unit, r.tokens_per_s or 0.0) for r in shown]
     front = pareto(points)
     title = f"Throughput against memory at n = {n}: up and to the left is better"
-    with figure(8, 5, title, subtitle(here[0]), foot(here[0])) as drawing:
+    with figure(8, 5, title, subtitle(shown[0]), foot(shown[0])) as drawing:
         axes = drawing.add_subplot()
         axes.set_xlim(0, 1.1 * max(x for x, _ in points))
         axes.set_ylim(0, 1.12 * max(y for _, y in points))
@@ -71,21 +71,21 @@ def throughput_vs_memory(records: Sequence[Record], out: Path, n: int | None = N
         corners = [(a, b) for i in range(len(y)) for a, b in ((x[i], y[max(0, i - 1)]), (x[i], y[i]))]
         lines = list(itertools.pairwise(corners))
         axes.annotate("Pareto front", (x[-1], y[-1]), xytext=(0, 3), textcoords="offset points", ha="right", size=8.5)
-        families = [family(r.strategy) for r in here]
+        families = [family(r.strategy) for r in shown]
         for name, (colour, marker, dash) in styles(families).items():
-            mine = [points[i] for i, f in enumerate(families) if f == name]
-            axes.plot(*zip(*mine, strict=True), color=colour, marker=marker, linestyle="", markersize=8, zorder=3)
-            chunks = {c: points[i] for i, r in enumerate(here) if families[i] == name and (c := chunk_of(r.strategy))}
+            own = [points[i] for i, f in enumerate(families) if f == name]
+            axes.plot(*zip(*own, strict=True), color=colour, marker=marker, linestyle="", markersize=8, zorder=3)
+            chunks = {c: points[i] for i, r in enumerate(shown) if families[i] == name and (c := chunk_of(r.strategy))}
             path = [chunks[c] for c in sorted(chunks)]
             if len(path) > 1:
                 axes.plot(*zip(*path, strict=True), color=colour, linestyle=dash, linewidth=1.4, zorder=2)
                 lines += itertools.pairwise(path)
-        labels = [_label(r.strategy, families) for r in here]
+        labels = [_label(r.strategy, families) for r in shown]
         colours = [styles(families)[name][0] for name in families]
         _label_points(axes, points, labels, colours, lines)
         columns = ("n", "strategy", "peak_over_baseline_bytes", "tokens_per_s", "pareto")
         rows = [
-            [r.n, r.strategy, r.peak_over_baseline_bytes, r.tokens_per_s, int(i in front)] for i, r in enumerate(here)
+            [r.n, r.strategy, r.peak_over_baseline_bytes, r.tokens_per_s, int(i in front)] for i, r in enumerate(shown)
         ]
         return save(drawing, out, "throughput-vs-memory", write_rows(columns, rows))
 
