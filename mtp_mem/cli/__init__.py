@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # so that `--strategy my_module:Class` finds what lies here, as `python -m` does
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     # Deprecation notes of the libraries we call are for us, not for the user in front of a table.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
     try:
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return crashed()
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="mtp-mem", description="Profile and verify head-backward strategies for multi-token prediction."
     )

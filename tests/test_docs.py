@@ -1,0 +1,100 @@
+"""The written pages: every link leads somewhere, every command line is understood, and what they show runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from small import build, tiny
+
+import mtp_mem
+from mtp_mem.cli import main, make_parser
+from mtp_mem.testing import check_strategy
+from mtp_mem.verification.scenarios import SCENARIOS
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "profiles/README.md", ROOT / "tests/MUTATION.md"])
+QUICK = ("list", "env", "profile check", "chart", "timeline --strategy sequential --n 4", "regressions")
+"""The beginnings of command lines that take a few seconds."""
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that the headings of a page have as link targets."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def command_lines() -> list[tuple[str, str]]:
+    """Page and line of every `mtp-mem` command in a code block."""
+    lines = [(page, line) for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
+    return [(page.name, line) for page, line in lines if line.startswith("mtp-mem ")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(path), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    for name in re.findall(
+        r"`((?:mtp_mem|strategies|profiles|tests|docs)/[\w./-]+\.\w+)`", page.read_text(encoding="utf-8")
+    ):
+        assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+@pytest.mark.parametrize(("page", "line"), command_lines())
+def test_every_command_line_is_understood(page: str, line: str) -> None:
+    make_parser().parse_args(shlex.split(line, comments=True)[1:])
+
+
+@pytest.mark.parametrize("line", dict.fromkeys(line for _, line in command_lines() if line[8:].startswith(QUICK)))
+def test_quick_command_lines_run(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick = ROOT / "profiles/recorded/cpu-2-cores/quick/results.jsonl"
+    for name in ("results/quick/results.jsonl", "OLD/results.jsonl", "NEW/results.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(quick.read_bytes())
+    (tmp_path / "mine.toml").write_bytes((ROOT / "profiles/quick.toml").read_bytes())
+    assert main(shlex.split(line, comments=True)[1:]) == 0
+    assert capsys.readouterr().out
+
+
+def test_the_readme_is_short_and_its_trainer_lines_run() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 170
+    trainer, strategy = blocks(ROOT / "README.md", "python")
+    model, batch = build(tiny(n_future=2))
+    before = model.norm.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    names = {"mtp_mem": mtp_mem, "model": model, "batch": batch, "optimizer": optimizer}
+    exec(trainer, names)
+    assert names["losses"].shape == (2,)  # type: ignore[attr-defined]
+    assert not torch.equal(model.norm.weight, before)
+    exec(strategy, names)
+    check_strategy(names["HalfAtATime"](), scenarios=SCENARIOS[:5])  # type: ignore[operator]
+
+
+def test_the_list_for_a_gpu_is_tox_s() -> None:
+    section = re.search(r"^\[testenv:gpu\]\n(.*?)(?=^\[|\Z)", (ROOT / "tox.ini").read_text(), re.MULTILINE | re.DOTALL)
+    assert section
+    text = (
+        section[1].replace("{[testenv:gpu]out}", "results/gpu").replace("{posargs:20}", "20").replace("{tox_root}/", "")
+    )
+    own = re.search(r"^own = (.*)$", text, re.MULTILINE)
+    assert own
+    text = text.replace("{[testenv:gpu]own}", own[1])
+    commands = [line.strip() for line in text.partition("\ncommands =\n")[2].splitlines() if line.strip()]
+    assert blocks(ROOT / "docs/gpu.md", "sh")[0].splitlines() == commands
