@@ -267,7 +267,7 @@ def _softmax_minus_onehot(z: Tensor, column: Tensor, share: Tensor) -> Tensor:
 
 
 def _rows(z: Tensor, column: Tensor, share: Tensor) -> Tensor:
-    # In place: documented for neither operator, and held by tests/test_token_chunks.py on every dtype.
+    # In place: documented for neither operator, and held by tests/strategies/test_chunked_tokens.py on every dtype.
     top, wanted = z.amax(dim=1), z.gather(1, column)[:, 0]  # (c,), (c,)
     torch.ops.aten._softmax.out(z, 1, False, out=z)
     # The largest probability is at least 1 / V, so that its logarithm gives the normaliser back without underflow.

@@ -26,12 +26,21 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNNABLE = ("naive", "sequential", "chunked_vocab", "chunked_tokens", "checkpointed", "native")
 TARGETS: dict[str, tuple[str, ...]] = {
     **{f"strategies/{name}.py": (name,) for name in RUNNABLE},
+    "strategies/library_kernel.py": ("native",),
     "mtp_mem/model/losses.py": ("chunked_vocab", "naive"),
     "mtp_mem/model/head_tree.py": ("sequential", "checkpointed", "native", "chunked_tokens"),
-    "mtp_mem/model/token_chunks.py": ("chunked_tokens",),
 }
 """Every strategy that runs without a GPU and all that they share above the cut, with the strategies that run it."""
-FILES = ("token_chunks", "losses", "strategy", "fake", "formulas", "tracker", "equivalence", "kinds")
+FILES = (
+    "strategies/test_chunked_tokens.py",
+    "model/test_losses.py",
+    "test_strategy.py",
+    "prediction/test_simulated_step.py",
+    "prediction/test_formulas.py",
+    "memory/test_tracker.py",
+    "strategies/test_equivalence.py",
+    "model/test_heads.py",
+)
 WITHOUT = ("every_kind", "never_touches", "allocator_for", "naive_grows")  # slow, and others see the same
 
 
@@ -149,13 +158,13 @@ def _suite(specs: tuple[str, ...]) -> int:
     import pytest
 
     def run(files: tuple[str, ...], words: str) -> bool:
-        paths = [f"tests/test_{name}.py" for name in files]
+        paths = [f"tests/{name}" for name in files]
         return bool(
             pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-W", "ignore", *paths, "-k", words])
         )
 
-    words = " or ".join((*specs, "token_chunks", "losses", "counted_by_hand"))
-    if run(("properties",), " or ".join(f"plain_autograd[{spec}" for spec in specs)):
+    words = " or ".join((*specs, "test_chunked_tokens", "losses", "counted_by_hand"))
+    if run(("strategies/test_properties.py",), " or ".join(f"plain_autograd[{spec}" for spec in specs)):
         return 1
     from mtp_mem.verification.verify import verify
 

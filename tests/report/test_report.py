@@ -22,7 +22,7 @@ from mtp_mem.report.reproduce import command
 from mtp_mem.report.timeline_page import read_timeline
 from mtp_mem.runs.record import Record
 
-RECORDED = Path(__file__).parent.parent / "profiles" / "recorded"
+RECORDED = Path(__file__).parents[2] / "profiles" / "recorded"
 TIMELINE = RECORDED / "cpu-2-cores" / "timeline-quick-sequential" / "timeline.json"
 EVIL = "<script>alert('x')</script>|`&\"]("
 VOID = {"meta", "link", "br", "img", "input", "hr"}

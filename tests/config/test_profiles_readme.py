@@ -13,7 +13,7 @@ from mtp_mem.config.profiles import load_profile
 from mtp_mem.config.schema import GPU, ModelConfig, Profile, Sweep, Workload
 from mtp_mem.model.hf import FAMILIES
 
-TEXT = (Path(__file__).parent.parent / "profiles/README.md").read_text()
+TEXT = (Path(__file__).parents[2] / "profiles/README.md").read_text()
 TABLES: dict[str, type[Any]] = {
     "At the top": Profile,
     "`[model]`": ModelConfig,

@@ -1,6 +1,6 @@
 """The charts are what they were: compared with committed pictures, and their CSVs with the records.
 
-After a wanted change: `MTP_MEM_BASELINES=write pytest tests/test_charts.py`, and look at every baseline.
+After a wanted change: `MTP_MEM_BASELINES=write pytest tests/report/test_charts.py`, and look at every baseline.
 Baselines are 400 pixels wide, so that another FreeType's hinting is no difference and a moved line is one.
 """
 

@@ -66,7 +66,7 @@ def test_a_field_of_the_wrong_kind_is_named(tmp_path: Path, changes: dict[str, A
 
 
 def test_sound_records_pass() -> None:
-    recorded = Path(__file__).parent.parent / "profiles" / "recorded"
+    recorded = Path(__file__).parents[2] / "profiles" / "recorded"
     notes: list[str] = []
     found = read([recorded], notes)
     assert len(found) >= 32
@@ -75,7 +75,7 @@ def test_sound_records_pass() -> None:
     assert Record.from_json(json.loads(json.dumps(differing.to_json()))) == differing
 
 
-RECORDED = sorted((Path(__file__).parent.parent / "profiles" / "recorded").rglob("results.jsonl"))
+RECORDED = sorted((Path(__file__).parents[2] / "profiles" / "recorded").rglob("results.jsonl"))
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.parent.name)
