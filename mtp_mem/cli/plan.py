@@ -144,7 +144,7 @@ def document(
     `batches` are the largest batches at several n, for the chart; none are asked for without --out.
     """
     from mtp_mem.environment import environment
-    from mtp_mem.prediction.largest_fit import AXES, advice, largest_n
+    from mtp_mem.prediction.largest_fit import AXES, advice
 
     def row(answer: "Answer") -> dict[str, Any]:
         figures, beyond = answer.figures, answer.next_figures
@@ -175,7 +175,7 @@ def document(
         "gpu": dataclasses.asdict(gpu),
         "headroom_percent": percent,
         "limit_bytes": result.limit,
-        "model_limit_n": largest_n(profile.model),
+        "model_limit_n": profile.model.largest_n,
         **{f"largest_{axis}": [row(answer) for answer in result.of(axis)] for axis in AXES},
         "largest_batch_by_n": [row(answer) for answer in batches],
         "recommended": best and {"strategy": best.strategy, "axis": best.axis},
@@ -188,7 +188,7 @@ def document(
 def show(result: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None:
     """The plan for a terminal."""
     from mtp_mem._util import format_bytes
-    from mtp_mem.prediction.largest_fit import AXES, advice, largest_n
+    from mtp_mem.prediction.largest_fit import AXES, advice
 
     screen, base = console(), result.base
     screen.print(
@@ -204,7 +204,7 @@ def show(result: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None
             needs = ", ".join(f"{a.strategy} misses {format_bytes(-result.left(a))} at {a.value}" for a in misses)
             screen.print(f"No {axis} fits: {needs}.", markup=False)
     if any(answer.fits and answer.next_point is None for answer in result.of("n")):
-        screen.print(f"n = {largest_n(profile.model)}: every layer is a head, the model's own limit.", markup=False)
+        screen.print(f"n = {profile.model.largest_n}: every layer is a head, the model's own limit.", markup=False)
     if any(result.fit(answer.figures) == "tight" for answer in result.answers):
         screen.print(
             f"{TIGHT} tight: with the unused parts of its segments it reserves more than that, and the allocator may"

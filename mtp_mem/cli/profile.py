@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mtp_mem.cli.common import AddCommand, note, numbers
 
 if TYPE_CHECKING:
-    from mtp_mem.config.schema import ModelConfig, Profile
+    from mtp_mem.config.schema import Profile
 
 
 def add(command: AddCommand) -> None:
@@ -119,7 +119,7 @@ def _facts(profile: "Profile") -> dict[str, Any]:
         total = sum(parts.values())
         rows.append({"n": n, "parameters": total, "weight_bytes": weight_bytes(total, dtype), "parts": parts})
     return {
-        "largest_n": _largest_n(profile.model),
+        "largest_n": profile.model.largest_n,
         "logits": {
             "shape": [profile.workload.tokens, profile.model.vocab_size],
             "values": values,
@@ -127,11 +127,6 @@ def _facts(profile: "Profile") -> dict[str, Any]:
         },
         "cases": rows,
     }
-
-
-def _largest_n(model: "ModelConfig") -> int | None:
-    """The most heads that the layers allow; None: as many as asked for."""
-    return model.n_layers if model.heads_are_layers and model.match_layers else None
 
 
 def _show(profile: "Profile", facts: dict[str, Any]) -> None:

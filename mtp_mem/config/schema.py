@@ -75,7 +75,7 @@ class ModelConfig:
             raise BadInput(
                 f"model.n_kv_heads = {self.kv_heads} must divide n_attention_heads = {self.n_attention_heads}"
             )
-        if self.heads_are_layers and self.match_layers and self.n_future > self.n_layers:
+        if self.largest_n is not None and self.n_future > self.largest_n:
             raise BadInput(
                 f"n = {self.n_future} heads need {self.n_future} of the model's layers, but n_layers = {self.n_layers}"
                 f" (trunk and heads together); valid: n from 1 to {self.n_layers}, or match_layers = false"
@@ -102,6 +102,11 @@ class ModelConfig:
         if not self.heads_are_layers:
             return self.n_layers
         return self.n_layers - (self.n_future if self.match_layers else 1)
+
+    @property
+    def largest_n(self) -> int | None:
+        """The most heads that the layers allow; None where a head takes none of them."""
+        return self.n_layers if self.heads_are_layers and self.match_layers else None
 
     def with_n(self, n: int) -> "ModelConfig":
         """The same model with n heads."""
@@ -181,7 +186,6 @@ class GPU:
     total_bytes: int  # what CUDA reports to a process
     workspace_bytes: int  # of one cuBLAS handle
     multiprocessors: int
-    flops: float  # dense bf16, per second
     source: str
     expandable_segments: bool = False  # torch's default
 

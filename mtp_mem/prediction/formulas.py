@@ -29,17 +29,12 @@ def peak_over_baseline(spec: str, shape: Shape) -> int | None:
 
 
 def formula_bytes(spec: str, model: dict[str, Any], workload: dict[str, Any], *, cuda: bool) -> int | None:
-    """`peak_over_baseline` of a record's fields; None where there is no formula."""
-    shape = Shape.of(model, workload, cuda)
-    return None if shape is None else formula_over_baseline(spec, shape)
-
-
-def formula_over_baseline(spec: str, shape: Shape) -> int | None:
-    """`peak_over_baseline` of any spec, None where it has no formula here.
+    """`peak_over_baseline` of a record's fields; None where there is no formula.
 
     Nothing is imported for a strategy that is not built in: a results file may come from anywhere.
     """
-    if spec.partition(":")[0] not in BUILTIN:
+    shape = Shape.of(model, workload, cuda)
+    if shape is None or spec.partition(":")[0] not in BUILTIN:
         return None
     try:
         return peak_over_baseline(spec, shape)

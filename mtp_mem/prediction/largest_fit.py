@@ -17,9 +17,8 @@ from mtp_mem._util import format_bytes
 from mtp_mem.config.schema import ModelConfig, Profile, Workload
 from mtp_mem.errors import MtpMemError
 from mtp_mem.model.parameters import parameters, weight_bytes
-from mtp_mem.model.shape import Shape
 from mtp_mem.prediction.caching_allocator import Fit, fit
-from mtp_mem.prediction.formulas import flops_factor, formula_over_baseline
+from mtp_mem.prediction.formulas import flops_factor, formula_bytes
 from mtp_mem.prediction.probes import Point, ProbedBytes, Prober
 
 Axis = Literal["batch", "sequence", "n"]
@@ -104,7 +103,7 @@ def plan(
         specs: the strategies, in the order of the answers.
         axes: what to vary.
     """
-    top = largest_n(profile.model)
+    top = profile.model.largest_n
     searches = {
         (spec, axis): search(spec, axis, base, limit, top, hint(profile, spec, axis, base, limit))
         for spec in specs
@@ -135,15 +134,14 @@ def hint(profile: Profile, spec: str, axis: Axis, base: Point, limit: int) -> in
 
     Where a search begins, and no more than that: they leave out what the allocator and CUDA's kernels add.
     """
-    unit, top = _unit(axis), largest_n(profile.model) if axis == "n" else None
+    unit, top = _unit(axis), profile.model.largest_n if axis == "n" else None
 
     def fits(k: int) -> bool | None:
         point = dataclasses.replace(base, **{axis: k * unit})
         config = profile.model.with_n(point.n)
         workload = dataclasses.replace(profile.workload, batch=point.batch, sequence=point.sequence)
-        shape = Shape.of(dataclasses.asdict(config), dataclasses.asdict(workload), cuda=True)
-        over = None if shape is None else formula_over_baseline(spec, shape)
-        return None if over is None else baseline(config, workload) + over <= limit
+        peak = formula_peak(spec, config, workload)
+        return None if peak is None else peak <= limit
 
     if fits(1) is None:
         return None
@@ -162,6 +160,12 @@ def baseline(config: ModelConfig, workload: Workload) -> int:
     """Bytes live before a step: parameters, AdamW's two moments of each, tokens and n rows of targets."""
     weights = weight_bytes(sum(parameters(config).values()), workload.dtype)
     return 3 * weights + 8 * (1 + config.n_future) * workload.tokens
+
+
+def formula_peak(spec: str, config: ModelConfig, workload: Workload) -> int | None:
+    """A step's peak on CUDA in closed form, without what the allocator and kernels add; None without a formula."""
+    over_baseline = formula_bytes(spec, dataclasses.asdict(config), dataclasses.asdict(workload), cuda=True)
+    return None if over_baseline is None else baseline(config, workload) + over_baseline
 
 
 def _unit(axis: Axis) -> int:
@@ -227,11 +231,6 @@ def _guess(known: dict[int, ProbedBytes], limit: int, low: int, high: int | None
     if slope <= 0:
         return lowest if low == 0 else min(2 * low, highest)
     return min(max(a + math.floor((limit - known[a].allocated) / slope), lowest), highest)
-
-
-def largest_n(model: ModelConfig) -> int | None:
-    """The largest n the model has layers for; None where heads take none of its layers."""
-    return model.n_layers if model.heads_are_layers and model.match_layers else None
 
 
 def advice(found: Plan) -> str:

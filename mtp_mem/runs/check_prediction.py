@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from mtp_mem._util import atomic_write, writable
-from mtp_mem.config.schema import GPU, ModelConfig, Profile, Sweep, Workload, load_gpu, load_gpus
+from mtp_mem.config.schema import GPU, ModelConfig, Profile, Sweep, Workload, load_gpu
 from mtp_mem.environment import code_digest
 from mtp_mem.prediction import simulated_step
 from mtp_mem.prediction.kernel_buffers import KERNELS
@@ -42,7 +42,6 @@ SHAPES = {
 ALLOCATORS = {"default": "expandable_segments:False", "expandable": "expandable_segments:True"}
 FIELDS = ("requested", "allocated", "reserved")
 SM90_WORKSPACE, OTHER_WORKSPACE = 4096 * 8 * 1024, 8_519_680
-ASSUMED_FLOPS = 1e14  # per second, of a GPU that gpus.toml does not know; no byte depends on them
 
 
 @dataclass(frozen=True)
@@ -178,18 +177,16 @@ def check_kernels(device: str, multiprocessors: int) -> Iterator[tuple[str, int,
 
 
 def device_here() -> GPU:
-    """The CUDA device of this process as a target; its speed is gpus.toml's, or assumed for a GPU that is not there."""
+    """The CUDA device of this process as a target."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     query = getattr(torch.backends.cuda, "cublas_workspace_size", None)  # since torch 2.13
-    known = next((gpu for gpu in load_gpus().values() if gpu.name == properties.name), None)
     default = SM90_WORKSPACE if properties.major == 9 else OTHER_WORKSPACE
     return GPU(
         name=properties.name,
         total_bytes=properties.total_memory,
         workspace_bytes=query() if query else default,
         multiprocessors=properties.multi_processor_count,
-        flops=known.flops if known else ASSUMED_FLOPS,
-        source="the device itself" if known else "the device itself; flops assumed",
+        source="the device itself",
     )
 
 

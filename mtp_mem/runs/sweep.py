@@ -19,8 +19,7 @@ from mtp_mem.data import Corpus
 from mtp_mem.environment import environment, numerics
 from mtp_mem.model.parameters import parameters
 from mtp_mem.prediction.floor import NoLogits
-from mtp_mem.prediction.formulas import formula_bytes
-from mtp_mem.prediction.largest_fit import baseline
+from mtp_mem.prediction.largest_fit import formula_peak
 from mtp_mem.runs import isolated
 from mtp_mem.runs.bench import Bench, failure, free, speed
 from mtp_mem.runs.record import Record, new_record
@@ -105,8 +104,8 @@ def run(
 
 def refusal(spec: str, config: ModelConfig, workload: Workload, total_bytes: int) -> str | None:
     """Why a case cannot fit on a CUDA device of `total_bytes`; None where it may, or where no closed form holds."""
-    over_baseline = formula_bytes(spec, dataclasses.asdict(config), dataclasses.asdict(workload), cuda=True)
-    if over_baseline is None or (peak := baseline(config, workload) + over_baseline) <= total_bytes:
+    peak = formula_peak(spec, config, workload)
+    if peak is None or peak <= total_bytes:
         return None
     needs, has = format_bytes(peak), format_bytes(total_bytes)
     return f"refused before the run: needs {needs} by closed form, the device has {has}"

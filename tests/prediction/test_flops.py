@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mtp_mem import Workload, forward_backward, load_profile, load_strategy
 from mtp_mem.config.schema import load_gpu
 from mtp_mem.model.shape import Shape
-from mtp_mem.prediction.formulas import formula_bytes, step_flops
-from mtp_mem.prediction.largest_fit import baseline
+from mtp_mem.prediction.formulas import step_flops
+from mtp_mem.prediction.largest_fit import baseline, formula_peak
 from mtp_mem.prediction.simulated_step import simulate
 
 
@@ -51,6 +51,4 @@ def test_bytes_are_those_of_the_prediction(n: int) -> None:
     config, workload = profile.model.with_n(n), profile.workload
     trace = simulate(config, workload, load_strategy("sequential"), gpu=gpu)
     assert baseline(config, workload) == pytest.approx(trace.baseline, rel=1e-4)
-    over_baseline = formula_bytes("sequential", dataclasses.asdict(config), dataclasses.asdict(workload), cuda=True)
-    assert over_baseline is not None
-    assert baseline(config, workload) + over_baseline == pytest.approx(trace.peak().nbytes, rel=0.01)
+    assert formula_peak("sequential", config, workload) == pytest.approx(trace.peak().nbytes, rel=0.01)

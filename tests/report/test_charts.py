@@ -25,7 +25,7 @@ from mtp_mem.strategy import BUILTIN
 BASELINES = Path(__file__).parent / "baselines"
 TOLERANCE = 2.0  # root mean square of 0..255; see test_a_changed_line_is_seen
 WIDTH = 400
-GPU_ = GPU(name="A GPU", total_bytes=350 * 2**20, workspace_bytes=0, multiprocessors=1, flops=1.0, source="")
+GPU_ = GPU(name="A GPU", total_bytes=350 * 2**20, workspace_bytes=0, multiprocessors=1, source="")
 
 
 def out_of_memory() -> list[Record]:
