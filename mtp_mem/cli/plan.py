@@ -37,7 +37,6 @@ def add(command: AddCommand) -> None:
     sub.add_argument("--strategy", action="append", metavar="SPEC", help="one more: a name or package.module:Class")
     sub.add_argument("--n", help="number of heads while batch and sequence vary; default the profile's largest")
     sub.add_argument("--dtype", help="bf16, instead of the profile's")
-    sub.add_argument("--fresh", action="store_true", help="ask nothing of what earlier runs found out")
     sub.add_argument("--out", type=Path, metavar="DIR", help="keep the plan there, and a chart of the batch by n")
 
 
@@ -46,9 +45,8 @@ def run(args: argparse.Namespace) -> int:
     from mtp_mem._util import writable
     from mtp_mem.config.profiles import load_profile
     from mtp_mem.config.schema import load_gpu
-    from mtp_mem.prediction.largest_fit import plan
+    from mtp_mem.prediction.largest_fit import Point, Prober, plan
     from mtp_mem.prediction.peaks import check_predictable
-    from mtp_mem.prediction.probes import Point, ProbeCache, Prober
     from mtp_mem.report.draw_files import plan_chart
 
     profile, percent = load_profile(args.profile), headroom(args.headroom)
@@ -65,10 +63,10 @@ def run(args: argparse.Namespace) -> int:
     out = writable(args.out) if args.out else None
     batches: list[Answer] = []
     with progress(None) as begin:
-        prober = Prober(profile, gpu, strategies, ProbeCache(fresh=args.fresh), begin)
-        result = plan(prober, profile, base, limit, list(strategies))
+        prober = Prober(profile, gpu, strategies, begin)
+        result = plan(prober, base, limit)
         for n in profile.sweep.n if out else ():
-            batches += plan(prober, profile, dataclasses.replace(base, n=n), limit, list(strategies), ["batch"]).answers
+            batches += plan(prober, dataclasses.replace(base, n=n), limit, ["batch"]).answers
     result = dataclasses.replace(result, left_out={**left_out, **result.left_out})
     if not result.answers:
         raise BadInput("no strategy can be predicted: " + "; ".join(result.left_out.values()))

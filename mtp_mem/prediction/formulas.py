@@ -4,11 +4,14 @@ What a strategy needs above the cut it says itself (`peak_bytes`, `flops_factor`
 Each formula counts the tensors that are live at the one moment that sets the peak. Symbols: mtp_mem/model/shape.py.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+from mtp_mem.config.schema import ModelConfig, Workload
 from mtp_mem.errors import MtpMemError
+from mtp_mem.model.parameters import parameters, weight_bytes
 from mtp_mem.model.shape import Shape
 from mtp_mem.strategy import BUILTIN, load_strategy, strategy_class
 
@@ -74,3 +77,15 @@ def slope(points: Sequence[tuple[int, int]]) -> float | None:
     mean_y = sum(y for _, y in points) / len(points)
     spread = sum((n - mean_n) ** 2 for n, _ in points)
     return sum((n - mean_n) * (y - mean_y) for n, y in points) / spread if spread else None
+
+
+def baseline(config: ModelConfig, workload: Workload) -> int:
+    """Bytes live before a step: parameters, AdamW's two moments of each, tokens and n rows of targets."""
+    weights = weight_bytes(sum(parameters(config).values()), workload.dtype)
+    return 3 * weights + 8 * (1 + config.n_future) * workload.tokens
+
+
+def formula_peak(spec: str, config: ModelConfig, workload: Workload) -> int | None:
+    """A step's peak on CUDA in closed form, without what the allocator and kernels add; None without a formula."""
+    over_baseline = formula_bytes(spec, dataclasses.asdict(config), dataclasses.asdict(workload), cuda=True)
+    return None if over_baseline is None else baseline(config, workload) + over_baseline

@@ -4,22 +4,22 @@ A step fits where its predicted allocated peak stays within the limit: `predict`
 decides between those two, but not the answer: the unused parts of segments jump by gigabytes from one sequence to the
 next, so a step may reserve less than a smaller one and "the largest" would depend on where the search began.
 
-Every answer has been probed, and so has the next larger one, which does not fit; or it is the model's own limit.
+Every answer has been predicted, and so has the next larger one, which does not fit; or it is the model's own limit.
 """
 
 import dataclasses
-import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mtp_mem._util import format_bytes
-from mtp_mem.config.schema import ModelConfig, Profile, Workload
+from mtp_mem._util import Progress, format_bytes
+from mtp_mem.config.schema import GPU, ModelConfig, Profile, Workload
 from mtp_mem.errors import MtpMemError
-from mtp_mem.model.parameters import parameters, weight_bytes
 from mtp_mem.prediction.caching_allocator import Fit, fit
-from mtp_mem.prediction.formulas import flops_factor, formula_bytes
-from mtp_mem.prediction.probes import Point, ProbedBytes, Prober
+from mtp_mem.prediction.formulas import flops_factor, formula_peak
+from mtp_mem.prediction.peaks import predicted
+from mtp_mem.prediction.simulated_step import Simulation
+from mtp_mem.strategy import Strategy
 
 Axis = Literal["batch", "sequence", "n"]
 AXES: tuple[Axis, ...] = ("batch", "sequence", "n")
@@ -27,9 +27,25 @@ AXES: tuple[Axis, ...] = ("batch", "sequence", "n")
 SEQUENCE_STEP = 128
 """Sequences are searched in multiples of flash attention's tile: its backward pads to it (flash_api.cpp, mha_bwd)."""
 
-GUESSES = 6  # probes of one search until guessing by lines gives way to halving
-LEAP = 64  # the farthest guess, as a multiple of what is known
-FARTHEST = 2**20  # of a hint
+GUESSES = 6  # probes of one search until guessing by the closed form gives way to halving
+FARTHEST = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Where a step is probed: B sequences of S tokens, n heads."""
+
+    batch: int
+    sequence: int
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbedBytes:
+    """The allocator's predicted peaks of a steady step."""
+
+    allocated: int
+    reserved: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,119 +106,81 @@ class Plan:
         return None
 
 
-def plan(
-    prober: Prober, profile: Profile, base: Point, limit: int, specs: Sequence[str], axes: Sequence[Axis] = AXES
-) -> Plan:
-    """Search all strategies and axes together, so that those that ask for the same point share its model.
+class Prober:
+    """Predicts strategies' steps at points of one profile on one GPU; each once.
 
     Args:
-        prober: answers for this profile and GPU.
-        profile: whose model bounds n.
+        profile: everything but batch, sequence and n is taken from it.
+        gpu: the target.
+        strategies: by spec; all that will be asked for.
+        progress: told of each step that is simulated.
+    """
+
+    def __init__(self, profile: Profile, gpu: GPU, strategies: Mapping[str, Strategy], progress: Progress) -> None:
+        self.profile, self.gpu, self.strategies, self._progress = profile, gpu, strategies, progress
+        self._simulation: tuple[Point, Simulation] | None = None
+        self._answers: dict[tuple[str, Point], ProbedBytes] = {}
+
+    def probe(self, spec: str, point: Point) -> ProbedBytes:
+        """The strategy's peaks at a point. The last point's model is kept: ask for all strategies in turn.
+
+        Raises:
+            MtpMemError: the strategy cannot be predicted.
+        """
+        if (spec, point) not in self._answers:
+            self._progress(f"{spec}: batch {point.batch}, sequence {point.sequence}, n = {point.n}")
+            if self._simulation is None or self._simulation[0] != point:
+                self._simulation = point, Simulation(*self._shape(point), gpu=self.gpu)
+            facts = predicted(self._simulation[1].trace(self.strategies[spec]), self.gpu)
+            self._answers[spec, point] = ProbedBytes(
+                allocated=facts["peak_allocated_bytes"], reserved=facts["peak_reserved_bytes"]
+            )
+        return self._answers[spec, point]
+
+    def formula(self, spec: str, point: Point) -> int | None:
+        """The peak at a point in closed form, without what the allocator and kernels add; None without a formula."""
+        return formula_peak(spec, *self._shape(point))
+
+    def _shape(self, point: Point) -> tuple[ModelConfig, Workload]:
+        workload = dataclasses.replace(self.profile.workload, batch=point.batch, sequence=point.sequence)
+        return self.profile.model.with_n(point.n), workload
+
+
+def plan(prober: Prober, base: Point, limit: int, axes: Sequence[Axis] = AXES) -> Plan:
+    """The largest value on each axis for each of the prober's strategies.
+
+    Args:
+        prober: predicts for one profile and GPU.
         base: batch, sequence and n from which each axis is varied.
         limit: bytes that the allocated peak may not exceed.
-        specs: the strategies, in the order of the answers.
         axes: what to vary.
     """
-    top = profile.model.largest_n
-    searches = {
-        (spec, axis): search(spec, axis, base, limit, top, hint(profile, spec, axis, base, limit))
-        for spec in specs
-        for axis in axes
-    }
-    wanted = {key: next(running) for key, running in searches.items()}
     answers: dict[tuple[str, Axis], Answer] = {}
     left_out: dict[str, str] = {}
-    while wanted:
-        for point in dict.fromkeys(wanted.values()):
-            for key in [key for key, other in wanted.items() if other == point and key[0] not in left_out]:
-                figures = prober.probe(key[0], point)
-                if isinstance(figures, MtpMemError):
-                    left_out[key[0]] = str(figures)
-                    continue
-                try:
-                    wanted[key] = searches[key].send(figures)
-                except StopIteration as found:
-                    answers[key] = found.value
-                    del wanted[key]
-        wanted = {key: point for key, point in wanted.items() if key[0] not in left_out}
-    kept = tuple(answers[spec, axis] for spec in specs if spec not in left_out for axis in axes)
+    for axis in axes:
+        for spec in (spec for spec in prober.strategies if spec not in left_out):
+            try:
+                answers[spec, axis] = _answer(prober, spec, axis, base, limit)
+            except MtpMemError as e:
+                left_out[spec] = str(e)
+    kept = tuple(answers[spec, axis] for spec in prober.strategies if spec not in left_out for axis in axes)
     return Plan(limit=limit, base=base, answers=kept, left_out=left_out)
 
 
-def hint(profile: Profile, spec: str, axis: Axis, base: Point, limit: int) -> int | None:
-    """The largest value that fits by the closed forms, in the search's units; None where there are none.
-
-    Where a search begins, and no more than that: they leave out what the allocator and CUDA's kernels add.
-    """
-    unit, top = _unit(axis), profile.model.largest_n if axis == "n" else None
-
-    def fits(k: int) -> bool | None:
-        point = dataclasses.replace(base, **{axis: k * unit})
-        config = profile.model.with_n(point.n)
-        workload = dataclasses.replace(profile.workload, batch=point.batch, sequence=point.sequence)
-        peak = formula_peak(spec, config, workload)
-        return None if peak is None else peak <= limit
-
-    if fits(1) is None:
-        return None
-    low, high = 0, 1
-    while high < FARTHEST and (top is None or high <= top) and fits(high):
-        low, high = high, 2 * high
-    if top is not None:
-        high = min(high, top + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return max(low, 1)
-
-
-def baseline(config: ModelConfig, workload: Workload) -> int:
-    """Bytes live before a step: parameters, AdamW's two moments of each, tokens and n rows of targets."""
-    weights = weight_bytes(sum(parameters(config).values()), workload.dtype)
-    return 3 * weights + 8 * (1 + config.n_future) * workload.tokens
-
-
-def formula_peak(spec: str, config: ModelConfig, workload: Workload) -> int | None:
-    """A step's peak on CUDA in closed form, without what the allocator and kernels add; None without a formula."""
-    over_baseline = formula_bytes(spec, dataclasses.asdict(config), dataclasses.asdict(workload), cuda=True)
-    return None if over_baseline is None else baseline(config, workload) + over_baseline
-
-
-def _unit(axis: Axis) -> int:
-    """The step in which an axis is searched."""
-    return SEQUENCE_STEP if axis == "sequence" else 1
-
-
-def search(
-    spec: str, axis: Axis, base: Point, limit: int, top: int | None, first: int | None = None
-) -> Generator[Point, ProbedBytes, Answer]:
-    """Asks for points until the largest one that fits and the next one, which does not, have both been probed.
-
-    Args:
-        spec: the strategy, for the answer.
-        axis: what varies.
-        base: what the other two are, and where to begin.
-        limit: bytes that the allocated peak may not exceed.
-        top: the model's own limit of n, if it has one.
-        first: where to begin, in units of the axis; by default at `base`.
-    """
-    unit = _unit(axis)
-    start = first or max(1, getattr(base, axis) // unit)
-    if axis != "n":
-        top = None
+def _answer(prober: Prober, spec: str, axis: Axis, base: Point, limit: int) -> Answer:
+    unit = SEQUENCE_STEP if axis == "sequence" else 1
 
     def at(k: int) -> Point:
         return dataclasses.replace(base, **{axis: k * unit})
 
-    known: dict[int, ProbedBytes] = {}
-    k = top or start  # more heads may need less, for the trunk has then fewer layers: look at the end first
-    while True:
-        known[k] = yield at(k)
-        low = max((k for k, figures in known.items() if figures.allocated <= limit), default=0)
-        high = min((k for k in known if k > low), default=None)
-        if low == top or high == low + 1:
-            break
-        k = _guess(known, limit, low, high, proportional=axis == "n") if start in known else start
+    known = search(
+        lambda k: prober.probe(spec, at(k)),
+        lambda k: prober.formula(spec, at(k)),
+        limit,
+        top=prober.profile.model.largest_n if axis == "n" else None,
+        start=max(1, getattr(base, axis) // unit),
+    )
+    low, high = _ends(known, limit)
     best = low or min(known, key=lambda k: known[k].allocated)
     beyond = high if low else None
     return Answer(
@@ -216,21 +194,58 @@ def search(
     )
 
 
-def _guess(known: dict[int, ProbedBytes], limit: int, low: int, high: int | None, *, proportional: bool) -> int:
-    """Where the line through the two points nearest to the limit meets it; always between `low` and `high`.
+def search(
+    probe: Callable[[int], ProbedBytes], formula: Callable[[int], int | None], limit: int, top: int | None, start: int
+) -> dict[int, ProbedBytes]:
+    """Probe until the largest k that fits and the next one, which does not, are both known.
 
-    With a single point the line starts at the bytes that are there at any batch, or at zero (`proportional`: heads).
+    It begins where the closed form says, and goes on where the closed form would end if it were off everywhere as it
+    was at the last probe; without one it doubles and halves.
+
+    Args:
+        probe: the peaks at k = 1, 2, ...
+        formula: the allocated peak in closed form, or None.
+        limit: bytes that the allocated peak may not exceed.
+        top: the largest k there is, if there is one.
+        start: where to begin without a closed form.
+
+    Returns:
+        All that was probed.
     """
-    lowest, highest = low + 1, LEAP * max(low, 1) if high is None else high - 1
-    if high is not None and len(known) > GUESSES:
-        return (low + high) // 2
-    a, *others = sorted(known, key=lambda k: abs(known[k].allocated - limit))
-    b = others[0] if others else 0
-    at_b = known[b].allocated if others else 0 if proportional else known[a].fixed
-    slope = (known[a].allocated - at_b) / (a - b)
-    if slope <= 0:
-        return lowest if low == 0 else min(2 * low, highest)
-    return min(max(a + math.floor((limit - known[a].allocated) / slope), lowest), highest)
+    known: dict[int, ProbedBytes] = {}
+    end = top or FARTHEST
+    # More heads may need less, for the trunk has then fewer layers: look at the end first.
+    k = top or (start if formula(1) is None else _largest(formula, limit, end))
+    while True:
+        known[k] = probe(k)
+        low, high = _ends(known, limit)
+        if low == end or high == low + 1:
+            return known
+        if formula(1) is not None and len(known) < GUESSES:
+            off = known[k].allocated - (formula(k) or 0)
+            guess = _largest(formula, limit - off, end)
+            # What fits by this guess may be known already: then the next one is the question.
+            k = max(low + 1, min(guess if guess not in known else guess + 1, (high or end + 1) - 1))
+        else:
+            k = (low + high) // 2 if high else min(2 * low, end)
+
+
+def _ends(known: Mapping[int, ProbedBytes], limit: int) -> tuple[int, int | None]:
+    """The largest k that fits, 0 if none does, and the smallest known one above it."""
+    low = max((k for k, figures in known.items() if figures.allocated <= limit), default=0)
+    return low, min((k for k in known if k > low), default=None)
+
+
+def _largest(formula: Callable[[int], int | None], limit: int, end: int) -> int:
+    """The largest k from 1 to `end` whose closed form is within the limit; 1 where none is."""
+    low, high = 1, 2
+    while high <= end and (formula(high) or 0) <= limit:
+        low, high = high, 2 * high
+    high = min(high, end + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if (formula(middle) or 0) <= limit else (low, middle)
+    return low
 
 
 def advice(found: Plan) -> str:

@@ -19,7 +19,7 @@ from mtp_mem.data import Corpus
 from mtp_mem.environment import environment, numerics
 from mtp_mem.model.parameters import parameters
 from mtp_mem.prediction.floor import NoLogits
-from mtp_mem.prediction.largest_fit import formula_peak
+from mtp_mem.prediction.formulas import formula_peak
 from mtp_mem.runs import isolated
 from mtp_mem.runs.bench import Bench, failure, free, speed
 from mtp_mem.runs.record import Record, new_record
