@@ -17,7 +17,7 @@ every trainer has.
 Memory above the cut, besides one head's activations, for N rows, a chunk of c of them, b bytes a value:
 
     c V b                 logits, turned in place into probabilities minus the one-hot targets
-    V D a                 the unembedding's gradient: fp32 (a = 4) where the parameter has less precision, else `.grad`
+    V D a                 the sum of the unembedding's gradient: in fp32 (a = 4) where the parameter has less precision
     r V 4                 low precision only: r rows of logits in fp32
 
 Scaling (loss weight, 1 / count, masks) is done on sides of width D, never on the V-wide matrix.
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mtp_mem._util import MiB
 from mtp_mem.errors import BadInput
@@ -57,7 +58,7 @@ class ChunkedTokens(Sequential):
         """See `mtp_mem.strategy.Strategy.backward`."""
         sums = UnembeddingSums(heads)
         losses = _Step(self.chunk, sums).backward(cut, heads, targets, weights)
-        sums.finish()  # after the last head's activations are gone: the sum and its copy are both large
+        sums.finish(heads)  # after the last head's activations are gone: the sum and its copy are both large
         return losses
 
     def peak_bytes(self, shape: Shape) -> int:
@@ -98,7 +99,7 @@ class _Step(Sequential):
 
     def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
         """See `Sequential.loss_backward`."""
-        gradient = self.sums.for_next_head(head.unembedding)
+        gradient = self.sums.for_next_head(head.unembedding, heads)
         normed = heads.normed(head, hidden)  # (B, S, D)
         with torch.no_grad():
             with heads.autocast():
@@ -136,26 +137,23 @@ class UnembeddingSums:
             self._heads_left[head.unembedding] += 1
             pending += head.children
 
-    def for_next_head(self, unembedding: Tensor) -> "UnembeddingGradient | None":
+    def for_next_head(self, unembedding: Tensor, heads: Heads) -> "UnembeddingGradient | None":
         """What one more head of this unembedding adds to; None where it is frozen. Sums without a head left end."""
         for complete in [weight for weight in self._sums if not self._heads_left[weight]]:
-            self._sums.pop(complete).finish()
+            self._sums.pop(complete).finish(heads)
         self._heads_left[unembedding] -= 1
         if unembedding.requires_grad and unembedding not in self._sums:
             self._sums[unembedding] = UnembeddingGradient(unembedding, self._cuda)
         return self._sums.get(unembedding)
 
-    def finish(self) -> None:
-        """Leave the sums that are still open in `.grad`."""
+    def finish(self, heads: Heads) -> None:
+        """Hand over the sums that are still open."""
         for gradient in self._sums.values():
-            gradient.finish()
+            gradient.finish(heads)
 
 
 class UnembeddingGradient:
-    """The gradient of one unembedding (V, D), summed over chunks and heads.
-
-    In an fp32 buffer of its own where the parameter has less precision, and straight into `.grad` where it has not.
-    """
+    """The gradient of one unembedding (V, D), summed over chunks and heads, in fp32 where the parameter has less."""
 
     def __init__(self, parameter: Tensor, cuda: bool) -> None:
         self.parameter, self.cuda = parameter, cuda
@@ -163,31 +161,35 @@ class UnembeddingGradient:
 
     def add(self, slab: Tensor, rows: Tensor) -> None:
         """Add slab^T rows: slab (c, V), rows (c, D), both in the compute dtype."""
-        empty = False
-        if self.buffer is None:
-            self.buffer, empty = self._begin()
+        empty = self.buffer is None
+        if self.buffer is None:  # the first product writes it, so it needs no zero fill
+            self.buffer = torch.empty_like(self.parameter, dtype=loss_dtype(self.parameter.dtype))  # (V, D)
         _add_product(self.buffer, slab.T, rows, empty, self.cuda)
 
-    def finish(self) -> None:
-        """Leave the sum in `.grad`, where it is not there already."""
-        buffer, parameter = self.buffer, self.parameter
-        self.buffer = None
-        if buffer is None or buffer is parameter.grad:
-            return
-        if parameter.grad is None:
-            parameter.grad = buffer.to(parameter.dtype)
-        else:
-            parameter.grad.add_(buffer)
+    def finish(self, heads: Heads) -> None:
+        """Hand the sum to autograd as the parameter's gradient: it adds to `.grad`, and hooks fire."""
+        if self.buffer is not None:
+            heads.backward([_HandOver.apply(self.parameter, self)], [None])  # type: ignore[no-untyped-call]
 
-    def _begin(self) -> tuple[Tensor, bool]:
-        """The buffer, and whether it holds nothing yet: the first product writes it, so it needs no zero fill."""
-        parameter = self.parameter
-        if parameter.dtype in (torch.bfloat16, torch.float16):
-            return torch.empty_like(parameter, dtype=torch.float32), True  # (V, D)
-        if parameter.grad is not None:
-            return parameter.grad, False
-        parameter.grad = torch.empty_like(parameter)  # (V, D)
-        return parameter.grad, True
+    def take(self) -> Tensor:
+        """The sum (V, D) in the parameter's dtype, kept here no longer."""
+        buffer, self.buffer = self.buffer, None
+        assert buffer is not None
+        return buffer.to(self.parameter.dtype)
+
+
+class _HandOver(torch.autograd.Function):
+    """0-dim zero whose gradient for the parameter is the sum. Autograd keeps what it is handed, without a copy."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, parameter: Tensor, gradient: UnembeddingGradient) -> Tensor:
+        ctx.gradient = gradient  # type: ignore[attr-defined]
+        return parameter.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, _grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient.take(), None  # type: ignore[attr-defined]
 
 
 def default_chunk(N: int, D: int, V: int, value_bytes: int, cuda: bool) -> int:
@@ -271,7 +273,8 @@ def _rows(z: Tensor, column: Tensor, share: Tensor) -> Tensor:
     top, wanted = z.amax(dim=1), z.gather(1, column)[:, 0]  # (c,), (c,)
     torch.ops.aten._softmax.out(z, 1, False, out=z)
     # The largest probability is at least 1 / V, so that its logarithm gives the normaliser back without underflow.
-    losses = top - z.amax(dim=1).log() - wanted  # (c,)
+    # The target's logit goes first: a large offset that all logits share then costs no digits.
+    losses = (top - wanted) - z.amax(dim=1).log()  # (c,)
     z.scatter_add_(1, column, torch.full_like(column, -1, dtype=z.dtype))
     return torch.where(share > 0, losses * share, 0.0).sum()
 

@@ -68,7 +68,7 @@ def vocabulary_slabs(hidden: Tensor, unembedding: Tensor, targets: Tensor, *, ch
 
 
 class _VocabularySlabs(torch.autograd.Function):
-    """Cross entropy over vocabulary slabs; saves only the row normalisers, shape (N,)."""
+    """Cross entropy over vocabulary slabs; saves of the logits only each row's maximum and log-sum, (N,)."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: Tensor, unembedding: Tensor, targets: Tensor, chunk: int) -> Tensor:
@@ -84,20 +84,20 @@ class _VocabularySlabs(torch.autograd.Function):
             new_top = torch.maximum(top, slab.amax(dim=1))
             total = total * (top - new_top).exp() + slab.sub_(new_top[:, None]).exp_().sum(dim=1)
             top = new_top
-        normaliser = top + total.log()  # (N,) logsumexp of all logits
+        log_total = total.log()  # (N,); logsumexp = top + log_total, whose sum would lose digits to a common offset
         valid = targets != IGNORE
         count = valid.sum().clamp(min=1)
-        ctx.save_for_backward(hidden, unembedding, targets, normaliser, valid.to(acc) / count)
+        ctx.save_for_backward(hidden, unembedding, targets, top, log_total, valid.to(acc) / count)
         ctx.chunk = chunk  # type: ignore[attr-defined]
-        return torch.where(valid, normaliser - target_logit, 0).sum() / count
+        return torch.where(valid, (top - target_logit) + log_total, 0).sum() / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden, unembedding, targets, normaliser, row_share = ctx.saved_tensors  # type: ignore[attr-defined]
+        hidden, unembedding, targets, top, log_total, row_share = ctx.saved_tensors  # type: ignore[attr-defined]
         want_hidden, want_unembedding = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
         chunk: int = ctx.chunk  # type: ignore[attr-defined]
-        acc = normaliser.dtype
+        acc = top.dtype
         # Row weights go onto the (N, D) sides of the products, never onto the (N, chunk) slab.
         row = (row_share * grad)[:, None]  # (N, 1)
         weighted = (hidden * row).to(hidden.dtype) if want_unembedding else None  # (N, D)
@@ -106,7 +106,7 @@ class _VocabularySlabs(torch.autograd.Function):
         slabs = _Slabs(hidden, min(chunk, unembedding.shape[0]))
         for start in range(0, unembedding.shape[0], chunk):
             weight = unembedding[start : start + chunk].to(hidden.dtype)  # (chunk, D)
-            slab = slabs.logits(weight).sub_(normaliser[:, None]).exp_()  # (N, chunk), probabilities
+            slab = slabs.logits(weight).sub_(top[:, None]).sub_(log_total[:, None]).exp_()  # (N, chunk), probabilities
             inside, column = _place(targets, start, slab.shape[1])
             slab.scatter_add_(1, column[:, None], -inside[:, None].to(acc))  # probabilities - onehot
             slab = slabs.narrow(slab)

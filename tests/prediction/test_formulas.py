@@ -44,7 +44,7 @@ def test_peak_above_the_baseline(spec: str, n: int, dtype: str) -> None:
     assert formula is not None
     missing = trace.peak().nbytes - trace.baseline - formula
     # Left out on purpose: scalars (losses, counts), and chunked_vocab's few numbers a row.
-    assert 0 <= missing <= (40 * workload.tokens if "vocab" in spec else 32 * n + 32)
+    assert 0 <= missing <= (44 * workload.tokens if "vocab" in spec else 32 * n + 32)
 
 
 def test_gradients_can_set_the_peak() -> None:
