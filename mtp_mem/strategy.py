@@ -182,6 +182,7 @@ class KernelLimits:
         waits: where the host waits for the device, a clause; empty: nowhere.
         rounds_loss: it returns the loss's value in the model's dtype; `verify` allows for that in losses, never in a
             gradient.
+        error_factor: how many times more than other strategies its gradients in low precision may be off.
         not_predicted: why its bytes on CUDA cannot be found out elsewhere; empty: they can.
     """
 
@@ -189,6 +190,7 @@ class KernelLimits:
     multiple_of: int = 1
     waits: str = ""
     rounds_loss: bool = False
+    error_factor: float = 1.0
     not_predicted: str = ""
 
     @property

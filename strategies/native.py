@@ -5,7 +5,8 @@
 Its options decide chunk and accumulator; "auto" is PyTorch's own choice by device and dtype (2.14 has no "balanced").
 Memory above the cut: one chunk of logits, an unembedding gradient beside the accumulated one. FLOPs: 1. The returned
 loss is as precise as the model's dtype: in bf16 its value is rounded to 8 bits (`rounds_loss`), which the gradients do
-not see. Small chunks make that worse: in bf16 on a CPU, chunks of 2 tokens out of 512, the losses were 9 % off.
+not see. Small chunks make that worse: in bf16 on a CPU, chunks of 2 tokens out of 512, the losses were 9 % off, and the
+unembedding's gradient 2.8 times as far from the oracle as naive's, under every policy (`error_factor`).
 """
 
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Native(LibraryKernel):
     policy: Literal["auto", "accurate", "balanced", "compact"] = "auto"
     limits: ClassVar[KernelLimits] = KernelLimits(
         rounds_loss=True,
+        error_factor=2.0,
         not_predicted="torch chooses chunk and sums by device inside its operator, and here is no CUDA",
     )
 

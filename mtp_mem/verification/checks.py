@@ -1,48 +1,47 @@
-"""What a verification found: a part's error, a strategy's check in one scenario and dtype, all checks of a run."""
+"""What a verification says: one strategy's check in one scenario and dtype, and all checks of a run."""
 
 from dataclasses import dataclass, field
 
 from mtp_mem.config.schema import Dtype
+from mtp_mem.verification.gradient_error import Part, Status
 
 
-@dataclass(frozen=True)
-class Part:
-    """One part's gradient, or the losses: its error against the oracle, naive's own, and what was allowed."""
-
-    name: str
-    error: float
-    naive_error: float
-    allowed: float
-    problem: str = ""  # what is wrong in words; empty where nothing is
-
-    @property
-    def passed(self) -> bool:
-        """Inside the bound, and nothing else wrong."""
-        return not self.problem and self.error <= self.allowed
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Check:
-    """One strategy in one scenario and dtype."""
+    """One strategy in one scenario and dtype.
+
+    Attributes:
+        strategy: its spec.
+        scenario: its name.
+        dtype: of the model.
+        parts: what was held against what.
+        identical: every gradient and loss equal to naive's, bit for bit.
+        exact: whether identity was possible at all in this scenario.
+        broken: the clause of the protocol that it broke, or what it raised; there are no parts then.
+    """
 
     strategy: str
     scenario: str
     dtype: Dtype
-    identical: bool  # every gradient torch.equal to naive's
-    exact: bool  # whether identity was possible at all in this scenario
     parts: tuple[Part, ...] = ()
-    broken: str = ""  # the contract broken, or what was raised; there are no parts then
+    identical: bool = False
+    exact: bool = False
+    broken: str = ""
 
     @property
-    def passed(self) -> bool:
-        """No contract broken and every part right."""
-        return not self.broken and all(part.passed for part in self.parts)
+    def status(self) -> Status:
+        """Wrong: something is. Right: nothing is, and something was checked."""
+        if self.broken or any(part.status == "wrong" for part in self.parts):
+            return "wrong"
+        return "right" if any(part.status == "right" for part in self.parts) else "unchecked"
 
     @property
     def worst(self) -> Part | None:
         """The part that failed worst, or has the largest error."""
         return max(
-            self.parts, key=lambda p: (not p.passed, bool(p.problem), p.error / max(p.allowed, 1e-300)), default=None
+            self.parts,
+            key=lambda p: (p.status == "wrong", bool(p.problem), p.error / max(p.allowed, 1e-300)),
+            default=None,
         )
 
     def explain(self) -> str:
@@ -51,13 +50,14 @@ class Check:
         if self.broken:
             return f"{where}: {self.broken}"
         part = self.worst
-        if part is None or self.passed:
+        if part is None or self.status == "unchecked":
+            return f"{where}: nothing to check"
+        if self.status == "right":
             return f"{where}: right"
         if part.problem:
             return f"{where}: {part.name}: {part.problem}"
-        return (
-            f"{where}: {part.name}: error {part.error:.1e}, naive's {part.naive_error:.1e}, allowed {part.allowed:.1e}"
-        )
+        naive = "" if part.naive_error is None else f"naive's {part.naive_error:.1e}, "
+        return f"{where}: {part.name}: error {part.error:.1e}, {naive}allowed {part.allowed:.1e}"
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,18 @@ class Verification:
 
     @property
     def failures(self) -> tuple[Check, ...]:
-        """What did not pass."""
-        return tuple(check for check in self.checks if not check.passed)
+        """What is wrong."""
+        return tuple(check for check in self.checks if check.status == "wrong")
+
+    @property
+    def unchecked(self) -> tuple[Check, ...]:
+        """Where there was nothing to check."""
+        return tuple(check for check in self.checks if check.status == "unchecked")
+
+    @property
+    def passed(self) -> bool:
+        """Everything that was asked for was run, checked and right."""
+        return self.complete and bool(self.checks) and all(check.status == "right" for check in self.checks)
 
     def of(self, strategy: str) -> tuple[Check, ...]:
         """One strategy's checks."""

@@ -1,6 +1,11 @@
-"""Are these the same gradients? Compared part by part of the model, by bits and by Frobenius-relative error."""
+"""Is it the same gradient? One rule for `verify`, which has an fp64 oracle, and for `compare`, which has naive's alone.
+
+A part of the model is right, wrong, or has nothing to check: where the right gradient is absent, zero or not finite
+there is no relative error, and agreeing with it proves nothing. A strategy must agree with it all the same.
+"""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,16 +14,36 @@ from torch import Tensor, nn
 
 from mtp_mem.config.schema import Dtype
 
+Status = Literal["right", "wrong", "unchecked"]
 Verdict = Literal["bit-identical", "within bound", "differs", "unchecked"]
-Gradients = dict[str, list[Tensor | None]]
-"""Gradients by part of the model: embedding, trunk, head 1..n, norm, unembedding (or unembedding 1..n)."""
+Reference = Literal["numbers", "zero", "not finite"]
+"""What a right gradient may consist of."""
 
-BOUNDS: dict[Dtype, float] = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 4 * 2**-7, "bf16-mixed": 4 * 2**-7}
-"""Largest Frobenius-relative difference of two right gradients, per dtype. Summing in another order costs a few units
-of the last place; bf16 has 8 significant bits, so 4 units are 4 * 2**-7. The bf16 bound was set after seeing right
-strategies differ by up to 1.7e-2: it tells a broken gradient, not a slightly worse one."""
+Gradients = Mapping[str, Sequence[Tensor | None]]
+"""By part of the model: embedding, trunk, head 1..n, norm, unembedding (or unembedding 1..n); and the losses."""
 
 BLOCK = 2**24  # elements that are compared at once: fp64 copies of whole gradients would not fit beside a large model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One part of the model's gradient, the losses, or one clause of the protocol.
+
+    Attributes:
+        name: of the part.
+        status: right, wrong or unchecked.
+        error: Frobenius-relative, against the reference; infinite where there is none to tell.
+        allowed: the largest error that is right.
+        naive_error: naive's own against the same reference, where that is an fp64 oracle.
+        problem: what is wrong, or why there is nothing to check, in words; empty where the numbers say it.
+    """
+
+    name: str
+    status: Status
+    error: float = 0.0
+    allowed: float = 0.0
+    naive_error: float | None = None
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -30,25 +55,137 @@ class Comparison:
     group: str
 
 
-def take(groups: dict[str, list[nn.Parameter]]) -> Gradients:
+def take(groups: dict[str, list[nn.Parameter]]) -> dict[str, list[Tensor | None]]:
     """Take the gradients off the parameters, leaving `.grad` empty."""
-    taken: Gradients = {name: [p.grad for p in parameters] for name, parameters in groups.items()}
+    taken: dict[str, list[Tensor | None]] = {name: [p.grad for p in own] for name, own in groups.items()}
     for parameters in groups.values():
         for parameter in parameters:
             parameter.grad = None
     return taken
 
 
-def compare(candidate: Gradients, reference: Gradients, dtype: Dtype) -> Comparison:
-    """Compare two sets of gradients of the same model on the same weights and batch, on the candidate's device."""
-    if all(_equal(candidate[name], reference[name]) for name in reference):
-        return Comparison("bit-identical", 0.0, next(iter(reference)))
-    errors = {name: relative_error(candidate[name], reference[name]) for name in reference}
-    worst = max(errors, key=errors.__getitem__)
-    return Comparison("within bound" if errors[worst] <= BOUNDS[dtype] else "differs", errors[worst], worst)
+def allowed(dtype: Dtype, naive_error: float | None = None) -> float:
+    """The largest relative error of a right gradient.
+
+    Args:
+        dtype: of the model.
+        naive_error: naive's own error, where the reference is an oracle in fp64: low precision is then never held
+            against another low-precision run; both are wrong, and the question is by how much. None: the reference is
+            a run in the same dtype. Summing in another order costs a few units of the last place; bf16 has 8
+            significant bits, so 4 units are 4 * 2**-7 (right strategies differed by up to 1.7e-2).
+    """
+    if dtype == "fp64":
+        return 1e-12
+    if dtype == "fp32":
+        return 1e-5
+    if naive_error is None or not math.isfinite(naive_error):
+        return 4 * 2**-7
+    return 2 * naive_error + 1e-4
 
 
-def relative_error(candidate: list[Tensor | None], reference: list[Tensor | None]) -> float:
+def judge(
+    name: str,
+    candidate: Sequence[Tensor | None],
+    reference: Sequence[Tensor | None],
+    dtype: Dtype,
+    *,
+    names: Sequence[str] = (),
+    naive: Sequence[Tensor | None] | None = None,
+    factor: float = 1.0,
+    rounding: float = 0.0,
+    expected: Reference = "numbers",
+) -> Part:
+    """Hold one part's tensors against the right ones.
+
+    Args:
+        name: of the part.
+        candidate: the strategy's; None where it left none.
+        reference: the right ones; None where there must be none.
+        dtype: of the model.
+        names: of the tensors, for what is said about them; by default the part's.
+        naive: naive's in the model's dtype, where the reference is an oracle in fp64.
+        factor: multiplies what is allowed in low precision.
+        rounding: error that is allowed on top.
+        expected: a reference without an error, zero or not finite, that the caller made on purpose: agreeing with it
+            is right then.
+    """
+    naive_error = None if naive is None else relative_error(naive, reference)
+    bound = allowed(dtype, naive_error) * (factor if dtype.startswith("bf16") else 1.0) + rounding
+
+    def part(status: Status, problem: str, error: float = math.inf) -> Part:
+        if status == "unchecked" or (status == "right" and problem):
+            error = 0.0
+        return Part(name=name, status=status, error=error, allowed=bound, naive_error=naive_error, problem=problem)
+
+    pairs: list[tuple[Tensor, Tensor]] = []
+    rows = zip(names or [name] * len(reference), candidate, reference, naive or reference, strict=True)
+    for tensor, own, right, plain in rows:
+        if own is None and right is None:
+            continue
+        if own is None:
+            return part("wrong", f"{tensor} has no gradient")
+        if right is None:
+            return part("wrong", f"{tensor} is frozen and has a gradient")
+        if own.shape != right.shape:
+            return part("wrong", f"{tensor} has shape {tuple(own.shape)}, expected {tuple(right.shape)}")
+        if torch.isfinite(right).all():
+            if not torch.isfinite(own).all():
+                return part("wrong", f"{tensor} is not finite")
+            if plain is not None and plain.any() and not own.any():
+                return part("wrong", f"{tensor} is zero")
+        elif torch.isfinite(own).all():
+            return part("wrong", f"{tensor} is finite, where the right one is not")
+        pairs.append((own, right))
+    if not pairs:
+        return part("unchecked", "frozen")
+    if not all(torch.isfinite(right).all() for _, right in pairs):
+        return part("right" if expected == "not finite" else "unchecked", "not finite, as the right one")
+    if not any(right.any() for _, right in pairs):
+        if any(own.any() for own, _ in pairs):
+            return part("wrong", "is not zero, where the right one is")
+        return part("right" if expected == "zero" else "unchecked", "zero, as the right one")
+    error = relative_error(candidate, reference)
+    if error <= bound:
+        return part("right", "", error)
+    return part("wrong", _as_a_multiple(pairs), error)
+
+
+def compare(candidate: Gradients, reference: Gradients, dtype: Dtype, loss_rounding: float = 0.0) -> Comparison:
+    """Compare gradients and losses of one model on the same weights and batch, both in the model's dtype.
+
+    Args:
+        candidate: the strategy's; where they lie is where the comparison runs.
+        reference: those they must equal.
+        dtype: of the model.
+        loss_rounding: what the strategy's kernel rounds a loss's value by.
+    """
+    parts = [
+        judge(name, candidate[name], own, dtype, rounding=loss_rounding * (name == "losses"))
+        for name, own in reference.items()
+    ]
+    worst = max(parts, key=lambda part: (part.status == "wrong", part.error))
+    if worst.status == "wrong":
+        return Comparison("differs", worst.error, worst.name)
+    if all(part.status == "unchecked" for part in parts):
+        return Comparison("unchecked", 0.0, worst.name)
+    same = all(identical(candidate[part.name], reference[part.name]) for part in parts if part.status == "right")
+    return Comparison("bit-identical" if same else "within bound", worst.error, worst.name)
+
+
+def identical(candidate: Sequence[Tensor | None], reference: Sequence[Tensor | None]) -> bool:
+    """Equal bit for bit and in dtype; what is not finite equals nothing."""
+    for a, b in zip(candidate, reference, strict=True):
+        if a is None and b is None:
+            continue
+        if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        for x, y in zip(a.flatten().split(BLOCK), b.flatten().split(BLOCK), strict=True):
+            if not torch.equal(x, y.to(x.device)) or not torch.isfinite(x).all():
+                return False
+    return True
+
+
+def relative_error(candidate: Sequence[Tensor | None], reference: Sequence[Tensor | None]) -> float:
     """||candidate - reference|| / ||reference|| over a group of tensors, in fp64, on the candidate's device.
 
     Infinite where one of the two has no gradient and the other has, or where anything is not finite.
@@ -70,8 +207,15 @@ def relative_error(candidate: list[Tensor | None], reference: list[Tensor | None
     return math.sqrt(difference / norm)
 
 
-def _equal(candidate: list[Tensor | None], reference: list[Tensor | None]) -> bool:
-    return all(
-        a is b or (a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b.to(a.device)))
-        for a, b in zip(candidate, reference, strict=True)
-    )
+def _as_a_multiple(pairs: Sequence[tuple[Tensor, Tensor]]) -> str:
+    """Of a wrong gradient (first of each pair) that is a multiple of the right one: which."""
+    product = norm = 0.0
+    for own, right in pairs:
+        wide = right.to(own.device).double()
+        product += (wide * own).sum().item()
+        norm += wide.square().sum().item()
+    factor = product / norm
+    multiple = [factor * right.double() for _, right in pairs]
+    if abs(factor - 1) > 0.01 and relative_error([own for own, _ in pairs], multiple) < 0.01:
+        return f"{factor:.3g} times the right one"
+    return ""

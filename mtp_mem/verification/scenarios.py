@@ -4,6 +4,7 @@ A scenario is data: what is unusual about its model, its batch or the way it is 
 batches; `oracle` computes what is right in fp64 by plain autograd on `model(tokens)`: no cut, no tree, no strategy.
 """
 
+import contextlib
 import dataclasses
 import math
 import typing
@@ -17,10 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from mtp_mem.config.schema import ALL_DTYPES, Dtype, HeadKind, ModelConfig, Unembedding
 from mtp_mem.data import Batch, make_batch
+from mtp_mem.errors import BadInput
 from mtp_mem.model.losses import IGNORE
 from mtp_mem.model.mtp_model import PARAMETER_DTYPES, MTPModel
 from mtp_mem.step import TrainingStep, make_optimizer
 from mtp_mem.strategy import Strategy, load_strategy
+from mtp_mem.verification.gradient_error import Reference
 
 CHUNK = 13  # divides neither V = 67 nor the number of tokens
 DROPOUT = 0.2
@@ -37,18 +40,24 @@ class Scenario:
     batch: int = 2
     sequence: int = 11
     vocab_size: int = 67
+    dim: int = 32
     kv_heads: int = 2
     weights: tuple[float, ...] | None = None
     scale: float = 1.0
-    frozen: Literal["", "trunk", "unembedding", "head 2"] = ""
-    ignored: Literal["tail", "nothing", "a chunk", "a head", "everything"] = "tail"
+    frozen: tuple[str, ...] = ()  # parts of the model, or "all but" and the parts that train
+    ignored: Literal["tail", "nothing", "a chunk", "a head", "everything", "most of one sequence"] = "tail"
+    edge_targets: bool = False  # the first and the last id, and one that no token has, are targets
     batches: tuple[int, ...] = (0,)  # seeds; the same twice repeats a batch. Gradients accumulate over all
     prefilled: bool = False  # `.grad` holds something before the first batch
+    std: float = 0.15  # of the weights: larger than an initialisation, so that softmax is far from uniform
     logits: float = 1.0  # the unembedding is multiplied by this
+    offset: float = 0.0  # all logits are this number, and nothing but the unembedding trains
+    not_a_number: str = ""  # the parameter that holds one NaN
     trunk: Literal["plain", "dropout", "checkpointed"] = "plain"
     steps: int = 0  # optimizer steps before
-    chunk: int | None = CHUNK  # for strategies that have this option; None leaves theirs
+    chunk: int | None = CHUNK  # for every integer option of a strategy; None leaves its defaults
     dtypes: tuple[Dtype, ...] = ALL_DTYPES
+    expected: Reference = "numbers"  # what every gradient and loss consists of
 
     @property
     def exact(self) -> bool:
@@ -72,7 +81,7 @@ class Scenario:
         """The model's shape."""
         return ModelConfig(
             vocab_size=self.vocab_size,
-            dim=32,
+            dim=self.dim,
             n_layers=2,
             n_attention_heads=4,
             n_kv_heads=self.kv_heads,
@@ -86,30 +95,36 @@ class Scenario:
 
 def _kinds() -> list[Scenario]:
     kinds: tuple[HeadKind, ...] = ("causal", "anticausal", "linear", "deepseek", "medusa")
-    found = [Scenario(name=f"{kind} heads", head=kind, n=4) for kind in kinds]
+    scenarios = [Scenario(name=f"{kind} heads", head=kind, n=4) for kind in kinds]
     ways: tuple[Unembedding, ...] = ("tied", "replicated")
-    found += [Scenario(name=f"{u} unembedding", unembedding=u) for u in ways]
-    return [*found, Scenario(name="deepseek heads, tied", head="deepseek", unembedding="tied")]
+    scenarios += [Scenario(name=f"{u} unembedding", unembedding=u) for u in ways]
+    return [*scenarios, Scenario(name="deepseek heads, tied", head="deepseek", unembedding="tied")]
 
 
 SCENARIOS: tuple[Scenario, ...] = (
     *(Scenario(name=f"n = {n}", n=n) for n in (1, 2, 3, 4, 8)),
     *_kinds(),
-    Scenario(name="S = 1", sequence=1),
+    Scenario(name="S = 1", sequence=1, expected="zero"),
     Scenario(name="one row, n larger than S", batch=1, sequence=3, n=4),
     Scenario(name="odd sizes", batch=3, sequence=7, vocab_size=41),
     Scenario(name="no grouped queries", kv_heads=4),
     Scenario(name="chunk of 1", chunk=1, sequence=5),
     Scenario(name="chunk divides everything", chunk=11, vocab_size=66),
     Scenario(name="chunk larger than everything", chunk=1000),
-    Scenario(name="frozen trunk", frozen="trunk"),
-    Scenario(name="frozen unembedding", frozen="unembedding"),
-    Scenario(name="frozen head", frozen="head 2"),
-    Scenario(name="frozen head in a chain", frozen="head 2", head="causal"),
+    Scenario(name="frozen trunk", frozen=("embedding", "trunk")),
+    Scenario(name="frozen embedding", frozen=("embedding",)),
+    Scenario(name="frozen trunk layers", frozen=("trunk",)),
+    Scenario(name="frozen unembedding", frozen=("unembedding",)),
+    Scenario(name="frozen norm", frozen=("norm",)),
+    Scenario(name="frozen head", frozen=("head 2",)),
+    Scenario(name="frozen head in a chain", frozen=("head 2",), head="causal"),
+    Scenario(name="everything frozen but the heads", frozen=("all but", "head 1", "head 2", "head 3")),
     Scenario(name="no target ignored", ignored="nothing"),
     Scenario(name="a whole chunk ignored", ignored="a chunk"),
     Scenario(name="a whole head ignored", ignored="a head"),
-    Scenario(name="everything ignored", ignored="everything"),
+    Scenario(name="everything ignored", ignored="everything", expected="zero"),
+    Scenario(name="most of one sequence ignored", ignored="most of one sequence"),
+    Scenario(name="first, last and undrawn id as targets", edge_targets=True),
     Scenario(name="loss weights lambda / D", weights=(1.0, 0.15, 0.15)),
     Scenario(name="loss weight 0", weights=(1.0, 0.0, 0.3)),
     Scenario(name="upstream scale 0.37", scale=0.37),
@@ -122,7 +137,23 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(name="checkpointed trunk", trunk="checkpointed"),
     Scenario(name="after five optimizer steps", steps=5),
     Scenario(name="many chunks in bf16", batch=8, sequence=64, n=2, chunk=2, dtypes=("bf16",)),
+    Scenario(name="logits with a common offset of 2^20", offset=2.0**20),
+    Scenario(name="logits with a common offset of 2^27", offset=2.0**27),
+    Scenario(name="NaN in the unembedding", not_a_number="unembedding.weight", expected="not finite"),
+    Scenario(name="NaN in the norm", not_a_number="norm.weight", expected="not finite"),
 )
+
+REAL_SIZES: tuple[Scenario, ...] = (
+    Scenario(name="N = 4,101", batch=3, sequence=1367, n=2, vocab_size=521, dim=64, chunk=None, dtypes=("fp32",)),
+    Scenario(name="V = 33,001", sequence=24, n=2, vocab_size=33001, dim=128, chunk=None, dtypes=("fp32",)),
+    Scenario(name="V = 33,001, as initialised", n=2, vocab_size=33001, std=0.02, chunk=None, dtypes=("fp32",)),
+    Scenario(name="N = 630, V = 8,209", sequence=315, n=2, vocab_size=8209, dim=192, chunk=None, dtypes=("bf16",)),
+)
+"""Sizes that cross what kernels and chunk loops take for granted, at a strategy's default options.
+
+More than 4096 tokens and no power of two, more than 32768 vocabulary entries with a partial last slab, widths of 64,
+128 and 192, and fewer tokens than any default chunk.
+"""
 
 
 class _Trunk(MTPModel):
@@ -166,14 +197,19 @@ def build(scenario: Scenario, dtype: Dtype, device: torch.device) -> Problem:
         drawn.kind = scenario.trunk
         with torch.no_grad():
             for name, parameter in drawn.named_parameters():
-                if parameter.dim() > 1:  # larger than an initialisation: softmax far from uniform
-                    parameter.normal_(std=0.15 * (scenario.logits if name.startswith("unembedding") else 1.0))
+                if parameter.dim() > 1:
+                    parameter.normal_(std=scenario.std * (scenario.logits if name.startswith("unembedding") else 1.0))
+        if scenario.offset:
+            _offset(drawn, scenario.offset)
         prefilled = {name: torch.randn_like(p) * 0.01 for name, p in drawn.named_parameters()}
         batches = {seed: _batch(scenario, seed) for seed in dict.fromkeys(scenario.batches)}
     model = drawn.moved(dtype, device)
     if scenario.steps:
         _train(model, batches[scenario.batches[0]], scenario.steps)
-    for parameter in _frozen(model, scenario.frozen):
+    if scenario.not_a_number:
+        with torch.no_grad():
+            model.get_parameter(scenario.not_a_number).view(-1)[5] = torch.nan
+    for parameter in _frozen(model, scenario):
         parameter.requires_grad_(False)
     before = {}
     if scenario.prefilled:
@@ -221,13 +257,19 @@ def plain_step(model: MTPModel, batch: Batch, weights: Sequence[float] | None, s
     return losses.detach()
 
 
-def with_chunk(strategy: Strategy, chunk: int | None) -> Strategy:
-    """The strategy with this chunk size, if it has such an option."""
-    options: tuple[dataclasses.Field[Any], ...] = (
-        dataclasses.fields(strategy) if dataclasses.is_dataclass(strategy) else ()
-    )
-    if chunk is not None and any(option.name == "chunk" for option in options):
-        return typing.cast(Strategy, dataclasses.replace(typing.cast(Any, strategy), chunk=chunk))
+def with_options(strategy: Strategy, size: int | None) -> Strategy:
+    """The strategy with every integer option of its dataclass set to `size`; None leaves its defaults.
+
+    Chunks, blocks, tiles and the like, whatever they are called: a right strategy is right at every size. An option
+    that refuses the size keeps its default.
+    """
+    if size is None or not dataclasses.is_dataclass(strategy):
+        return strategy
+    hints = typing.get_type_hints(type(strategy))
+    for option in dataclasses.fields(strategy):
+        if option.init and hints[option.name] in (int, int | None):
+            with contextlib.suppress(BadInput, ValueError):
+                strategy = dataclasses.replace(typing.cast(Any, strategy), **{option.name: size})
     return strategy
 
 
@@ -246,20 +288,52 @@ def _batch(scenario: Scenario, seed: int) -> Batch:
         targets[1] = IGNORE
     elif scenario.ignored == "everything":
         targets[:] = IGNORE
+    elif scenario.ignored == "most of one sequence":
+        targets[:, 0, 2:] = IGNORE
+    if scenario.edge_targets:
+        tokens[tokens == scenario.vocab_size - 2] = 1
+        targets[targets == scenario.vocab_size - 2] = 1
+        targets[:, 0, :3] = torch.tensor([0, scenario.vocab_size - 1, scenario.vocab_size - 2])
     return Batch(tokens, targets)
 
 
-def _frozen(model: MTPModel, part: str) -> list[torch.nn.Parameter]:
+def _frozen(model: MTPModel, scenario: Scenario) -> list[torch.nn.Parameter]:
     groups = model.groups()
-    if part == "trunk":
-        return [*groups["embedding"], *groups["trunk"]]
-    return groups[part] if part else []
+    if scenario.frozen[:1] == ("all but",):
+        return [p for name, own in groups.items() if name not in scenario.frozen for p in own]
+    return [p for name in scenario.frozen for p in groups[name]]
+
+
+class _Constant(torch.nn.Module):
+    """Instead of a norm: hidden states (B, S, D) -> (1, 1, 0, ..., 0) at every place."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(dim, dtype=torch.float64))
+        with torch.no_grad():
+            self.weight[:2] = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight.to(x.dtype).expand_as(x)
+
+
+def _offset(model: MTPModel, offset: float) -> None:
+    """Make every logit `offset` exactly: losses are log(V), and the second column of dW is that of p = 1 / V."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.norm = _Constant(model.config.dim)  # type: ignore[assignment]
+    model.norm.weight.requires_grad_(False)
+    with torch.no_grad():
+        for unembedding in model.unembeddings():
+            unembedding.weight.zero_()
+            unembedding.weight[:, 0] = offset
+            unembedding.weight.requires_grad_(True)
 
 
 def _train(model: MTPModel, batch: Batch, steps: int) -> None:
     device = next(model.parameters()).device
-    here = Batch(batch.tokens.to(device), batch.targets.to(device))
-    step = TrainingStep(model, make_optimizer(model, lr=0.01), here, load_strategy("naive"))
+    on_device = Batch(batch.tokens.to(device), batch.targets.to(device))
+    step = TrainingStep(model, make_optimizer(model, lr=0.01), on_device, load_strategy("naive"))
     for _ in range(steps):
         step()
     step.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,158 @@
+"""What one gradient cannot show: the protocol's other clauses, and what a strategy does from one step to the next."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mtp_mem.config.schema import Dtype
+from mtp_mem.memory.tracker import Tracker
+from mtp_mem.model.mtp_model import MTPModel
+from mtp_mem.step import forward_backward
+from mtp_mem.strategy import Strategy, kernel_limits, load_strategy
+from mtp_mem.verification.checks import Check
+from mtp_mem.verification.contract import BrokenContract, Watched, counted_hooks, unchanged
+from mtp_mem.verification.gradient_error import Part, identical, judge
+from mtp_mem.verification.scenarios import Outcome, Problem, Scenario, build, plain_step, run, with_options
+
+STEPS = 6
+LEARNING_RATE = 0.3
+
+
+def protocol(name: str, strategy: Strategy, scenario: Scenario, dtype: Dtype, device: torch.device) -> Check:
+    """One step under watch, clause by clause; and the same step again after another one gives the same gradient.
+
+    Args:
+        name: the strategy's.
+        strategy: the one to check.
+        scenario: of one batch, in sizes that the strategy takes.
+        dtype: one that the strategy takes.
+        device: where it runs.
+    """
+    problem = build(replace(scenario, name="protocol"), dtype, device)
+    other = build(replace(scenario, batches=(1,)), dtype, device)
+    parameters = dict(problem.model.named_parameters())
+
+    def hooks_run() -> None:
+        problem.model.zero_grad(set_to_none=True)
+        with counted_hooks(parameters):
+            forward_backward(problem.model, problem.batches[0], with_options(strategy, scenario.chunk))
+
+    def keeps_no_state() -> None:
+        first = watched(problem, strategy)
+        watched(other, strategy)
+        again = watched(problem, strategy)
+        if not all(identical([again.gradients[key]], [first.gradients[key]]) for key in first.gradients):
+            raise BrokenContract("keeps state: the same step again gives another gradient")
+
+    clauses: dict[str, Callable[[], object]] = {
+        "changes nothing but .grad": lambda: watched(problem, strategy, on_device=True),
+        "parameters' hooks run": hooks_run,
+        "keeps no state": keeps_no_state,
+    }
+    parts = []
+    for clause, check in clauses.items():
+        try:
+            check()
+        except (Exception, SystemExit) as e:
+            return Check(strategy=name, scenario="protocol", dtype=dtype, broken=one_line(e))
+        parts.append(Part(name=clause, status="right"))
+    return Check(strategy=name, scenario="protocol", dtype=dtype, parts=tuple(parts))
+
+
+def across_steps(name: str, strategy: Strategy, scenario: Scenario, dtype: Dtype, device: torch.device) -> Check:
+    """Six steps of SGD, each on another batch, against the same six by plain autograd in fp64.
+
+    Held against each other after every step: the losses, and how far the weights have come. Besides, a step may not
+    change what an earlier one returned or left in `.grad`, and after it no memory may stay that the strategy took.
+
+    Args:
+        name: the strategy's.
+        strategy: the one to check; its first step here is to be its first at all.
+        scenario: in sizes that the strategy takes.
+        dtype: one that the strategy takes.
+        device: where it runs.
+    """
+    scenario = replace(scenario, name=f"{STEPS} optimizer steps", batches=tuple(range(STEPS)))
+    problem = build(scenario, dtype, device)
+    exact, naive = problem.model.moved("fp64", torch.device("cpu")), problem.model.moved(dtype, device)
+    start = _values(exact)
+    models = {"strategy": problem.model, "naive": naive, "exact": exact}
+    optimizers = {key: torch.optim.SGD(model.parameters(), lr=LEARNING_RATE) for key, model in models.items()}
+    tracker = Tracker(problem.model.config.vocab_size, problem.model.config.dim, [])
+    tracker.resident("parameters", problem.model.named_parameters())
+    for number, batch in enumerate(problem.batches):
+        tracker.resident("other", ((f"tokens {number}", batch.tokens), (f"targets {number}", batch.targets)))
+    inner = with_options(strategy, scenario.chunk)
+    parts: list[Part] = []
+    returned: list[tuple[Tensor, Tensor]] = []  # what a step returned or left in `.grad`, and a copy
+    try:
+        for number, batch in enumerate(problem.batches, start=1):
+            host = replace(batch, tokens=batch.tokens.cpu(), targets=batch.targets.cpu())
+            guarded = Watched(inner, dict(problem.model.named_parameters()))
+            for optimizer in optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+            with tracker:
+                losses = forward_backward(problem.model, batch, guarded)
+            right, theirs = plain_step(exact, host, None, 1.0), forward_backward(naive, batch, load_strategy("naive"))
+            parts.append(judge(f"losses of step {number}", [losses], [right], dtype, naive=[theirs]))
+            for value, copy in returned:
+                if not torch.equal(value, copy):
+                    raise BrokenContract(f"step {number} changes the losses or the .grad of the step before")
+            left = [losses, *(p.grad for p in problem.model.parameters() if p.grad is not None)]
+            returned = [(value, value.detach().clone()) for value in left]
+            for optimizer in optimizers.values():
+                optimizer.step()
+            own, plain, oracle = ([v - s for v, s in zip(_values(m), start, strict=True)] for m in models.values())
+            parts.append(judge(f"weights after step {number}", own, oracle, dtype, naive=plain))
+        del losses, left, value, copy, guarded
+        returned.clear()
+        optimizers["strategy"].zero_grad(set_to_none=True)
+        gc.collect()
+        live = tracker.trace.live_after(len(tracker.trace.events) - 1)
+        kept = [storage for storage in live if not storage.name]  # what was there before the first step has a name
+        if kept:
+            largest = max(kept, key=lambda storage: storage.nbytes)
+            raise BrokenContract(
+                f"keeps {sum(storage.nbytes for storage in kept):,} bytes from step to step,"
+                f" the largest a tensor {largest.shape} made by {largest.op}"
+            )
+    except (Exception, SystemExit) as e:
+        return Check(strategy=name, scenario=scenario.name, dtype=dtype, broken=one_line(e))
+    parts += [Part(name=clause, status="right") for clause in ("earlier steps stay as they were", "keeps no memory")]
+    return Check(strategy=name, scenario=scenario.name, dtype=dtype, parts=tuple(parts))
+
+
+def watched(problem: Problem, strategy: Strategy, *, on_device: bool = False) -> Outcome:
+    """The problem's outcome with this strategy, held to the protocol.
+
+    Args:
+        problem: what is run.
+        strategy: its integer options are set as the scenario asks.
+        on_device: also held against what would go wrong on a device only, see `contract.on_a_device`.
+
+    Raises:
+        BrokenContract: with what is broken in words.
+    """
+    scenario, parameters = problem.scenario, dict(problem.model.named_parameters())
+    may_sync = not on_device or bool(kernel_limits(strategy).waits)
+    guarded = Watched(with_options(strategy, scenario.chunk), parameters, may_sync)
+    with unchanged(parameters):
+        return run(
+            problem, lambda model, batch: forward_backward(model, batch, guarded, scenario.weights, scenario.scale)
+        )
+
+
+def one_line(error: BaseException) -> str:
+    """The broken contract; or what was raised, and where, in one line."""
+    if isinstance(error, BrokenContract):
+        return str(error)
+    if isinstance(error, SystemExit):
+        return f"quits the process ({error.code!r})"
+    return f"raised {type(error).__name__}: {error}".split("\n")[0]
+
+
+def _values(model: MTPModel) -> list[Tensor]:
+    return [parameter.detach().to("cpu", torch.float64, copy=True) for parameter in model.parameters()]
