@@ -46,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
     from mtp_mem.errors import unknown
     from mtp_mem.runs.bench import resolve_device
     from mtp_mem.verification.checks import Verification
-    from mtp_mem.verification.scenarios import SCENARIOS
     from mtp_mem.verification.verify import verify
 
     settle_numerics(args)
@@ -65,36 +64,33 @@ def run(args: argparse.Namespace) -> int:
             remarks = _on_profile(args, asked, device, checks.append)
         else:
             dtypes: tuple[Dtype, ...] = (args.dtype,) if args.dtype else ALL_DTYPES
-            with progress(sum(d in s.dtypes for s in SCENARIOS for d in dtypes)) as begin:
+            with progress(None) as begin:
                 remarks = verify(asked, dtypes=dtypes, device=device, progress=begin, each=checks.append).remarks
-    found = Verification(tuple(checks), remarks or (), complete=remarks is not None)
-    _show(args, found)
-    if not found.complete:
+    result = Verification(tuple(checks), remarks or (), complete=remarks is not None)
+    _show(args, result)
+    if not result.complete:
         return 130
-    return 1 if found.failures else 0
+    return 0 if result.passed else 1
 
 
-def _show(args: argparse.Namespace, found: "Verification") -> None:
+def _show(args: argparse.Namespace, result: "Verification") -> None:
     from mtp_mem.report import tables
 
-    failures, specs = found.failures, list(dict.fromkeys(check.strategy for check in found.checks))
+    specs = list(dict.fromkeys(check.strategy for check in result.checks))
     if args.json:
-        document = {
-            "passed": found.complete and not failures,
-            "summary": _sentence(found, specs),
-            "remarks": found.remarks,
-        }
-        print(json.dumps(document | {"checks": [_json(check) for check in found.checks]}, indent=1))
+        document = {"passed": result.passed, "summary": _sentence(result, specs), "remarks": result.remarks}
+        print(json.dumps(document | {"checks": [_json(check) for check in result.checks]}, indent=1))
         return
     screen = console()
-    screen.print(tables.verification(found, specs, screen))
-    for line in found.remarks:
+    screen.print(tables.verification(result, specs, screen))
+    for line in result.remarks:
         screen.print(line, markup=False)
-    for check in failures[:SHOWN]:
+    not_right = [*result.failures, *result.unchecked]
+    for check in not_right[:SHOWN]:
         screen.print(check.explain(), markup=False)
-    if len(failures) > SHOWN:
-        screen.print(f"... and {len(failures) - SHOWN} more; --json has them all", markup=False)
-    screen.print(_sentence(found, specs), markup=False)
+    if len(not_right) > SHOWN:
+        screen.print(f"... and {len(not_right) - SHOWN} more; --json has them all", markup=False)
+    screen.print(_sentence(result, specs), markup=False)
 
 
 def _asked(args: argparse.Namespace) -> list[str] | None:
@@ -142,13 +138,17 @@ def _prove(args: argparse.Namespace, device: "torch.device") -> int:
     from mtp_mem.config.schema import ALL_DTYPES
     from mtp_mem.report import tables
     from mtp_mem.verification.broken_strategies import BROKEN
-    from mtp_mem.verification.scenarios import SCENARIOS
+    from mtp_mem.verification.scenarios import REAL_SIZES, SCENARIOS
     from mtp_mem.verification.verify import verify
 
-    with progress(sum(len(s.dtypes) for s in SCENARIOS)) as begin:
-        found = verify([broken() for broken in BROKEN], dtypes=ALL_DTYPES, device=device, progress=begin)
-    caught = {b.__name__: [c for c in found.of(b.__name__) if not c.passed] for b in BROKEN}
-    missed = [b.__name__ for b in BROKEN if not any(c.scenario == b.caught_by for c in caught[b.__name__])]
+    caught: dict[str, list[Check]] = {}
+    with progress(len(BROKEN)) as begin:
+        for broken in BROKEN:
+            begin(broken.__name__)
+            made_for_it = [s for s in (*SCENARIOS, *REAL_SIZES) if s.name == broken.caught_by]
+            result = verify([broken()], dtypes=ALL_DTYPES, scenarios=made_for_it, device=device)
+            caught[broken.__name__] = [c for c in result.failures if c.scenario == broken.caught_by]
+    missed = [name for name, failures in caught.items() if not failures]
     if args.json:
         rows = [
             {
@@ -170,29 +170,37 @@ def _prove(args: argparse.Namespace, device: "torch.device") -> int:
     return 1 if missed else 0
 
 
-def _sentence(found: "Verification", specs: list[str]) -> str:
-    wrong = sorted({check.strategy for check in found.failures})
-    if wrong and not found.complete:
+def _sentence(result: "Verification", specs: list[str]) -> str:
+    wrong = sorted({check.strategy for check in result.failures})
+    if wrong and not result.complete:
         return f"WRONG: {', '.join(wrong)}. Stopped before the end: of the others nothing is known."
     if wrong:
-        return f"WRONG: {', '.join(wrong)}. The others are right." if len(wrong) < len(specs) else "WRONG: all of them."
-    if not found.complete:
-        return f"Stopped: of {len(found.checks)} checks none failed; the others were not run."
-    same = [s for s in specs if all(c.identical for c in found.of(s) if c.exact)]
-    sentence = f"Right: {len(found.checks)} checks, none failed."
+        rest = " Of the others none is." if len(wrong) < len(specs) else ""
+        return f"WRONG: {', '.join(wrong)}.{rest}"
+    if not result.complete:
+        return f"Stopped: of {len(result.checks)} checks none failed; the others were not run."
+    if not result.checks:
+        return "Nothing was checked: there was nothing to run."
+    if result.unchecked:
+        return (
+            f"NOT verified: of {len(result.checks)} checks {len(result.unchecked)} had nothing to check: every right"
+            " gradient there is absent, zero or not finite."
+        )
+    same = [s for s in specs if all(c.identical for c in result.of(s) if c.exact)]
+    sentence = f"Right: {len(result.checks)} checks, none failed."
     if same:
         sentence += f" Bit-identical to naive wherever the order allows it: {', '.join(same)}."
     return sentence
 
 
 def _json(check: "Check") -> dict[str, Any]:
-    def number(value: float) -> float | str:
-        return value if math.isfinite(value) else "inf"
+    def number(value: float | None) -> float | str | None:
+        return value if value is None or math.isfinite(value) else "inf"
 
     parts = [
         {
             "part": p.name,
-            "passed": p.passed,
+            "status": p.status,
             "error": number(p.error),
             "naive_error": number(p.naive_error),
             "allowed": number(p.allowed),
@@ -204,7 +212,8 @@ def _json(check: "Check") -> dict[str, Any]:
         "strategy": check.strategy,
         "scenario": check.scenario,
         "dtype": check.dtype,
-        "passed": check.passed,
+        "status": check.status,
+        "passed": check.status == "right",
         "bit_identical": check.identical,
         "broken": check.broken,
         "parts": parts,

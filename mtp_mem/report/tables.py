@@ -99,12 +99,12 @@ def verification(result: Verification, specs: Sequence[str], console: Console) -
     for spec in specs:
         checks = result.of(spec)
         exact = [check for check in checks if check.exact and check.parts]
-        cells = [spec, f"{sum(c.passed for c in checks)}/{len(checks)}"]
+        cells = [spec, f"{sum(c.status == 'right' for c in checks)}/{len(checks)}"]
         cells.append(f"{sum(c.identical for c in exact)}/{len(exact)}")
         for dtype in dtypes:
             parts = [part for check in checks if check.dtype == dtype for part in check.parts]
-            worst = max(parts, key=lambda part: part.error, default=None)
-            cells.append("-" if worst is None else f"{worst.error:.0e} ({worst.naive_error:.0e})")
+            errors = [(part.error, part.naive_error) for part in parts if part.naive_error is not None]
+            cells.append("-" if not errors else "{:.0e} ({:.0e})".format(*max(errors)))
         table.add_row(*cells[: len(table.columns)])
     return table
 

@@ -91,6 +91,7 @@ def judge(
     *,
     names: Sequence[str] = (),
     naive: Sequence[Tensor | None] | None = None,
+    naive_error: float | None = None,
     factor: float = 1.0,
     rounding: float = 0.0,
     expected: Reference = "numbers",
@@ -104,12 +105,14 @@ def judge(
         dtype: of the model.
         names: of the tensors, for what is said about them; by default the part's.
         naive: naive's in the model's dtype, where the reference is an oracle in fp64.
+        naive_error: its `relative_error`, where it is known already.
         factor: multiplies what is allowed in low precision.
         rounding: error that is allowed on top.
         expected: a reference without an error, zero or not finite, that the caller made on purpose: agreeing with it
             is right then.
     """
-    naive_error = None if naive is None else relative_error(naive, reference)
+    if naive_error is None and naive is not None:
+        naive_error = relative_error(naive, reference)
     bound = allowed(dtype, naive_error) * (factor if dtype.startswith("bf16") else 1.0) + rounding
 
     def part(status: Status, problem: str, error: float = math.inf) -> Part:

@@ -147,7 +147,7 @@ REAL_SIZES: tuple[Scenario, ...] = (
     Scenario(name="N = 4,101", batch=3, sequence=1367, n=2, vocab_size=521, dim=64, chunk=None, dtypes=("fp32",)),
     Scenario(name="V = 33,001", sequence=24, n=2, vocab_size=33001, dim=128, chunk=None, dtypes=("fp32",)),
     Scenario(name="V = 33,001, as initialised", n=2, vocab_size=33001, std=0.02, chunk=None, dtypes=("fp32",)),
-    Scenario(name="N = 630, V = 8,209", sequence=315, n=2, vocab_size=8209, dim=192, chunk=None, dtypes=("bf16",)),
+    Scenario(name="D = 192", sequence=150, n=2, vocab_size=4111, dim=192, std=0.05, chunk=None, dtypes=("fp32",)),
 )
 """Sizes that cross what kernels and chunk loops take for granted, at a strategy's default options.
 

@@ -7,6 +7,7 @@ mtp_mem/verification/gradient_error.py. Besides, every strategy is held to the p
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -130,49 +131,67 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@dataclass(frozen=True)
+class _Truth:
+    """What every strategy of one problem is held against; naive's own errors are worked out once."""
+
+    exact: Outcome
+    naive: Outcome
+    naive_errors: dict[str, float] = field(default_factory=dict)
+
+
 def verify_problem(problem: Problem, dtype: Dtype, strategies: dict[str, Strategy]) -> Iterator[Check]:
     """One scenario in one dtype: the oracle and naive once, then every strategy."""
     scenario = problem.scenario
     exact = oracle(problem)
     plain = load_strategy("naive")
     naive = run(problem, lambda m, batch: forward_backward(m, batch, plain, scenario.weights, scenario.scale))
+    truth = _Truth(exact, naive)
     for name, strategy in strategies.items():
         try:
             outcome = watched(problem, strategy)
         except (Exception, SystemExit) as e:
             yield Check(strategy=name, scenario=scenario.name, dtype=dtype, broken=one_line(e))
             continue
-        chunks = math.ceil(problem.batches[0].tokens.numel() / (scenario.chunk or LIBRARY_CHUNK))
         yield Check(
             strategy=name,
             scenario=scenario.name,
             dtype=dtype,
-            parts=tuple(_parts(problem, dtype, outcome, naive, exact, kernel_limits(strategy), chunks)),
+            parts=tuple(_parts(problem, dtype, outcome, truth, kernel_limits(strategy))),
             identical=_identical(outcome, naive),
             exact=scenario.exact and scenario.expected != "not finite",
         )
 
 
-def _parts(
-    problem: Problem, dtype: Dtype, outcome: Outcome, naive: Outcome, exact: Outcome, limits: KernelLimits, chunks: int
-) -> Iterator[Part]:
-    names = {parameter: name for name, parameter in problem.model.named_parameters()}
-    expected = problem.scenario.expected
-    for group, parameters in problem.model.groups().items():
-        own = [names[p] for p in parameters]
-        gradients, naives, right = ([_host(o.gradients[name]) for name in own] for o in (outcome, naive, exact))
-        title = f"gradient of {group}"
-        factor = limits.error_factor
-        yield judge(title, gradients, right, dtype, names=own, naive=naives, factor=factor, expected=expected)
-    losses, naives, right = ([_host(o.losses)] for o in (outcome, naive, exact))
-    rounding = chunks * LAST_PLACE[dtype] if limits.rounds_loss else 0.0
-    yield judge("losses", losses, right, dtype, naive=naives, rounding=rounding, expected=expected)
+def _parts(problem: Problem, dtype: Dtype, outcome: Outcome, truth: _Truth, limits: KernelLimits) -> Iterator[Part]:
+    scenario, model = problem.scenario, problem.model
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    chunks = math.ceil(problem.batches[0].tokens.numel() / (scenario.chunk or LIBRARY_CHUNK))
+    groups = {f"gradient of {group}": [names[p] for p in own] for group, own in model.groups().items()}
+    for title, own in (*groups.items(), ("losses", [])):
+        part = judge(
+            title,
+            _tensors(outcome, own),
+            _tensors(truth.exact, own),
+            dtype,
+            names=own,
+            naive=_tensors(truth.naive, own),
+            naive_error=truth.naive_errors.get(title),
+            factor=limits.error_factor if own else 1.0,
+            rounding=chunks * LAST_PLACE[dtype] if limits.rounds_loss and not own else 0.0,
+            expected=scenario.expected,
+        )
+        if part.naive_error is not None:
+            truth.naive_errors[title] = part.naive_error
+        yield part
+
+
+def _tensors(outcome: Outcome, names: Sequence[str]) -> list[Tensor | None]:
+    """The gradients of these parameters, or the losses where none are named, on the host."""
+    tensors = [outcome.gradients[name] for name in names] or [outcome.losses]
+    return [None if tensor is None else tensor.cpu() for tensor in tensors]
 
 
 def _identical(outcome: Outcome, naive: Outcome) -> bool:
     own, reference = ([*o.gradients.values(), o.losses] for o in (outcome, naive))
     return identical(own, reference)
-
-
-def _host(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.cpu()
