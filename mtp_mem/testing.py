@@ -7,7 +7,7 @@ import torch
 from mtp_mem.config.schema import ALL_DTYPES, Dtype
 from mtp_mem.strategy import Strategy
 from mtp_mem.verification.checks import Check
-from mtp_mem.verification.scenarios import SCENARIOS, Scenario
+from mtp_mem.verification.scenarios import REAL_SIZES, SCENARIOS, Scenario
 from mtp_mem.verification.verify import verify
 
 SHOWN = 10
@@ -17,13 +17,13 @@ def check_strategy(
     strategy: Strategy | str,
     *,
     dtypes: Sequence[Dtype] = ALL_DTYPES,
-    scenarios: Sequence[Scenario] = SCENARIOS,
+    scenarios: Sequence[Scenario] = (*SCENARIOS, *REAL_SIZES),
     device: torch.device | str = "cpu",
 ) -> None:
     """Run the whole matrix at small size; some seconds on a CPU.
 
     Args:
-        strategy: an object or a spec string. A dataclass field `chunk` is set to what each scenario asks for.
+        strategy: an object or a spec string. Integer fields of its dataclass are set to what each scenario asks for.
         dtypes: of the model.
         scenarios: see mtp_mem/verification/scenarios.py.
         device: where the strategy runs.
@@ -31,16 +31,16 @@ def check_strategy(
     Raises:
         AssertionError: names each scenario that failed, the part of the model and the numbers.
     """
-    found = verify([strategy], dtypes=dtypes, scenarios=scenarios, device=device)
-    if found.failures:
+    result = verify([strategy], dtypes=dtypes, scenarios=scenarios, device=device)
+    not_right = [*result.failures, *result.unchecked]
+    if not_right:
         # What is broken alike everywhere is said once: ten times the same exception hides the other failures.
         alike: dict[str, list[Check]] = {}
-        for check in found.failures:
+        for check in not_right:
             alike.setdefault(check.broken or check.explain(), []).append(check)
-        told = [
+        lines = [
             f"{same[0].explain()}{f' (and {len(same) - 1} more alike)' * (len(same) > 1)}" for same in alike.values()
         ]
-        lines = told[:SHOWN]
-        if len(told) > SHOWN:
-            lines.append(f"... and {len(told) - SHOWN} more")
-        raise AssertionError("\n".join([f"{len(found.failures)} of {len(found.checks)} checks failed:", *lines]))
+        if len(lines) > SHOWN:
+            lines[SHOWN:] = [f"... and {len(lines) - SHOWN} more"]
+        raise AssertionError("\n".join([f"{len(not_right)} of {len(result.checks)} checks failed:", *lines]))

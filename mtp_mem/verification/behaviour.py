@@ -1,8 +1,10 @@
 """What one gradient cannot show: the protocol's other clauses, and what a strategy does from one step to the next."""
 
 import gc
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,6 +33,7 @@ def protocol(name: str, strategy: Strategy, scenario: Scenario, dtype: Dtype, de
         dtype: one that the strategy takes.
         device: where it runs.
     """
+    strategy = with_options(strategy, scenario.chunk)
     problem = build(replace(scenario, name="protocol"), dtype, device)
     other = build(replace(scenario, batches=(1,)), dtype, device)
     parameters = dict(problem.model.named_parameters())
@@ -38,7 +41,7 @@ def protocol(name: str, strategy: Strategy, scenario: Scenario, dtype: Dtype, de
     def hooks_run() -> None:
         problem.model.zero_grad(set_to_none=True)
         with counted_hooks(parameters):
-            forward_backward(problem.model, problem.batches[0], with_options(strategy, scenario.chunk))
+            forward_backward(problem.model, problem.batches[0], strategy)
 
     def keeps_no_state() -> None:
         first = watched(problem, strategy)
@@ -113,15 +116,17 @@ def across_steps(name: str, strategy: Strategy, scenario: Scenario, dtype: Dtype
         gc.collect()
         live = tracker.trace.live_after(len(tracker.trace.events) - 1)
         kept = [storage for storage in live if not storage.name]  # what was there before the first step has a name
+        kept_words = ""
         if kept:
             largest = max(kept, key=lambda storage: storage.nbytes)
-            raise BrokenContract(
-                f"keeps {sum(storage.nbytes for storage in kept):,} bytes from step to step,"
-                f" the largest a tensor {largest.shape} made by {largest.op}"
+            kept_words = (
+                f"{sum(storage.nbytes for storage in kept):,} bytes stay after it, the largest a tensor"
+                f" {largest.shape} made by {largest.op}"
             )
     except (Exception, SystemExit) as e:
         return Check(strategy=name, scenario=scenario.name, dtype=dtype, broken=one_line(e))
-    parts += [Part(name=clause, status="right") for clause in ("earlier steps stay as they were", "keeps no memory")]
+    parts.append(Part(name="earlier steps stay as they were", status="right"))
+    parts.append(Part(name="a step keeps no memory", status="wrong" if kept else "right", problem=kept_words))
     return Check(strategy=name, scenario=scenario.name, dtype=dtype, parts=tuple(parts))
 
 
@@ -130,7 +135,7 @@ def watched(problem: Problem, strategy: Strategy, *, on_device: bool = False) ->
 
     Args:
         problem: what is run.
-        strategy: its integer options are set as the scenario asks.
+        strategy: with its options set.
         on_device: also held against what would go wrong on a device only, see `contract.on_a_device`.
 
     Raises:
@@ -138,7 +143,7 @@ def watched(problem: Problem, strategy: Strategy, *, on_device: bool = False) ->
     """
     scenario, parameters = problem.scenario, dict(problem.model.named_parameters())
     may_sync = not on_device or bool(kernel_limits(strategy).waits)
-    guarded = Watched(with_options(strategy, scenario.chunk), parameters, may_sync)
+    guarded = Watched(strategy, parameters, may_sync)
     with unchanged(parameters):
         return run(
             problem, lambda model, batch: forward_backward(model, batch, guarded, scenario.weights, scenario.scale)
@@ -149,9 +154,12 @@ def one_line(error: BaseException) -> str:
     """The broken contract; or what was raised, and where, in one line."""
     if isinstance(error, BrokenContract):
         return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not any(part in f.filename for part in ("/torch/", "/mtp_mem/"))]
+    where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
     if isinstance(error, SystemExit):
-        return f"quits the process ({error.code!r})"
-    return f"raised {type(error).__name__}: {error}".split("\n")[0]
+        return f"quits the process: SystemExit({error.code!r}){where}"
+    return f"raised {type(error).__name__}: {error}".split("\n")[0] + where
 
 
 def _values(model: MTPModel) -> list[Tensor]:

@@ -29,6 +29,7 @@ from mtp_mem.verification.scenarios import (
     build,
     oracle,
     run,
+    with_options,
 )
 
 LAST_PLACE: dict[Dtype, float] = {"fp64": 2**-52, "fp32": 2**-23, "bf16": 2**-7, "bf16-mixed": 2**-7}
@@ -94,7 +95,7 @@ def _checks(
         progress(f"{name}: protocol and steps")
         usual = Scenario(name="usual").in_multiples_of(limits[name].multiple_of)
         order: tuple[Dtype, ...] = ("fp64", "fp32", "bf16", "bf16-mixed")
-        dtype = next(dtype for dtype in order if limits[name].takes(dtype))
+        dtype = next(dtype for dtype in order if dtype in dtypes and limits[name].takes(dtype))
         yield across_steps(name, strategy, usual, dtype, device)
         yield protocol(name, strategy, usual, dtype, device)
     for scenario in scenarios:
@@ -149,7 +150,7 @@ def verify_problem(problem: Problem, dtype: Dtype, strategies: dict[str, Strateg
     truth = _Truth(exact, naive)
     for name, strategy in strategies.items():
         try:
-            outcome = watched(problem, strategy)
+            outcome = watched(problem, with_options(strategy, scenario.chunk))
         except (Exception, SystemExit) as e:
             yield Check(strategy=name, scenario=scenario.name, dtype=dtype, broken=one_line(e))
             continue

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mtp_mem.verification import gradient_error
-from mtp_mem.verification.gradient_error import compare, relative_error
+from mtp_mem.verification.gradient_error import allowed, compare, identical, judge, relative_error
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -43,3 +43,55 @@ def test_verdicts() -> None:
     far = compare({"a": [torch.ones(4) * 1.1], "b": [torch.ones(4), None]}, right, "fp32")
     assert (far.verdict, far.group) == ("differs", "a")
     assert compare({"a": [torch.ones(4).double()], "b": [torch.ones(4), None]}, right, "fp32").verdict == "within bound"
+
+
+@pytest.mark.parametrize(
+    "nothing", [[None], [torch.zeros(3)], [torch.full((3,), math.nan)], [torch.tensor([math.inf])]]
+)
+def test_nothing_to_check_is_neither_right_nor_identical(nothing: list[torch.Tensor | None]) -> None:
+    assert judge("a", nothing, nothing, "fp32").status == "unchecked"
+    assert compare({"a": nothing}, {"a": nothing}, "fp32").verdict == "unchecked"
+    both = {"a": nothing, "b": [torch.ones(2)]}
+    assert compare(both, both, "fp32").verdict == "bit-identical"
+
+
+def test_what_is_not_finite_equals_nothing() -> None:
+    for value in (math.nan, math.inf):
+        assert not identical([torch.tensor([1.0, value])], [torch.tensor([1.0, value])])
+    assert identical([torch.ones(2), None], [torch.ones(2), None])
+
+
+@pytest.mark.parametrize(
+    ("own", "right", "words"),
+    [
+        ([None], [torch.ones(3)], "w has no gradient"),
+        ([torch.ones(3)], [None], "w is frozen and has a gradient"),
+        ([torch.ones(2)], [torch.ones(3)], "w has shape (2,), expected (3,)"),
+        ([torch.tensor([1.0, math.nan])], [torch.ones(2)], "w is not finite"),
+        ([torch.zeros(2)], [torch.ones(2)], "w is zero"),
+        ([torch.zeros(2)], [torch.tensor([math.nan, 1.0])], "w is finite, where the right one is not"),
+        ([torch.ones(2)], [torch.zeros(2)], "is not zero, where the right one is"),
+        ([torch.full((2,), 3.0)], [torch.ones(2)], "3 times the right one"),
+    ],
+)
+def test_what_is_wrong_is_said(own: list[torch.Tensor | None], right: list[torch.Tensor | None], words: str) -> None:
+    part = judge("gradient of a", own, right, "fp32", names=["w"])
+    assert (part.status, part.problem) == ("wrong", words)
+
+
+def test_an_expected_zero_is_right() -> None:
+    zero, nan = [torch.zeros(2)], [torch.full((2,), math.nan)]
+    assert judge("a", zero, zero, "fp32", expected="zero").status == "right"
+    assert judge("a", nan, nan, "fp32", expected="not finite").status == "right"
+    assert judge("a", nan, zero, "fp32", expected="zero").status == "wrong"
+
+
+def test_the_rule() -> None:
+    assert allowed("fp64") == allowed("fp64", 1.0) == 1e-12
+    assert allowed("fp32") == allowed("fp32", 1.0) == 1e-5
+    assert allowed("bf16", 0.01) == allowed("bf16-mixed", 0.01) == pytest.approx(0.0201)
+    assert allowed("bf16") == allowed("bf16", math.inf) == 4 * 2**-7
+    one, near = [torch.ones(4)], [torch.ones(4) * 1.05]
+    assert judge("a", near, one, "bf16").status == "wrong"
+    assert judge("a", near, one, "bf16", factor=2).status == "right"
+    assert judge("losses", near, one, "fp32", rounding=0.06).status == "right"
