@@ -79,7 +79,7 @@ def load_corpus(workload: Workload, vocab_size: int, text: Path | None = None) -
     """
     if workload.tokenizer == "uniform":
         if text is not None:
-            raise BadInput(f"--text {text}: this profile draws ids uniformly (workload.tokenizer = 'uniform')")
+            raise BadInput(f"{text}: this profile draws ids uniformly (workload.tokenizer = 'uniform')")
         return Corpus(None, "uniform random ids")
     check_vocabulary(workload, vocab_size)
     content, source = _read(text)
@@ -121,9 +121,9 @@ def _read(path: Path | None) -> tuple[str, str]:
     try:
         return path.read_text(encoding="utf-8"), str(path)
     except OSError as e:
-        raise BadInput(f"--text {path}: cannot be read: {e.strerror}") from None
+        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
     except UnicodeDecodeError as e:
-        raise BadInput(f"--text {path}: not UTF-8: {e.reason} at byte {e.start}") from None
+        raise BadInput(f"{path}: not UTF-8: {e.reason} at byte {e.start}") from None
 
 
 def _trained_bpe(text: str, vocab_size: int) -> "Tokenizer":

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from mtp_mem.config.schema import GPU
     from mtp_mem.runs.record import Record
 
+PROFILE = "llama3-8b"
+
 
 def add(command: AddCommand) -> None:
     """Register the command."""
     sub = command("predict", run, "peaks on GPUs that need not be here: the step on tensors without data")
-    case_options(sub, "llama3-8b", "bf16")
+    case_options(sub, PROFILE, "bf16")
     sub.add_argument("--gpu", type=names, metavar="A,B", help="GPUs of gpus.toml (see list), instead of the profile's")
     sub.add_argument(
         "--check",
@@ -44,14 +46,14 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from mtp_mem.runs import check_prediction
 
-    if args.strategies or args.strategy or args.n or args.dtype:
-        raise BadInput("--check has its own cases: no --strategies, --strategy, --n or --dtype")
+    if args.profile != PROFILE or args.strategies or args.strategy or args.n or args.dtype:
+        raise BadInput("--check has its own cases: no --profile, --strategies, --strategy, --n or --dtype")
     if args.gpu and len(args.gpu) > 1:
         raise BadInput(f"--gpu {','.join(args.gpu)}: --check predicts for one GPU")
     document, right = check_prediction.run(
         args.gpu[0] if args.gpu else "h200",
         quick=args.quick,
-        out=args.out,
+        out=args.out or Path("results") / "check",
         budget_s=args.budget_minutes and 60 * args.budget_minutes,
         show=note if args.json else partial(print, flush=True),
     )

@@ -71,14 +71,14 @@ def write_new(path: Path, text: str, *, force: bool = False) -> None:
         BadInput: the file is there, cannot be written, or is not called .toml.
     """
     if path.suffix != ".toml":
-        raise BadInput(f"-o {path}: a profile's file must end in .toml")
+        raise BadInput(f"{path}: a profile's file must end in .toml")
     if path.exists() and not force:
-        raise BadInput(f"-o {path}: is there already; --force replaces it")
+        raise BadInput(f"{path}: is there already; force replaces it")
     try:
         with atomic_write(path) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as e:
-        raise BadInput(f"-o {path}: cannot be written: {e.strerror}") from None
+        raise BadInput(f"{path}: cannot be written: {e.strerror}") from None
 
 
 def _changed(table: Any) -> dict[str, Any]:

@@ -97,8 +97,8 @@ def _convert(keys: Keys, name: str, workload: Workload, sweep: Sweep | None, app
     model_differences = differences(keys, family, model, workload)
     if not approximate and (weighty := [d.text for d in model_differences if d.weighty]):
         raise BadInput(
-            f"not what the model here can be: {'; '.join(weighty)}. With --approximate the nearest profile is written,"
-            " with these words in it"
+            f"not what the model here can be: {'; '.join(weighty)}. An approximate"
+            " conversion gives the nearest profile, with these words in it"
         )
     written = sum(parameters(model).values())
     whole = written + sum(d.parameters for d in model_differences)

@@ -46,7 +46,7 @@ def build(
     notes: list[str] = []
     located = read(results, notes)
     if out.is_dir() or any(out.resolve() == one.path.resolve() for one in located):
-        raise BadInput(f"--output {out}: is {'a folder' if out.is_dir() else 'one of the results'}")
+        raise BadInput(f"{out}: is {'a folder' if out.is_dir() else 'one of the results'}")
     pictures = []
     for path in _timelines(results, located, timelines):
         try:
@@ -71,7 +71,7 @@ def build(
         with atomic_write(out) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as e:
-        raise BadInput(f"--output {out}: cannot be written: {e.strerror}") from None
+        raise BadInput(f"{out}: cannot be written: {e.strerror}") from None
     return Report((out, *(kept if charts_folder else ())), sections, tuple(notes))
 
 

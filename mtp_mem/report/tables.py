@@ -143,7 +143,7 @@ def remarks(records: Sequence[Record]) -> list[str]:
     noise = {r.n: (r.gradient_reference, r.gradient_noise) for r in records if r.gradient_noise}
     lines = [
         f"n = {n}: {name} run twice differs from itself by {error:.0e}: some kernel here adds in no fixed order, and"
-        " nothing can be bit-identical; --require-deterministic takes other kernels"
+        " nothing can be bit-identical unless deterministic kernels are required"
         for n, (name, error) in noise.items()
     ]
     for r in records:

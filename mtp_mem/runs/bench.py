@@ -204,9 +204,9 @@ def resolve_device(name: str) -> torch.device:
         if not torch.cuda.is_available():
             built = torch.version.cuda
             why = "no CUDA device is visible" if built else f"torch {torch.__version__} is built without CUDA"
-            raise Missing(f"--device {name}: {why}; valid here: cpu")
+            raise Missing(f"device {name}: {why}; valid here: cpu")
         if device.index is not None and device.index >= torch.cuda.device_count():
-            raise Missing(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
+            raise Missing(f"device {name}: there are {torch.cuda.device_count()} CUDA devices")
         if device.index is not None:
             torch.cuda.set_device(device)
     return device

@@ -40,6 +40,7 @@ SHAPES = {
     ),
 }
 ALLOCATORS = {"default": "expandable_segments:False", "expandable": "expandable_segments:True"}
+FILE = "check.json"
 FIELDS = ("requested", "allocated", "reserved")
 SM90_WORKSPACE, OTHER_WORKSPACE = 4096 * 8 * 1024, 8_519_680
 
@@ -66,14 +67,14 @@ class Row:
 
 
 def run(
-    gpu_name: str, *, quick: bool, out: Path | None, budget_s: float | None, show: Callable[[str], None]
+    gpu_name: str, *, quick: bool, out: Path, budget_s: float | None, show: Callable[[str], None]
 ) -> tuple[dict[str, Any], bool]:
     """Predict every case and, where there is a CUDA device, measure it too.
 
     Args:
         gpu_name: predict for this one of gpus.toml where there is no CUDA device.
         quick: the narrow shape under the default allocator only.
-        out: check.json is kept there after every case; cases that it holds already are not run again.
+        out: a folder; check.json is kept there after every case, and cases that it holds already are not run again.
         budget_s: seconds after which no further case is begun; at least one new case always is.
         show: called with each line for people.
 
@@ -83,13 +84,13 @@ def run(
     Raises:
         BadInput: no such GPU, or `out` cannot be written.
     """
-    folder = writable(out) if out else None
+    writable(out)
     measured = torch.cuda.is_available()
     gpu = device_here() if measured else load_gpu(gpu_name)
     if not measured:
         show(f"No CUDA device here: nothing is measured. Predictions for {gpu.name}, bytes:")
     about = {"gpu": asdict(gpu), "torch": torch.__version__, "code": code_digest(), "measured": measured}
-    before = _before(folder, about)
+    before = _before(out, about)
     document: dict[str, Any] = about | {"cases": [], "kernels": []}
     right, started = True, time.monotonic()
     total = len(N) * len(STRATEGIES) * (1 if quick else len(SHAPES) * len(ALLOCATORS))
@@ -97,12 +98,12 @@ def run(
         show(_line(row))
         right = right and (is_right(row) or not measured)
         document["cases"].append(asdict(row))
-        _write(folder, document)
+        _write(out, document)
         reached = len(document["cases"])
         if budget_s is not None and time.monotonic() - started >= budget_s and len(before) < reached < total:
             show(
-                f"the budget of {budget_s / 60:g} min is spent: {reached} of {total} cases are done; "
-                + ("the same command runs the others" if out else "with --out the same command would go on from here")
+                f"the budget of {budget_s / 60:g} min is spent: {reached} of {total} cases are in {out / FILE};"
+                " the same command runs the others"
             )
             return document, False
     for name, table, kernel_bytes in check_kernels("cuda" if measured else "cpu", gpu.multiprocessors):
@@ -111,7 +112,7 @@ def run(
         )
         show(f"kernel {name}: table {table:,}{comparison}")
         document["kernels"].append({"kernel": name, "table": table, "measured": kernel_bytes})
-    _write(folder, document)
+    _write(out, document)
     if measured:
         show("right: 0 B requested, 1 % allocated" if right else "NOT right: see the differences above")
     return document, right
@@ -227,10 +228,10 @@ def _inside(operator: Any, args: tuple[Any, ...]) -> int:
     return int(peak) - sum(results.values())
 
 
-def _before(out: Path | None, about: dict[str, Any]) -> list[Row]:
+def _before(out: Path, about: dict[str, Any]) -> list[Row]:
     """The cases in check.json that this code found on this device, without the failed ones."""
     try:
-        document = json.loads((out / "check.json").read_text()) if out else {}
+        document = json.loads((out / FILE).read_text())
         if any(document.get(key) != value for key, value in about.items()):
             return []
         return [Row(**row) for row in document["cases"] if not row["error"]]
@@ -238,11 +239,10 @@ def _before(out: Path | None, about: dict[str, Any]) -> list[Row]:
         return []
 
 
-def _write(out: Path | None, document: dict[str, Any]) -> None:
+def _write(out: Path, document: dict[str, Any]) -> None:
     """Keep the document so that check.json is whole at any moment."""
-    if out:
-        with atomic_write(out / "check.json") as partial:
-            partial.write_text(json.dumps(document, indent=1) + "\n")
+    with atomic_write(out / FILE) as partial:
+        partial.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _line(row: Row) -> str:

@@ -38,7 +38,7 @@ def measure(
         n: number of heads.
         spec: the strategy, or "" for the floor.
         device: `cpu`, `cuda` or `cuda:N`.
-        text: as `--text`.
+        text: a UTF-8 file in place of the default text.
         timeout_s: after so long the child is killed.
         environment: variables on top of this process's, `PYTORCH_CUDA_ALLOC_CONF` say.
 

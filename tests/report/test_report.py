@@ -152,7 +152,7 @@ def test_recorded_results_of_two_kinds(tmp_path: Path, capsys: pytest.CaptureFix
         (["none.jsonl"], "none.jsonl: cannot be read: No such file or directory"),
         (["empty"], "nothing to report: no usable record"),
         (["cut"], "results.jsonl:1: skipped: not a whole JSON object (cut off?)"),
-        (["good", "-o", "good"], "--output good: is a folder"),
+        (["good", "-o", "good"], "good: is a folder"),
         (["good", "-o", "good/results.jsonl"], "is one of the results"),
         (["good", "-o", "/proc/nowhere/r.html"], "/proc/nowhere: cannot be written"),
         (["good", "--timeline", "cut/results.jsonl"], "cut/results.jsonl: no timeline.json (cut off?): "),

@@ -48,7 +48,7 @@ def test_devices(two_devices: list[int]) -> None:
     assert two_devices == []
     assert resolve_device("cuda:1") == torch.device("cuda", 1)
     assert two_devices == [1]
-    with pytest.raises(Missing, match="--device cuda:2: there are 2 CUDA devices"):
+    with pytest.raises(Missing, match="device cuda:2: there are 2 CUDA devices"):
         resolve_device("cuda:2")
     assert resolve_device("cpu") == torch.device("cpu")
 

@@ -55,7 +55,8 @@ def test_a_spent_budget_keeps_what_is_done(tmp_path: Path, capsys: pytest.Captur
     args = ["predict", "--check", "--quick", "--gpu", "h200", "--budget-minutes", "1e-9", "--out", str(tmp_path)]
     for reached in (1, 2):
         assert main(args) == 1
-        assert f"{reached} of 6 cases are done; the same command runs the others" in capsys.readouterr().out
+        words = f"{reached} of 6 cases are in {tmp_path / 'check.json'}; the same command runs the others"
+        assert words in capsys.readouterr().out
         assert len(json.loads((tmp_path / "check.json").read_text())["cases"]) == reached
 
 
