@@ -1,12 +1,10 @@
 """`mtp-mem predict` as a user runs it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import mtp_mem
 
 SHAPE = """
 [model]
@@ -25,16 +23,19 @@ n = [1, 4]
 """
 
 
-def run(folder: Path, *args: str, columns: int = 120) -> subprocess.CompletedProcess[str]:
+SMALL = ("--profile", "shape.toml", "--gpu", "l4", "--n", "4", "--strategies", "naive,sequential")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("predict")
     (folder / "shape.toml").write_text(SHAPE)
     (folder / "no-workload.toml").write_text(SHAPE.replace("[workload]", "[sweep.x]").split("[sweep.x]")[0])
-    command = [sys.executable, "-m", "mtp_mem", "predict", *args]
-    env = {**os.environ, "COLUMNS": str(columns)}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    return folder
 
 
-def test_predict(tmp_path: Path) -> None:
-    found = run(tmp_path, "--profile", "shape.toml", "--gpu", "L4", "--json")
+def test_predict(folder: Path) -> None:
+    found = mtp_mem(folder, "predict", "--profile", "shape.toml", "--gpu", "L4", "--json")
     assert found.returncode == 0, found.stderr
     assert found.stderr == ""
     document = json.loads(found.stdout)
@@ -47,12 +48,24 @@ def test_predict(tmp_path: Path) -> None:
     peaks = {(r["strategy"], r["n"]): r["peak_requested_bytes"] for r in document["records"]}
     assert peaks["naive", 4] - peaks["naive", 1] >= 3 * 4096 * 32000 * 4
     assert peaks["sequential", 4] <= peaks["sequential", 1] + 2 * 32000 * 512 * 2
-    assert all(Path(tmp_path / path).exists() for path in document["files"])
+    assert all(Path(folder / path).exists() for path in document["files"])
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_the_table_fits(tmp_path: Path, columns: int) -> None:
-    found = run(tmp_path, "--profile", "shape.toml", "--gpu", "l4", "--n", "4", columns=columns)
+def test_the_table_fits(folder: Path, columns: int) -> None:
+    found = mtp_mem(
+        folder,
+        "predict",
+        "--profile",
+        "shape.toml",
+        "--gpu",
+        "l4",
+        "--n",
+        "4",
+        "--strategies",
+        "naive,sequential",
+        columns=columns,
+    )
     assert max(map(len, found.stdout.splitlines())) <= columns
     assert "…" not in found.stdout
     assert all(word in found.stdout for word in ("allocated", "fits", "not measured"))
@@ -67,8 +80,8 @@ def test_the_table_fits(tmp_path: Path, columns: int) -> None:
         (["--profile", "shape.toml", "--n", "9"], "valid: n from 1 to 6"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path: Path, args: list[str], words: str) -> None:
-    found = run(tmp_path, *args)
+def test_bad_input_is_one_line(folder: Path, args: list[str], words: str) -> None:
+    found = mtp_mem(folder, "predict", *args)
     assert found.returncode == 2
     assert words in found.stderr
     assert found.stderr.count("\n") == 1

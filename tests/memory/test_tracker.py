@@ -7,6 +7,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler quiet
 
 import weakref
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -123,6 +124,7 @@ def test_the_cut_costs_no_byte_of_the_peak(trunk_layers: int) -> None:
 def test_naive_grows_by_its_logits_and_sequential_does_not() -> None:
     logits = 2 * 512 * 2053 * 4  # bytes of one head's, fp32; N = 16 D, so gradients are small beside them
 
+    @cache
     def over(spec: str, n: int) -> tuple[int, int]:
         model, batch = build(tiny(vocab_size=2053, n_future=n), sequence=512)
         step = TrainingStep(model, make_optimizer(model), batch, load_strategy(spec))

@@ -20,7 +20,7 @@ def test_small_logits_are_free() -> None:
 
 @pytest.mark.parametrize("n", [1, 4])
 def test_the_largest_chunk_below_the_floor(n: int) -> None:
-    config = tiny(vocab_size=4099, n_layers=12, n_future=n)
+    config = tiny(vocab_size=4099, n_layers=6, n_future=n)
     choice = choose(config, LONG, cuda=False)
     name, _, chunk = choice.spec.partition(":chunk=")
     assert name == "chunked_tokens"

@@ -137,7 +137,8 @@ def test_names_from_a_file_are_text(tmp_path: Path) -> None:
 def test_recorded_results_of_two_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What this repository recorded: a comparison, a prediction, a timeline, on one page."""
     out = tmp_path / "r.html"
-    assert main(["report", str(RECORDED), "-o", str(out), "--charts", str(tmp_path / "c")]) == 0
+    recorded = [str(RECORDED / "cpu-2-cores"), str(RECORDED / "predicted" / "llama3-8b-h200")]
+    assert main(["report", *recorded, "-o", str(out), "--charts", str(tmp_path / "c")]) == 0
     page = check(out.read_text(encoding="utf-8"))
     assert "mtp-mem compare --profile quick --device cpu" in page.text
     assert "mtp-mem predict --profile llama3-8b --gpu h200" in page.text

@@ -6,11 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from small import tiny
 
 from mtp_mem.cli import main
-from mtp_mem.config.schema import GPU, Profile, Sweep, load_gpu
+from mtp_mem.config.schema import GPU, Profile, Sweep, Workload, load_gpu
 from mtp_mem.memory.trace import Trace
 from mtp_mem.runs import check_prediction
+
+
+@pytest.fixture(autouse=True)
+def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shapes of a real check take minutes to predict."""
+    workload = Workload(batch=1, sequence=256, dtype="bf16", tokenizer="uniform")
+    shapes = {name: (tiny(vocab_size=4099), workload) for name in check_prediction.SHAPES}
+    monkeypatch.setattr(check_prediction, "SHAPES", shapes)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so it would measure")

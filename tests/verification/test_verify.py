@@ -1,48 +1,39 @@
 """The verifier: passes what is right, names what is wrong, and catches every shipped broken strategy."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import mtp_mem
 
-import mtp_mem
-from mtp_mem.cli import main
+import mtp_mem as package
 from mtp_mem.config.schema import ALL_DTYPES
 from mtp_mem.strategy import loadable
 from mtp_mem.verification.broken_behaviour import BROKEN_BEHAVIOUR
 from mtp_mem.verification.broken_strategies import BROKEN
-from mtp_mem.verification.checks import Verification
 from mtp_mem.verification.scenarios import REAL_SIZES, SCENARIOS, Scenario, build, oracle, run
 from mtp_mem.verification.verify import verify
 
 RIGHT = loadable()
 
 
-@pytest.fixture(scope="module")
-def verified() -> Verification:
-    return verify(RIGHT)
-
-
-def test_right_strategies_pass(verified: Verification) -> None:
+def test_right_strategies_pass_and_are_identical_wherever_the_order_allows_it() -> None:
+    verified = verify(RIGHT)
     assert [check.explain() for check in (*verified.failures, *verified.unchecked)] == []
     each = 2 + sum(len(scenario.dtypes) for scenario in (*SCENARIOS, *REAL_SIZES))
     assert {spec: len(verified.of(spec)) for spec in RIGHT} == dict.fromkeys(RIGHT, each)
     assert verified.passed
+    for spec in ("sequential", "checkpointed"):
+        assert [c.explain() for c in verified.of(spec) if c.exact and not c.identical] == []
 
 
 def test_by_default_it_verifies_everything_that_can_be_loaded() -> None:
-    result = mtp_mem.verify(dtypes=["fp64"], scenarios=SCENARIOS[:1])
+    result = package.verify(dtypes=["fp64"], scenarios=SCENARIOS[:1])
     assert list(dict.fromkeys(check.strategy for check in result.checks)) == loadable()
     assert result.passed
-
-
-@pytest.mark.parametrize("spec", ["sequential", "checkpointed"])
-def test_identity_wherever_the_order_allows_it(verified: Verification, spec: str) -> None:
-    assert [check.explain() for check in verified.of(spec) if check.exact and not check.identical] == []
 
 
 def test_one_thread_sums_otherwise_and_is_right() -> None:
@@ -89,30 +80,24 @@ def test_prefilled_gradients_are_added_to() -> None:
         assert torch.equal(nothing_done.gradients[name], before)  # type: ignore[arg-type]
 
 
-def cli(folder: Path, *args: str, columns: int = 120) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mtp_mem", "verify", *args]
-    env = {**os.environ, "COLUMNS": str(columns)}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.parametrize("columns", [80, 120])
-def test_the_command(tmp_path: Path, columns: int) -> None:
-    found = cli(tmp_path, "--strategies", "sequential,chunked_vocab", "--dtype", "fp64", columns=columns)
-    assert found.returncode == 0, found.stderr
-    assert found.stderr == ""
-    assert "Right: " in found.stdout
-    assert max(map(len, found.stdout.splitlines())) <= columns
-    assert "…" not in found.stdout
+def test_the_command(tmp_path: Path) -> None:
+    for columns in (80, 120):
+        ended = mtp_mem(tmp_path, "verify", "--strategies", "sequential", "--dtype", "bf16-mixed", columns=columns)
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stderr == ""
+        assert "Right: " in ended.stdout
+        assert max(map(len, ended.stdout.splitlines())) <= columns
+        assert "…" not in ended.stdout
 
 
 def test_a_wrong_strategy_ends_with_1_and_is_named(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from mtp_mem.verification.broken_strategies import ScaleIgnored as Mine\n")
-    found = cli(tmp_path, "--strategy", "mine:Mine", "--strategies", "naive", "--dtype", "fp32")
+    found = mtp_mem(tmp_path, "verify", "--strategy", "mine:Mine", "--strategies", "naive", "--dtype", "fp32")
     assert found.returncode == 1
     assert "mine:Mine: upstream scale 0.37, fp32: gradient of " in found.stdout
     assert "2.7 times the right one" in found.stdout
     assert "WRONG: mine:Mine. Of the others none is." in found.stdout
-    found = cli(tmp_path, "--strategy", "mine:Mine", "--dtype", "fp32", "--json")
+    found = mtp_mem(tmp_path, "verify", "--strategy", "mine:Mine", "--dtype", "fp32", "--json")
     assert found.returncode == 1
     document = json.loads(found.stdout)
     assert document["passed"] is False
@@ -128,7 +113,8 @@ def test_what_was_checked_before_a_stop_is_shown(tmp_path: Path) -> None:
         "        if cut.shape[1] == 1: os.kill(os.getpid(), signal.SIGTERM)\n"  # in the scenario S = 1
         "        return super().backward(cut, *rest)\n"
     )
-    found = cli(tmp_path, "--strategy", "mine:Stops", "--dtype", "fp32", "--json")
+    command = [sys.executable, "-m", "mtp_mem", "verify", "--strategy", "mine:Stops", "--dtype", "fp32", "--json"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert found.returncode == 130, found.stderr
     document = json.loads(found.stdout)
     ended = ["6 optimizer steps", "protocol", *(scenario.name for scenario in SCENARIOS)][: len(document["checks"])]
@@ -138,12 +124,10 @@ def test_what_was_checked_before_a_stop_is_shown(tmp_path: Path) -> None:
     assert document["passed"] is False
 
 
-def test_every_broken_strategy_is_caught_by_the_check_made_for_it(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    assert main(["verify", "--prove"]) == 0
-    text = capsys.readouterr().out
+def test_every_broken_strategy_is_caught_by_the_check_made_for_it(tmp_path: Path) -> None:
+    ended = mtp_mem(tmp_path, "verify", "--prove", columns=80)
+    assert ended.returncode == 0
+    text = ended.stdout
     assert f"All {len(BROKEN) + len(BROKEN_BEHAVIOUR)} broken strategies were caught." in text
     assert "raised" not in text  # none of them by an accident of its own
     assert max(map(len, text.splitlines())) <= 80
@@ -154,7 +138,8 @@ def test_on_a_profile(tmp_path: Path) -> None:
         "[model]\nvocab_size = 300\ndim = 32\nn_layers = 3\nn_attention_heads = 2\n"
         '[workload]\nbatch = 2\nsequence = 16\ntokenizer = "bytes"\n[sweep]\nn = [1, 3]\n'
     )
-    found = cli(tmp_path, "--profile", "own.toml", "--strategies", "sequential", "--dtype", "bf16", "--json")
+    asked = ("verify", "--profile", "own.toml", "--strategies", "sequential")
+    found = mtp_mem(tmp_path, *asked, "--dtype", "bf16", "--json")
     assert found.returncode == 0, found.stderr
     checks = json.loads(found.stdout)["checks"]
     assert [(c["scenario"], c["dtype"], c["bit_identical"]) for c in checks] == [
@@ -162,7 +147,7 @@ def test_on_a_profile(tmp_path: Path) -> None:
         ("own, n = 3", "bf16", True),
     ]
     (tmp_path / "own.toml").write_text((tmp_path / "own.toml").read_text().replace("sequence = 16", "sequence = 1"))
-    nothing = cli(tmp_path, "--profile", "own.toml", "--strategies", "sequential")
+    nothing = mtp_mem(tmp_path, *asked)
     assert nothing.returncode == 1
     assert "NOT verified: of 2 checks 2 had nothing to check" in nothing.stdout
 
@@ -177,7 +162,7 @@ def test_on_a_profile(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, args: list[str], words: str) -> None:
-    found = cli(tmp_path, *args)
+    found = mtp_mem(tmp_path, "verify", *args)
     assert found.returncode == 2
     assert words in found.stderr
     assert found.stderr.count("\n") == 1
