@@ -1,8 +1,10 @@
 """The written pages: every link leads somewhere, every command line is understood, and what they show runs."""
 
+import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,11 @@ from small import build, tiny
 
 import mtp_mem
 from mtp_mem.cli import main, make_parser
+from mtp_mem.strategy import BUILTIN
 from mtp_mem.testing import check_strategy
-from mtp_mem.verification.scenarios import SCENARIOS
+from mtp_mem.verification.broken_behaviour import BROKEN_BEHAVIOUR
+from mtp_mem.verification.broken_strategies import BROKEN
+from mtp_mem.verification.scenarios import REAL_SIZES, SCENARIOS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "profiles/README.md", ROOT / "tests/MUTATION.md"])
@@ -27,6 +32,19 @@ def anchors(page: Path) -> set[str]:
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def table(page: str, first_column: str) -> list[list[str]]:
+    """The cells of a page's table whose header begins with this, without the header; code marks are dropped."""
+    text = (ROOT / page).read_text(encoding="utf-8").split(f"\n| {first_column} |", 1)[1]
+    rows = text.split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in rows]
+
+
+def recorded(folder: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """By strategy and n, the newest of the records that are shipped."""
+    lines = (ROOT / "profiles/recorded" / folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    return {(record["strategy"], record["n"]): record for record in map(json.loads, lines)}
 
 
 def command_lines() -> list[tuple[str, str]]:
@@ -85,6 +103,48 @@ def test_the_readme_is_short_and_its_trainer_lines_run() -> None:
     assert not torch.equal(model.norm.weight, before)
     exec(strategy, names)
     check_strategy(names["HalfAtATime"](), scenarios=SCENARIOS[:5])  # type: ignore[operator]
+
+
+def test_the_figures_in_the_readme_are_the_recorded_ones() -> None:
+    here, predicted = recorded("cpu-2-cores/quick"), recorded("predicted/llama3-8b-h200")
+    rows = table("README.md", "strategy")
+    assert [row[0] for row in rows] == ["naive", "sequential", "chunked_vocab", "chunked_tokens", "checkpointed"]
+    needs = {name: r["peak_requested_bytes"] - r["baseline_bytes"] for (name, n), r in here.items() if n == 8}
+    naive_ms = here["naive", 8]["step_ms"]
+    for name, *cells in rows:
+        record = here[name, 8]
+        assert cells == [
+            f"{needs[name] / 2**20:.1f} MiB",
+            f"{needs[name] / needs['naive']:.2f}x",
+            f"{record['step_ms']:.0f} ms",
+            f"{record['step_ms'] / naive_ms:.2f}x",
+            record["gradient"].replace("within bound", f"within {record['gradient_error']:.0e}"),
+            f"{predicted[name, 8]['peak_allocated_bytes'] / 2**30:.1f} GiB",
+        ]
+
+
+def test_the_predicted_figures_are_the_recorded_ones() -> None:
+    predicted = recorded("predicted/llama3-8b-h200")
+    for n, *cells in table("docs/prediction.md", "n"):
+        names = ["naive", "sequential", "chunked_vocab", "chunked_tokens", "checkpointed"]
+        assert cells[:5] == [f"{predicted[name, int(n)]['peak_allocated_bytes'] / 2**30:.1f}" for name in names]
+
+
+def test_the_readme_lists_every_strategy() -> None:
+    names = [name.strip("`, ") for row in table("README.md", "name") for name in row[0].split(", ")]
+    assert names == list(BUILTIN)
+
+
+def test_what_is_said_of_the_verifier_is_what_it_runs() -> None:
+    text = (ROOT / "docs/verification.md").read_text(encoding="utf-8")
+    assert f"{len(SCENARIOS) + len(REAL_SIZES)} small training steps" in text
+    assert f"- {len(SCENARIOS)} tiny scenarios" in text
+    assert f"- {len(REAL_SIZES)} larger ones" in text
+    broken = (*BROKEN, *BROKEN_BEHAVIOUR)
+    assert f"{len(broken)} broken strategies" in text
+    assert f"{len(broken)} broken strategies" in (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [(row[0], row[-1]) for row in table("docs/verification.md", "broken strategy")]
+    assert rows == [(one.__name__, one.caught_by) for one in broken]
 
 
 def test_the_list_for_a_gpu_is_tox_s() -> None:

@@ -7,7 +7,8 @@ at least 512 B (small, or expandable) or more than 1 MiB (large); free neighbour
 of the two pools is one segment that grows.
 
 Not modelled: several streams, max_split_size, roundup_power2_divisions, garbage collection, retries, empty_cache.
-Held against 40 recordings of real GPUs it was exact (docs/evidence.md).
+Held against 40 recordings of real GPUs it was exact; of expandable segments, which none of them had, a rule is missing
+(docs/evidence.md).
 """
 
 import bisect
