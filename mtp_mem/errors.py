@@ -6,6 +6,7 @@ Exit codes: 0 ok; 1 a check failed; 2 usage or bad input; 3 something needed is 
 import difflib
 import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 CRASH = 70
 """Not Python's own 1, which would read as a check that failed."""
@@ -25,6 +26,24 @@ class Missing(MtpMemError):
     """Something needed is not here: a CUDA device, a kernel package, a broken installation."""
 
     exit_code = 3
+
+
+class BrokenContract(MtpMemError):
+    """A strategy does what the protocol forbids, or leaves undone what it asks for."""
+
+    exit_code = 1
+
+
+def one_line(error: BaseException) -> str:
+    """What a strategy raised, and where, in one line; of our own errors the text alone."""
+    if isinstance(error, MtpMemError):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not any(part in f.filename for part in ("/torch/", "/mtp_mem/", "/strategies/"))]
+    where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    if isinstance(error, SystemExit):
+        return f"quits the process: SystemExit({error.code!r}){where}"
+    return f"{type(error).__name__}: {error}".split("\n")[0] + where
 
 
 def crashed() -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtp_mem.config.schema import Dtype, ModelConfig, Workload
 from mtp_mem.config.toml import parse
-from mtp_mem.errors import BadInput, Missing, unknown
+from mtp_mem.errors import BadInput, Missing, MtpMemError, one_line, unknown
 from mtp_mem.model.head_tree import Heads
 from mtp_mem.model.mtp_model import PRODUCT_DTYPES
 
@@ -103,8 +103,10 @@ def load_strategy(spec: str) -> Strategy:
     options = _options(cls, name, rest)
     try:
         strategy = cls(**options)
-    except TypeError as e:
-        raise BadInput(f"strategy {spec!r}: {e}") from None
+    except MtpMemError:
+        raise
+    except (Exception, SystemExit) as e:
+        raise BadInput(f"strategy {spec!r} cannot be made: {one_line(e)}") from None
     if not isinstance(strategy, Strategy):
         raise BadInput(f"strategy {name!r}: {cls.__name__} has no method backward(cut, heads, targets, weights)")
     return strategy
@@ -136,8 +138,6 @@ def _load_class(path: str, name: str) -> type[Any]:
     module, _, attribute = path.partition(":")
     try:
         cls: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            cls = getattr(cls, part)
     except ModuleNotFoundError as e:
         if name in BUILTIN and (e.name or "").startswith("mtp_mem.strategies"):
             raise Missing(
@@ -147,10 +147,14 @@ def _load_class(path: str, name: str) -> type[Any]:
         if e.name and not module.startswith(e.name):
             raise Missing(f"strategy {name!r} needs the package {e.name!r}, which is not installed") from None
         raise BadInput(f"strategy {name!r}: no module {module!r} (looked in the installed packages and here)") from None
-    except AttributeError:
-        raise BadInput(f"strategy {name!r}: module {module!r} has no {attribute!r}") from None
     except ImportError as e:
         raise Missing(f"strategy {name!r}: {e}") from None
+    except (Exception, SystemExit) as e:
+        raise BadInput(f"strategy {name!r}: importing {module!r}: {one_line(e)}") from None
+    for part in attribute.split("."):
+        if not hasattr(cls, part):
+            raise BadInput(f"strategy {name!r}: module {module!r} has no {attribute!r}")
+        cls = getattr(cls, part)
     if not isinstance(cls, type):
         raise BadInput(f"strategy {name!r}: {attribute!r} is no class")
     return cls
@@ -168,6 +172,13 @@ def _options(cls: type[Any], name: str, items: list[str]) -> dict[str, Any]:
             raise BadInput(f"strategy {name!r}: option {key!r} needs a value: {name}:{key}=...")
         options[key] = parse(hints[key], text, f"strategy {name!r}: {key}")
     return options
+
+
+LAST_PLACE: dict[Dtype, float] = {"fp64": 2**-52, "fp32": 2**-23, "bf16": 2**-7, "bf16-mixed": 2**-7}
+"""A unit in the last place of what a kernel that rounds its loss sums it in; allowed for each chunk of tokens."""
+
+LIBRARY_CHUNK = 256
+"""Tokens that a library's kernel is taken to have in a chunk, at least, where none are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +212,10 @@ class KernelLimits:
     def takes(self, dtype: Dtype) -> bool:
         """Whether it runs in a model of this dtype."""
         return not self.dtypes or PRODUCT_DTYPES[dtype] in self.dtypes
+
+    def loss_rounding(self, dtype: Dtype, tokens: int, chunk: int | None = None) -> float:
+        """What the relative error of a loss may be beyond the rule, where it is summed in chunks of tokens."""
+        return -(-tokens // (chunk or LIBRARY_CHUNK)) * LAST_PLACE[dtype] if self.rounds_loss else 0.0
 
     def refusal(self, dtype: torch.dtype, *, N: int, D: int, V: int) -> str:
         """Why rows (N, D) of this dtype and an unembedding (V, D) cannot be run, a clause; empty where they can."""

@@ -125,7 +125,8 @@ def progress(total: int | None) -> Iterator[Callable[[str], None]]:
                 bar.update(task, description=what, completed=begun)
                 begun += 1
 
-            yield begin
+            with contextlib.redirect_stdout(sys.stderr):  # what a strategy prints is none of our results
+                yield begin
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

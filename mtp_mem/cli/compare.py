@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     todo = [
         case
         for case in wanted
-        if case.fingerprint not in records_by_case or records_by_case[case.fingerprint].status == "error"
+        if case.fingerprint not in records_by_case or records_by_case[case.fingerprint].status != "ok"
     ]
     if len(todo) < len(wanted):
         note(
@@ -96,5 +96,9 @@ def run(args: argparse.Namespace) -> int:
             screen.print(line, markup=False)
         screen.print(f"\nrecords {results.path}, chart {out / 'memory-vs-n.png'} (.svg, .csv)", markup=False)
         screen.print(sentence, markup=False)
-    failed = any(record.status == "error" or record.gradient == "differs" for record in records)
-    return 1 if failed else 0
+    wrong = any(record.status == "error" or record.gradient == "differs" for record in records)
+    ran = [record for record in records if record.status == "ok"]
+    unchecked = [record for record in ran if record.gradient == "unchecked"]
+    if unchecked:
+        note(f"{len(unchecked)} of {len(ran)} cases have no checked gradient: {unchecked[0].gradient_reference}")
+    return 1 if wrong or unchecked or not ran else 0

@@ -8,7 +8,10 @@ from mtp_mem.step import TrainingStep, optimizer_state
 
 
 def track(step: TrainingStep) -> Trace:
-    """Run the step once under the tracker. Run it before, untracked: the first step has no optimizer state yet."""
+    """Run the step twice under the tracker, and trace the second: what the first one leaves counts as live before it.
+
+    Run it before, untracked: the first step has no optimizer state yet.
+    """
     model, optimizer, batch = step.model, step.optimizer, step.batch
     optimizer.zero_grad(set_to_none=True)
     parameters = list(model.named_parameters())
@@ -21,6 +24,10 @@ def track(step: TrainingStep) -> Trace:
     gc.disable()  # a collection in mid-step would free what a reference cycle still held
     try:
         with tracker:
+            step(tracker.phase)
+            optimizer.zero_grad(set_to_none=True)
+            gc.collect()
+            tracker.begin_step()
             step(tracker.phase)
     finally:
         if enabled:

@@ -93,11 +93,18 @@ class Tracker(TorchDispatchMode):
         self._finished = True
         return self.trace
 
-    def step_since(self, begun: int) -> Trace:
-        """What came before `begin_step`, and of what came later only the step from event `begun` on."""
+    def step_since(self, begun: int, warmed_up: int | None = None) -> Trace:
+        """What came before `begin_step`, and of what came later only the step.
+
+        Args:
+            begun: the event with which the step begins.
+            warmed_up: an earlier one: what is made from there on and stays counts as live before the step.
+        """
         trace = self.trace
-        events = trace.events[: trace.start] + trace.events[begun:]
-        return Trace(trace.storages, trace.resident, events, trace.start)
+        warm_up = trace.events[begun if warmed_up is None else warmed_up : begun]
+        made = {event.key for event in warm_up if event.kind != "free"}
+        before = trace.events[: trace.start] + [event for event in warm_up if event.key in made]
+        return Trace(trace.storages, trace.resident, before + trace.events[begun:], len(before))
 
     def phase(self, name: str) -> None:
         """A phase of the step begins."""

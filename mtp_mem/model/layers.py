@@ -62,7 +62,7 @@ class Layer(nn.Module):
         q = rotate(self.q(x).view(B, S, heads, -1), *turn).transpose(1, 2)  # (B, H, S, D/H)
         k = rotate(self.k(x).view(B, S, kv_heads, -1), *turn).transpose(1, 2)
         v = self.v(x).view(B, S, kv_heads, -1).transpose(1, 2)
-        if self.attention_kind == "flash":
+        if self.attention_kind == "flash" and q.dtype in (torch.bfloat16, torch.float16):  # it knows no other
             y = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)

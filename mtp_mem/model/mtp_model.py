@@ -53,7 +53,7 @@ class MTPModel(nn.Module):
         attention: Attention | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config, self.mixed = config, dtype == "bf16-mixed"
         self.attention = attention or default_attention(dtype, torch.device(device))
         make: Factory = {"device": torch.device(device), "dtype": PARAMETER_DTYPES[dtype]}
         self.embedding = nn.Embedding(config.vocab_size, config.dim, **make)
@@ -76,7 +76,7 @@ class MTPModel(nn.Module):
     def moved(self, dtype: Dtype, device: torch.device) -> "MTPModel":
         """A copy in another dtype on another device, with the attention that runs there; tied weights stay tied."""
         copied = copy.deepcopy(self).to(device, PARAMETER_DTYPES[dtype])
-        copied.dtype, copied.attention = dtype, default_attention(dtype, device)
+        copied.mixed, copied.attention = dtype == "bf16-mixed", default_attention(dtype, device)
         for module in copied.modules():
             if isinstance(module, Layer):
                 module.attention_kind = copied.attention
@@ -136,12 +136,14 @@ class MTPModel(nn.Module):
     def rotation(self, tokens: Tensor) -> Rotation:
         """Rotary tables for the positions of `tokens` (B, S), in the dtype of queries and keys."""
         config = self.config
-        dtype, head_dim = PRODUCT_DTYPES[self.dtype], config.dim // config.n_attention_heads
+        # Asked of the parameters, not remembered: `.to(torch.bfloat16)`, `.double()` and the like change them.
+        dtype = torch.bfloat16 if self.mixed else self.embedding.weight.dtype
+        head_dim = config.dim // config.n_attention_heads
         return rotation(tokens.shape[1], head_dim, config.rope_theta, dtype, tokens.device)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which forward passes run: bf16 autocast for "bf16-mixed", else nothing."""
-        if self.dtype == "bf16-mixed":
+        if self.mixed:
             return torch.autocast(self.embedding.weight.device.type, dtype=torch.bfloat16)
         return nullcontext()
 

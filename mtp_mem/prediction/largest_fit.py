@@ -14,7 +14,7 @@ from typing import Literal
 
 from mtp_mem._util import Progress, format_bytes
 from mtp_mem.config.schema import GPU, ModelConfig, Profile, Workload
-from mtp_mem.errors import MtpMemError
+from mtp_mem.errors import one_line
 from mtp_mem.prediction.caching_allocator import Fit, fit
 from mtp_mem.prediction.formulas import flops_factor, formula_peak
 from mtp_mem.prediction.peaks import predicted
@@ -161,8 +161,8 @@ def plan(prober: Prober, base: Point, limit: int, axes: Sequence[Axis] = AXES) -
         for spec in (spec for spec in prober.strategies if spec not in left_out):
             try:
                 answers[spec, axis] = _answer(prober, spec, axis, base, limit)
-            except MtpMemError as e:
-                left_out[spec] = str(e)
+            except (Exception, SystemExit) as e:
+                left_out[spec] = one_line(e)
     kept = tuple(answers[spec, axis] for spec in prober.strategies if spec not in left_out for axis in axes)
     return Plan(limit=limit, base=base, answers=kept, left_out=left_out)
 

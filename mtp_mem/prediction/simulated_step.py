@@ -102,14 +102,20 @@ class Simulation:
         why = kernel_limits(strategy).not_predicted
         if why and self._for_cuda:
             raise BadInput(f"{type(strategy).__name__} cannot be predicted: {why}")
-        tracker, begun = self._tracker, len(self._tracker.trace.events)
+        tracker, warmed_up = self._tracker, len(self._tracker.trace.events)
         step = dataclasses.replace(self._step, strategy=strategy)
+        # What a strategy keeps from step to step is live before the next one. Ours keep nothing; `verify` sees to that.
+        warm_up = not type(strategy).__module__.startswith("mtp_mem.")
         try:
             with without_collections(), self._mode:
                 try:
                     with tracker:
+                        if warm_up:
+                            step(tracker.phase)
+                            step.optimizer.zero_grad(set_to_none=True)
+                        begun = len(tracker.trace.events)
                         step(tracker.phase)
-                    return tracker.step_since(begun)
+                    return tracker.step_since(begun, warmed_up)
                 finally:
                     step.optimizer.zero_grad(set_to_none=True)
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as e:

@@ -2,14 +2,17 @@
 
 import dataclasses
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mtp_mem._util import Progress
 from mtp_mem.config.schema import ModelConfig, Profile
 from mtp_mem.data import Corpus, corpus_batch
-from mtp_mem.errors import Missing
+from mtp_mem.errors import BrokenContract, Missing, one_line
 from mtp_mem.memory import cuda, cuda_history
 from mtp_mem.memory.cpu import track
 from mtp_mem.memory.rss import sampled_rss
@@ -17,11 +20,12 @@ from mtp_mem.memory.trace import Trace
 from mtp_mem.model.mtp_model import MTPModel
 from mtp_mem.prediction.auto import resolve_auto
 from mtp_mem.step import TrainingStep, forward_backward, make_optimizer
-from mtp_mem.strategy import Strategy, load_strategy
+from mtp_mem.strategy import Strategy, kernel_limits, load_strategy
+from mtp_mem.verification.global_state import restored
 from mtp_mem.verification.gradient_error import Gradients, compare, take
 
-REFERENCES = ("naive", "sequential")
-"""Whose gradients the others are held against: the first that fits. The two are bit-identical where both do."""
+REFERENCES = ("naive", "sequential", "chunked_tokens")
+"""Whose gradients the others are held against: the first that fits. The first two are bit-identical."""
 
 WARM_UP = {"cpu": 1, "cuda": 2}  # steps before the measured one: optimizer state, lazy buffers, the allocator's cache
 
@@ -37,6 +41,8 @@ class Bench:
         batch = corpus_batch(corpus, config, profile.workload)
         self.batch = dataclasses.replace(batch, tokens=batch.tokens.to(device), targets=batch.targets.to(device))
         self.optimizer = make_optimizer(self.model)
+        self._start = [parameter.detach().to("cpu", copy=True) for parameter in self.model.parameters()]
+        self._tokens = (self.batch.tokens.clone(), self.batch.targets.clone())
         self.reference: Gradients | None = None
         self.reference_name, self.noise = "", 0.0
 
@@ -46,15 +52,24 @@ class Bench:
         Naive's are kept in host memory: on the device they would leave less of it to every later case. It is run twice:
         where a kernel adds in no fixed order, as flash attention's backward does, it is not even identical to itself.
         """
-        if self.reference is None:
+        dtype = self.profile.workload.dtype
+        if not self.reference_name:
             self.reference, self.reference_name = self._reference()
-            again, _ = self._gradients(load_strategy(self.reference_name))
-            self.noise = compare(again, self.reference, self.profile.workload.dtype).error
-            del again
-        mine, losses = self._gradients(self.resolve_auto(strategy)[0])
-        verdict = compare(mine, self.reference, self.profile.workload.dtype)
-        return {
-            "losses": tuple(losses),
+            if self.reference is not None:
+                again = self._gradients(load_strategy(self.reference_name))
+                self.noise = compare(again, self.reference, dtype).error
+                del again
+        strategy = self.resolve_auto(strategy)[0]
+        with self.guarded():
+            gradients = self._gradients(strategy)
+        (losses,) = gradients["losses"]
+        assert losses is not None
+        facts: dict[str, Any] = {"losses": tuple(losses.tolist())}
+        if self.reference is None:
+            return facts | {"gradient": "unchecked", "gradient_reference": self.reference_name}
+        rounding = kernel_limits(strategy).loss_rounding(dtype, self.profile.workload.tokens)
+        verdict = compare(gradients, self.reference, dtype, rounding)
+        return facts | {
             "gradient": verdict.verdict,
             "gradient_error": verdict.error,
             "gradient_group": verdict.group,
@@ -62,8 +77,47 @@ class Bench:
             "gradient_noise": self.noise,
         }
 
+    @contextmanager
+    def guarded(self, *, trains: bool = False) -> Iterator[None]:
+        """A case: it starts from the same weights and batch, and what it changed beside them is put back.
+
+        Args:
+            trains: the case takes optimizer steps, so that the weights may change.
+
+        Raises:
+            BrokenContract: the strategy changed what is not its own.
+        """
+        self._restore()
+        with restored() as changed:
+            yield
+        same = all(
+            torch.equal(a, b) for a, b in zip((self.batch.tokens, self.batch.targets), self._tokens, strict=True)
+        )
+        if not same:
+            changed.append("the batch")
+        if not trains and not self._restore():
+            changed.append("the weights")
+        if changed:
+            raise BrokenContract(f"leaves {changed[0]} changed, which was put back")
+
+    def _restore(self) -> bool:
+        """Weights and batch as they were at the start; returns whether the weights were so already."""
+        same = True
+        with torch.no_grad():
+            for parameter, start in zip(self.model.parameters(), self._start, strict=True):
+                if not torch.equal(parameter, start.to(self.device)):
+                    same = False
+                    parameter.copy_(start)
+            for tensor, start in zip((self.batch.tokens, self.batch.targets), self._tokens, strict=True):
+                tensor.copy_(start)
+        return same
+
     def measure(self, strategy: Strategy) -> dict[str, Any]:
         """Bytes of one step: tracked on the CPU, the caching allocator's on CUDA."""
+        with self.guarded(trains=True):
+            return self._measure(strategy)
+
+    def _measure(self, strategy: Strategy) -> dict[str, Any]:
         step, chosen = self.step(strategy), self.resolve_auto(strategy)[1]
         with sampled_rss() as rss:
             for _ in range(WARM_UP[self.device.type]):
@@ -92,13 +146,13 @@ class Bench:
             }
         return facts | explained(track(step))
 
-    def time(self, strategies: dict[str, Strategy], progress: Progress) -> dict[str, list[float] | Exception]:
+    def time(self, strategies: dict[str, Strategy], progress: Progress) -> dict[str, list[float] | BaseException]:
         """Seconds of untracked steps; the strategies take turns, a different one first in each round.
 
         A strategy that fails here, for want of memory say, is out from then on, and its entry is how it failed.
         """
         seconds: dict[str, list[float]] = {spec: [] for spec in strategies}
-        failed: dict[str, list[float] | Exception] = {}
+        failed: dict[str, list[float] | BaseException] = {}
         specs = list(strategies)
         # On CUDA the bytes were measured in other processes: here every strategy still has its first step before it.
         warm_up = int(self.device.type == "cuda")
@@ -110,8 +164,9 @@ class Bench:
                 if spec in failed:
                     continue
                 try:
-                    took = self._seconds(self.step(strategies[spec]))
-                except Exception as e:
+                    with self.guarded(trains=True):
+                        took = self._seconds(self.step(strategies[spec]))
+                except (Exception, SystemExit) as e:
                     failed[spec] = e.with_traceback(None)  # whose frames hold what the step had made
                     self.recover()
                 else:
@@ -131,18 +186,27 @@ class Bench:
         self.optimizer.zero_grad(set_to_none=True)
         free(self.device)
 
-    def _reference(self) -> tuple[Gradients, str]:
-        for name in REFERENCES[:-1]:
+    def _reference(self) -> tuple[Gradients | None, str]:
+        """The first reference that fits, in host memory, and its name; or why there is none."""
+        for name in REFERENCES:
             try:
-                return _on_host(self._gradients(load_strategy(name))[0]), name
-            except (torch.OutOfMemoryError, MemoryError):
+                gradients = self._gradients(load_strategy(name))
+            except (RuntimeError, MemoryError) as e:
+                if failure(e)["status"] != "oom":
+                    raise
                 self.recover()
-        return _on_host(self._gradients(load_strategy(REFERENCES[-1]))[0]), REFERENCES[-1]
+            else:
+                return _on_host(gradients), name
+        return None, "no reference fits here"
 
-    def _gradients(self, strategy: Strategy) -> tuple[Gradients, list[float]]:
+    def _gradients(self, strategy: Strategy) -> dict[str, list[Tensor | None]]:
+        """Of one step, by part of the model, and its losses."""
         self.optimizer.zero_grad(set_to_none=True)
         losses = forward_backward(self.model, self.batch, strategy)
-        return take(self.model.groups()), losses.tolist()
+        if not isinstance(losses, Tensor) or losses.shape != (self.model.config.n_future,):
+            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise BrokenContract(f"returns {shape}, not the n losses ({self.model.config.n_future},)")
+        return {**take(self.model.groups()), "losses": [losses]}
 
     def step(self, strategy: Strategy) -> TrainingStep:
         """The training step with this strategy."""
@@ -183,9 +247,9 @@ def speed(seconds: list[float], tokens: int) -> dict[str, float]:
     }
 
 
-def failure(error: Exception) -> dict[str, Any]:
+def failure(error: BaseException) -> dict[str, Any]:
     """Out of memory is a result; anything else a strategy raises is one too, with its message."""
-    text = f"{type(error).__name__}: {error}".split("\n")[0]
+    text = one_line(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         return {"status": "oom", "error": text}
     return {"status": "error", "error": text}

@@ -92,7 +92,7 @@ def main() -> None:
     try:
         bench = Bench(profile, config, load_corpus(profile.workload, config.vocab_size, text), device)
         facts = bench.measure(load_strategy(request["spec"]) if request["spec"] else NoLogits())
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         facts = failure(e)
     print(json.dumps(facts))
 

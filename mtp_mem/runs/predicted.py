@@ -7,7 +7,7 @@ from typing import Any
 from mtp_mem._util import Progress, fingerprint
 from mtp_mem.config.schema import GPU, Profile
 from mtp_mem.environment import environment
-from mtp_mem.errors import MtpMemError
+from mtp_mem.errors import one_line
 from mtp_mem.model.parameters import parameters
 from mtp_mem.prediction import simulated_step
 from mtp_mem.prediction.auto import resolve_auto
@@ -32,8 +32,8 @@ def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
                 try:
                     strategy, chosen = resolve_auto(load_strategy(spec), config, workload, cuda=True, gpu=gpu)
                     facts |= {"chosen": chosen, **predicted(simulation.trace(strategy), gpu)}
-                except MtpMemError as e:
-                    facts |= {"status": "error", "error": str(e)}
+                except (Exception, SystemExit) as e:
+                    facts |= {"status": "error", "error": one_line(e)}
                 yield new_record(
                     fingerprint(spec, dataclasses.asdict(config), *parts),
                     spec,

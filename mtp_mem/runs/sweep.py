@@ -141,8 +141,9 @@ def _run_n(
                 facts |= _tried(bench, partial(bench.measure, strategies[spec]))
     running = {spec: strategies[spec] for spec, facts in facts_by_spec.items() if "error" not in facts}
     for spec, seconds in bench.time(running, lambda spec: progress(f"n={n} {spec}: timing")).items():
-        if isinstance(seconds, Exception):
-            facts_by_spec[spec]["error"] = f"not timed: {failure(seconds)['error']}"
+        if isinstance(seconds, BaseException):
+            failed = failure(seconds)
+            facts_by_spec[spec] |= failed | {"error": f"not timed: {failed['error']}"}
         else:
             facts_by_spec[spec] |= speed(seconds, workload.tokens)
     for case in todo:
@@ -176,6 +177,6 @@ def _tried(bench: Bench, work: Callable[[], Facts]) -> Facts:
     """What the work found, or how it failed."""
     try:
         return work()
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         bench.recover()
         return failure(e)

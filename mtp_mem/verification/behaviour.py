@@ -1,21 +1,20 @@
 """What one gradient cannot show: the protocol's other clauses, and what a strategy does from one step to the next."""
 
 import gc
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mtp_mem.config.schema import Dtype
+from mtp_mem.errors import BrokenContract, one_line
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.model.mtp_model import MTPModel
 from mtp_mem.step import forward_backward
 from mtp_mem.strategy import Strategy, kernel_limits, load_strategy
 from mtp_mem.verification.checks import Check
-from mtp_mem.verification.contract import BrokenContract, Watched, counted_hooks, unchanged
+from mtp_mem.verification.contract import Watched, counted_hooks, unchanged
 from mtp_mem.verification.gradient_error import Part, identical, judge
 from mtp_mem.verification.scenarios import Outcome, Problem, Scenario, build, plain_step, run, with_options
 
@@ -60,7 +59,7 @@ def protocol(name: str, strategy: Strategy, scenario: Scenario, dtype: Dtype, de
         try:
             check()
         except (Exception, SystemExit) as e:
-            return Check(strategy=name, scenario="protocol", dtype=dtype, broken=one_line(e))
+            return Check(strategy=name, scenario="protocol", dtype=dtype, broken=raised(e))
         parts.append(Part(name=clause, status="right"))
     return Check(strategy=name, scenario="protocol", dtype=dtype, parts=tuple(parts))
 
@@ -124,7 +123,7 @@ def across_steps(name: str, strategy: Strategy, scenario: Scenario, dtype: Dtype
                 f" {largest.shape} made by {largest.op}"
             )
     except (Exception, SystemExit) as e:
-        return Check(strategy=name, scenario=scenario.name, dtype=dtype, broken=one_line(e))
+        return Check(strategy=name, scenario=scenario.name, dtype=dtype, broken=raised(e))
     parts.append(Part(name="earlier steps stay as they were", status="right"))
     parts.append(Part(name="a step keeps no memory", status="wrong" if kept else "right", problem=kept_words))
     return Check(strategy=name, scenario=scenario.name, dtype=dtype, parts=tuple(parts))
@@ -150,16 +149,9 @@ def watched(problem: Problem, strategy: Strategy, *, on_device: bool = False) ->
         )
 
 
-def one_line(error: BaseException) -> str:
-    """The broken contract; or what was raised, and where, in one line."""
-    if isinstance(error, BrokenContract):
-        return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not any(part in f.filename for part in ("/torch/", "/mtp_mem/"))]
-    where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
-    if isinstance(error, SystemExit):
-        return f"quits the process: SystemExit({error.code!r}){where}"
-    return f"raised {type(error).__name__}: {error}".split("\n")[0] + where
+def raised(error: BaseException) -> str:
+    """The broken clause, or what was raised."""
+    return one_line(error) if isinstance(error, (BrokenContract, SystemExit)) else f"raised {one_line(error)}"
 
 
 def _values(model: MTPModel) -> list[Tensor]:

@@ -10,16 +10,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mtp_mem.errors import BrokenContract
 from mtp_mem.model.head_tree import Heads
 from mtp_mem.model.losses import loss_dtype
 from mtp_mem.strategy import Strategy
 from mtp_mem.verification.global_state import restored
 
 NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32)
-
-
-class BrokenContract(Exception):
-    """A strategy does what the protocol forbids, or leaves undone what it asks for."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Each part of the model (embedding, trunk, each head, norm, unembedding) and the 
 mtp_mem/verification/gradient_error.py. Besides, every strategy is held to the protocol, and takes steps in a row.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from mtp_mem.config.schema import ALL_DTYPES, Dtype
 from mtp_mem.errors import BadInput
 from mtp_mem.step import forward_backward
 from mtp_mem.strategy import KernelLimits, Strategy, kernel_limits, load_strategy, loadable
-from mtp_mem.verification.behaviour import across_steps, one_line, protocol, watched
+from mtp_mem.verification.behaviour import across_steps, protocol, raised, watched
 from mtp_mem.verification.checks import Check, Verification
 from mtp_mem.verification.gradient_error import Part, identical, judge
 from mtp_mem.verification.scenarios import (
@@ -31,12 +30,6 @@ from mtp_mem.verification.scenarios import (
     run,
     with_options,
 )
-
-LAST_PLACE: dict[Dtype, float] = {"fp64": 2**-52, "fp32": 2**-23, "bf16": 2**-7, "bf16-mixed": 2**-7}
-"""What `rounds_loss` allows a loss's value for each chunk: a unit in the last place of what the kernel sums it in."""
-
-LIBRARY_CHUNK = 256
-"""Tokens that a library's kernel is taken to have in a chunk, at least, where none are asked for."""
 
 
 def verify(
@@ -152,7 +145,7 @@ def verify_problem(problem: Problem, dtype: Dtype, strategies: dict[str, Strateg
         try:
             outcome = watched(problem, with_options(strategy, scenario.chunk))
         except (Exception, SystemExit) as e:
-            yield Check(strategy=name, scenario=scenario.name, dtype=dtype, broken=one_line(e))
+            yield Check(strategy=name, scenario=scenario.name, dtype=dtype, broken=raised(e))
             continue
         yield Check(
             strategy=name,
@@ -167,7 +160,7 @@ def verify_problem(problem: Problem, dtype: Dtype, strategies: dict[str, Strateg
 def _parts(problem: Problem, dtype: Dtype, outcome: Outcome, truth: _Truth, limits: KernelLimits) -> Iterator[Part]:
     scenario, model = problem.scenario, problem.model
     names = {parameter: name for name, parameter in model.named_parameters()}
-    chunks = math.ceil(problem.batches[0].tokens.numel() / (scenario.chunk or LIBRARY_CHUNK))
+    tokens = problem.batches[0].tokens.numel()
     groups = {f"gradient of {group}": [names[p] for p in own] for group, own in model.groups().items()}
     for title, own in (*groups.items(), ("losses", [])):
         part = judge(
@@ -179,7 +172,7 @@ def _parts(problem: Problem, dtype: Dtype, outcome: Outcome, truth: _Truth, limi
             naive=_tensors(truth.naive, own),
             naive_error=truth.naive_errors.get(title),
             factor=limits.error_factor if own else 1.0,
-            rounding=chunks * LAST_PLACE[dtype] if limits.rounds_loss and not own else 0.0,
+            rounding=0.0 if own else limits.loss_rounding(dtype, tokens, scenario.chunk),
             expected=scenario.expected,
         )
         if part.naive_error is not None:

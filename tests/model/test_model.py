@@ -1,12 +1,13 @@
 """The model is what the paper describes: parameter-matched heads, causal, one shared unembedding."""
 
+import copy
 import math
 
 import pytest
 import torch
 from small import KINDS, UNEMBEDDINGS, build, small_kind, tiny
 
-from mtp_mem import MTPModel
+from mtp_mem import MTPModel, forward_backward, load_strategy
 from mtp_mem.errors import BadInput
 from mtp_mem.model.layers import RMSNorm, rotate, rotation
 from mtp_mem.model.mtp_model import default_attention
@@ -91,10 +92,25 @@ def test_a_copy_elsewhere_runs_the_attention_of_that_place() -> None:
     # As the oracle of `verify` does with a model from a CUDA device: flash attention runs nowhere else.
     model = MTPModel(tiny(n_future=2, unembedding="tied", head="deepseek"), dtype="bf16", attention="flash")
     found = model.moved("fp64", torch.device("cpu"))
-    assert (found.dtype, found.attention, model.attention) == ("fp64", "sdpa", "flash")
+    assert (found.norm.weight.dtype, found.attention, model.attention) == (torch.float64, "sdpa", "flash")
     assert found.unembedding.weight is found.embedding.weight  # type: ignore[union-attr]
     logits = found(torch.zeros(1, 5, dtype=torch.long))
     assert logits.dtype == torch.float64
     assert torch.isfinite(logits).all()
     assert default_attention("bf16", torch.device("cuda")) == "flash"
     assert default_attention("fp32", torch.device("cuda")) == default_attention("bf16", torch.device("cpu")) == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head", ["parallel", "deepseek"])
+def test_it_can_be_cast_copied_and_saved_as_any_module(head: str, dtype: torch.dtype) -> None:
+    model, batch = build(tiny(head=head, n_future=2))
+    cast = copy.deepcopy(model).to(dtype)
+    losses = forward_backward(cast, batch, load_strategy("sequential"))
+    assert losses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert {p.grad.dtype for p in cast.parameters() if p.grad is not None} == {dtype}
+    right = forward_backward(model, batch, load_strategy("naive"))
+    torch.testing.assert_close(losses, right, rtol=0.02, atol=0, check_dtype=False)
+    again = MTPModel(model.config).to(dtype)
+    again.load_state_dict(cast.state_dict())
+    assert torch.equal(forward_backward(again, batch, load_strategy("sequential")), losses)

@@ -17,14 +17,13 @@ from torch.cuda._utils import _get_device_index
 from mtp_mem import Profile, Sweep, TrainingStep, Workload, load_strategy, make_optimizer
 from mtp_mem.data import load_corpus
 from mtp_mem.environment import device_facts, process_bytes
-from mtp_mem.errors import Missing
+from mtp_mem.errors import BrokenContract, Missing
 from mtp_mem.memory import cuda
 from mtp_mem.report.tables import remarks
 from mtp_mem.runs.bench import Bench, resolve_device
 from mtp_mem.runs.record import Record
 from mtp_mem.runs.sweep import cases, run
 from mtp_mem.strategy import Strategy
-from mtp_mem.verification.gradient_error import Gradients
 
 PROFILE = Profile(
     name="small",
@@ -101,6 +100,71 @@ def test_what_a_failed_step_had_made_is_gone_when_the_next_one_runs() -> None:
     assert alive == [False, False, False]
 
 
+class Changes:
+    """Right, but it changes what belongs to all."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def backward(self, cut: torch.Tensor, heads: Any, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        losses = load_strategy("sequential").backward(cut, heads, targets, weights)
+        with torch.no_grad():
+            if self.what == "the weights":
+                heads.roots[0].unembedding.mul_(0.5)
+            if self.what == "the batch":
+                targets[targets > 0] = 1
+            if self.what == "grad mode":
+                torch.set_grad_enabled(False)
+            if self.what == "the process":
+                raise SystemExit(0)
+        if self.what == "grad mode":
+            torch.set_grad_enabled(False)
+        return losses
+
+
+@pytest.mark.parametrize("what", ["the weights", "the batch", "grad mode", "the process"])
+def test_what_a_strategy_changes_is_on_its_own_row_alone(what: str) -> None:
+    shared = bench()
+    before = shared.check(load_strategy("sequential"))
+    with pytest.raises((BrokenContract, SystemExit)):
+        shared.check(Changes(what))
+    shared.recover()
+    assert torch.is_grad_enabled()
+    assert shared.check(load_strategy("sequential")) == before
+    timed = shared.time({"changes": Changes(what), "sequential": load_strategy("sequential")}, lambda _: None)
+    assert isinstance(timed["sequential"], list)
+    assert isinstance(timed["changes"], BaseException) == (what != "the weights")  # a step changes them as well
+
+
+class Keeps:
+    """Sequential that holds the cut's copy from step to step."""
+
+    def backward(self, cut: torch.Tensor, *args: Any) -> torch.Tensor:
+        self.kept = cut.detach().clone()
+        return load_strategy("sequential").backward(cut, *args)
+
+
+def test_what_a_strategy_keeps_is_in_its_baseline() -> None:
+    shared = bench()
+    right, keeps = (shared.measure(s) for s in (load_strategy("sequential"), Keeps()))
+    kept = PROFILE.workload.tokens * PROFILE.model.dim * 4
+    assert keeps["baseline_bytes"] - right["baseline_bytes"] == kept
+
+
+def test_without_a_reference_bytes_and_time_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = bench()
+    once = Bench._gradients
+
+    def too_large(self: Bench, strategy: Strategy) -> dict[str, list[torch.Tensor | None]]:
+        if not isinstance(strategy, Keeps):
+            raise torch.OutOfMemoryError("no room")
+        return once(self, strategy)
+
+    monkeypatch.setattr(Bench, "_gradients", too_large)
+    facts = shared.check(Keeps())
+    assert (facts["gradient"], facts["gradient_reference"]) == ("unchecked", "no reference fits here")
+
+
 def test_a_reference_that_does_not_repeat_itself_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def records() -> list[Record]:
         corpus, device = load_corpus(PROFILE.workload, PROFILE.model.vocab_size), torch.device("cpu")
@@ -112,11 +176,11 @@ def test_a_reference_that_does_not_repeat_itself_is_said(monkeypatch: pytest.Mon
     once = Bench._gradients
     shift = iter(range(100))
 
-    def drifting(self: Bench, strategy: Strategy) -> tuple[Gradients, list[float]]:
-        gradients, losses = once(self, strategy)
+    def drifting(self: Bench, strategy: Strategy) -> dict[str, list[torch.Tensor | None]]:
+        gradients = once(self, strategy)
         with torch.no_grad():
             gradients["norm"][0] += 1e-4 * next(shift)  # as atomic additions would, which have no order
-        return gradients, losses
+        return gradients
 
     monkeypatch.setattr(Bench, "_gradients", drifting)
     noisy = records()
@@ -141,7 +205,8 @@ def test_its_record_keeps_the_bytes_and_says_so(monkeypatch: pytest.MonkeyPatch)
     naive, sequential = run(PROFILE, corpus, device, todo, lambda _: None)
     assert (naive.status, naive.error) == ("ok", None)
     assert naive.step_ms
-    assert (sequential.status, sequential.step_ms) == ("ok", None)
+    assert (sequential.status, sequential.step_ms) == ("oom", None)
+    assert sequential.peak_requested_bytes
     assert sequential.error == "not timed: OutOfMemoryError: no room"
     assert sequential.gradient == "bit-identical"
     assert sequential.peak_requested_bytes
