@@ -32,4 +32,4 @@ def track(step: TrainingStep) -> Trace:
     finally:
         if enabled:
             gc.enable()
-    return tracker.finish()
+    return tracker.finish().step()

@@ -129,15 +129,20 @@ class Trace:
                 peaks[phase] = max(peaks.get(phase, 0), total)
         return peaks
 
-    def to_json(self) -> dict[str, Any]:
-        """The step alone: what was live before it, its events, and the storages of both, renumbered from 0."""
+    def step(self) -> "Trace":
+        """The step alone: what was live before it counts as resident."""
         before = dict.fromkeys(self.resident)
         for event in self.events[: self.start]:
             if event.kind != "alloc":
                 before.pop(event.key if event.kind == "free" else event.old)
             if event.kind != "free":
                 before[event.key] = None
-        events = self.events[self.start :]
+        return Trace(self.storages, list(before), self.events[self.start :])
+
+    def to_json(self) -> dict[str, Any]:
+        """The step alone: what was live before it, its events, and the storages of both, renumbered from 0."""
+        step = self.step()
+        before, events = step.resident, step.events
         keys = {key: i for i, key in enumerate([*before, *(e.key for e in events if e.kind != "free")])}
         return {
             "timeline": FORMAT,
