@@ -1,7 +1,25 @@
-"""`python -m mtp_mem` is `mtp-mem`."""
+"""`python -m mtp_mem`: the command line; in a clone that is not installed, one line that says so."""
 
+import importlib.util
 import sys
 
-from mtp_mem.cli import main
+NOT_INSTALLED = (
+    "mtp-mem: mtp_mem runs from a clone without being installed; `pip install -e .` in the clone installs it"
+)
 
-sys.exit(main())
+
+def run() -> int:
+    """Exit code of the command; 3 where the installation is not whole."""
+    try:
+        whole = importlib.util.find_spec("mtp_mem.strategies") is not None
+        from mtp_mem.cli import main
+    except ModuleNotFoundError:
+        whole = False
+    if not whole:
+        print(NOT_INSTALLED, file=sys.stderr)
+        return 3
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

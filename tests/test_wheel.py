@@ -1,5 +1,6 @@
 """What is installed: one top-level package, with the strategies and profiles inside."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -26,3 +27,19 @@ def test_a_wheel_installs_nothing_but_mtp_mem(tmp_path: Path) -> None:
     assert {f"mtp_mem/report/assets/{name}" for name in ("page.html", "page.css", "timeline.js")} <= set(names)
     entry_points = next(n for n in names if n.endswith("entry_points.txt"))
     assert "mtp-mem = mtp_mem.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
+
+
+BARE = """import runpy, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+sys.argv[0] = "mtp_mem"
+runpy.run_module("mtp_mem", run_name="__main__")
+"""
+
+
+def test_a_clone_that_is_not_installed_says_so(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "mtp_mem", tmp_path / "mtp_mem")
+    for command in ("list", "compare"):
+        ended = subprocess.run([sys.executable, "-c", BARE, command], cwd=tmp_path, capture_output=True, text=True)
+        assert ended.returncode == 3, ended.stderr
+        assert ended.stderr.count("\n") == 1
+        assert "pip install -e ." in ended.stderr

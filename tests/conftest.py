@@ -1,0 +1,14 @@
+"""Without an installation there is nothing to test: one line, and exit code 3 as the command line has it."""
+
+import importlib.util
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        installed = importlib.util.find_spec("mtp_mem.strategies") is not None
+    except ModuleNotFoundError:  # torch, or the package itself
+        installed = False
+    if not installed:
+        pytest.exit("mtp_mem is not installed: `pip install -e '.[dev]'` in the clone installs it", returncode=3)
