@@ -24,6 +24,7 @@ Exactness = Literal["measured", "tracked", "predicted"]
 EXACTNESS: dict[Backend, Exactness] = {"cuda": "measured", "cpu": "tracked", "fake": "predicted"}
 
 LARGEST = 2**63
+TIMES, LEAST = ("step_ms", "step_ms_p20", "step_ms_p80", "tokens_per_s"), 1e-9
 ERRORS = ("gradient_error", "gradient_noise")
 
 NEEDED: dict[str, dict[str, Any]] = {
@@ -105,6 +106,12 @@ class Record:
                 largest = math.inf if name in ERRORS else LARGEST
                 if isinstance(number, (int, float)) and not 0 <= number <= largest:
                     raise BadInput(f"{name} = {short(number)}: expected a number from 0 to 2**63")
+        for name in TIMES:
+            if (value := known.get(name)) is not None and value < LEAST:
+                raise BadInput(f"{name} = {value}: expected at least {LEAST}")
+        variables = record.environment.get("variables")
+        if variables is not None and not isinstance(variables, dict):
+            raise BadInput(f"environment.variables = {short(variables)}: expected a table")
         if record.n < 1:
             raise BadInput(f"n = {record.n}: not a number of heads")
         for group, keys in NEEDED.items():

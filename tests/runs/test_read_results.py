@@ -43,6 +43,8 @@ def test_damaged_lines_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
     [
         ({"n": "4"}, "n = '4': expected a whole number"),
         ({"n": 0}, "n = 0: not a number of heads"),
+        ({"step_ms": 1e-320}, "step_ms = 1e-320: expected at least 1e-09"),
+        ({"environment": {**ENVIRONMENT, "variables": 5}}, "environment.variables = 5: expected a table"),
         ({"peak_requested_bytes": -1}, "peak_requested_bytes = -1"),
         ({"peak_requested_bytes": True}, "peak_requested_bytes = True"),
         ({"step_ms": float("nan")}, "step_ms = nan: expected a number from 0"),
