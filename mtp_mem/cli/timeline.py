@@ -1,11 +1,15 @@
 """`mtp-mem timeline`: one step's live bytes by category, and what its peak consists of."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from mtp_mem.cli.common import AddCommand, device_option
+from mtp_mem.errors import BrokenContract, MtpMemError, one_line
 
 
 def add(command: AddCommand) -> None:
@@ -42,22 +46,21 @@ def run(args: argparse.Namespace) -> int:
         gpu = load_gpu(args.gpu)
         peaks.check_predictable(profile)
         strategy, _ = resolve_auto(strategy, config, profile.workload, cuda=True, gpu=gpu)
-        trace, how = simulated_step.simulate(config, profile.workload, strategy, gpu=gpu), f"predicted for {gpu.name}"
+        with _blamed(args.strategy, strategy):
+            trace = simulated_step.simulate(config, profile.workload, strategy, gpu=gpu)
+        how = f"predicted for {gpu.name}"
     else:
         from mtp_mem.data import load_corpus
 
         device = bench.resolve_device(args.device)
         corpus = load_corpus(profile.workload, config.vocab_size)
         step = bench.Bench(profile, config, corpus, device).step(strategy)
-        for _ in range(bench.WARM_UP[device.type]):
-            step()
-        if device.type == "cuda":
-            trace, how = (
-                cuda_history.record(step, out / "snapshot.pickle"),
-                "allocated blocks, by the allocator's history",
-            )
-        else:
-            trace, how = cpu.track(step), "live tensor bytes, tracked"
+        with _blamed(args.strategy, strategy):
+            for _ in range(bench.WARM_UP[device.type]):
+                step()
+            on_cuda = device.type == "cuda"
+            trace = cuda_history.record(step, out / "snapshot.pickle") if on_cuda else cpu.track(step)
+        how = "allocated blocks, by the allocator's history" if on_cuda else "live tensor bytes, tracked"
     title = f"{args.strategy}, n = {config.n_future}, {profile.name}: what is live during one training step"
     files = chart.draw(trace, out, title, f"{how} · {footer(environment(device.type))}")
     peak = trace.peak()
@@ -80,3 +83,21 @@ def run(args: argparse.Namespace) -> int:
             print(f"  {format_bytes(nbytes):>10}  {category}")
         print(f"chart {files[0]} (.svg, .csv, .json)")
     return 0
+
+
+@contextlib.contextmanager
+def _blamed(spec: str, strategy: object) -> Iterator[None]:
+    """What a strategy from elsewhere raises in here is an error of its own, in one line, and not a crash of ours.
+
+    Raises:
+        BrokenContract: names the strategy, what it raised, and where.
+    """
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except MtpMemError:
+        raise
+    except (Exception, SystemExit) as e:
+        if type(strategy).__module__.startswith("mtp_mem."):
+            raise
+        raise BrokenContract(f"strategy {spec!r}: {one_line(e)}") from None

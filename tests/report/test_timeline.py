@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import mtp_mem
 from small import tiny
 
 from mtp_mem import Workload, load_strategy
@@ -54,3 +55,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert max(int(row["total"]) for row in rows) == document["peak_requested_bytes"]
     assert main(["timeline", "--gpu", "h200"]) == 2  # quick is fp32
     assert "only bf16" in capsys.readouterr().err
+
+
+def test_a_strategy_that_raises_is_named(tmp_path: Path) -> None:
+    (tmp_path / "theirs.py").write_text(
+        "class Raises:\n    def backward(self, *args):\n"
+        "        print('a word')\n        raise ValueError('not today')\n"
+    )
+    for gpu in ([], ["--gpu", "h200", "--profile", "mtp-0.3b"]):
+        ended = mtp_mem(tmp_path, "timeline", "--n", "1", "--strategy", "theirs:Raises", *gpu)
+        assert ended.returncode == 1
+        assert "mtp-mem: strategy 'theirs:Raises': ValueError: not today (theirs.py:4)" in ended.stderr
+        assert ended.stdout == ""
