@@ -27,7 +27,7 @@ def add(command: AddCommand) -> None:
     device_option(sub)
     deterministic_option(sub)
     budget_option(sub, "n")
-    sub.add_argument("--fresh", action="store_true", help="forget the results in --out and start over")
+    sub.add_argument("--fresh", action="store_true", help="run every case again, also those in --out")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from mtp_mem.data import load_corpus
     from mtp_mem.report import charts, recommend, tables
     from mtp_mem.runs import bench, sweep
-    from mtp_mem.runs.record import ResultsFile
+    from mtp_mem.runs.results_file import ResultsFile
 
     settle_numerics(args)
     profile = profile_of(args)
@@ -45,22 +45,18 @@ def run(args: argparse.Namespace) -> int:
     if corpus.note:
         note(f"note: {corpus.note}")
     out = args.out or Path("results") / profile.name
-    results = ResultsFile(out, fresh=args.fresh)
+    results = ResultsFile(out)
 
     wanted = sweep.cases(profile, corpus, device)
-    records_by_case = {record.case: record for record in results.read()}
+    records_by_case = {record.case: record for record in results.read() if not args.fresh}
     for line in results.notes:
         note(f"note: {line}")
-    todo = [
-        case
-        for case in wanted
-        if case.fingerprint not in records_by_case or records_by_case[case.fingerprint].status != "ok"
-    ]
+    todo = [case for case in wanted if case.id not in records_by_case or records_by_case[case.id].status != "ok"]
     if len(todo) < len(wanted):
         note(
             f"{len(wanted) - len(todo)} of {len(wanted)} cases are in {results.path} already (--fresh runs them again)"
         )
-    interrupted, left = False, {case.fingerprint for case in todo}
+    interrupted, left = False, {case.id for case in todo}
     budget_s = None if args.budget_minutes is None else 60 * args.budget_minutes
     try:
         with progress(sweep.units(todo, profile.sweep.rounds)) as begin:
@@ -75,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
         why = "stopped" if interrupted else f"the budget of {args.budget_minutes:g} min is spent"
         note(f"{why}: {finished} of {len(wanted)} cases are in {results.path}; the same command runs the others")
         return 130 if interrupted else 1
-    records = [records_by_case[case.fingerprint] for case in wanted]
+    records = [records_by_case[case.id] for case in wanted]
+    if args.fresh:
+        results.replace(records)
     files = charts.memory_vs_n(records, out)
     sentence = recommend.advise(records)
     if args.json:

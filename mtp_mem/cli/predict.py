@@ -67,20 +67,22 @@ def _predict(args: argparse.Namespace) -> int:
     from mtp_mem.prediction import peaks
     from mtp_mem.report import charts
     from mtp_mem.runs.predicted import predict
-    from mtp_mem.runs.record import ResultsFile
+    from mtp_mem.runs.results_file import ResultsFile
 
     profile = profile_of(args)
     gpus = {name.lower(): load_gpu(name) for name in args.gpu or profile.gpus}
     peaks.check_predictable(profile)
     alone = args.out if len(gpus) == 1 else None
     folder = args.out or Path("results")
-    files = {name: ResultsFile(alone or folder / f"predict-{profile.name}-{name}", fresh=True) for name in gpus}
+    files = {name: ResultsFile(alone or folder / f"predict-{profile.name}-{name}") for name in gpus}
     records_by_gpu: dict[str, list[Record]] = {name: [] for name in gpus}
     with progress(len(gpus) * len(profile.sweep.n) * (1 + len(profile.sweep.strategies))) as begin:
         for name, gpu in gpus.items():
             for record in predict(profile, gpu, begin):
                 files[name].append(record)
                 records_by_gpu[name].append(record)
+    for name, file in files.items():
+        file.replace(records_by_gpu[name])
     written: list[Path] = []
     for name, gpu in gpus.items():
         written += [files[name].path, *charts.memory_vs_n(records_by_gpu[name], files[name].path.parent, gpu)]

@@ -10,10 +10,15 @@ from mtp_mem.cli.common import AddCommand, console, note
 
 def add(command: AddCommand) -> None:
     """Register the command."""
-    sub = command("regressions", run, "what changed between two results; exit 1 if bytes, time or gradients got worse")
+    sub = command(
+        "regressions",
+        run,
+        "what changed between two results; exit 1 if a figure got worse or a case is gone",
+    )
     what = "pytest-benchmark JSON, results.jsonl, or a folder of those"
     sub.add_argument("old", type=Path, metavar="OLD", help=what)
     sub.add_argument("new", type=Path, metavar="NEW", help="the same, later")
+    sub.add_argument("--allow-missing", action="store_true", help="a case that is gone does not count as worse")
     sub.add_argument("--memory", type=_share, default=0.0, metavar="0%", help="how much bytes may grow; default 0%%")
     sub.add_argument("--time", type=_share, default=0.1, metavar="10%", help="how much times may grow; default 10%%")
 
@@ -29,15 +34,15 @@ def run(args: argparse.Namespace) -> int:
         note(f"note: {line}")
     differing = changes(old, new, args.memory, args.time)
     worse = [change for change in differing if change.worse]
-    missing = [case for case in old.cases if case not in new.cases]
-    added = [case for case in new.cases if case not in old.cases]
+    missing, added = old.without(new), new.without(old)
+    failed = bool(worse or (missing and not args.allow_missing))
     if args.json:
         rows = [{**dataclasses.asdict(change), "share": change.share} for change in differing]
         print(json.dumps({"changes": rows, "regressions": len(worse), "missing": missing, "added": added}, indent=1))
-        return 1 if worse else 0
+        return int(failed)
     screen = console()
     for change in differing:
-        if change.kind == "gradient":
+        if change.kind == "gradient" or change.new is None:
             figures = f"{change.old} -> {change.new}"
         elif isinstance(change.old, int) and isinstance(change.new, int):
             figures = f"{format_bytes(change.old)} -> {format_bytes(change.new)} ({change.new - change.old:+,} B)"
@@ -45,12 +50,17 @@ def run(args: argparse.Namespace) -> int:
             figures = f"{change.old:.4g} -> {change.new:.4g} ({change.share or 0:+.1%})"
         mark = "WORSE" if change.worse else "     "
         screen.print(f"{mark} {change.kind:8} {change.case}: {figures}", markup=False)
-    for word, cases in (("only in the old results", missing), ("only in the new results", added)):
+    for mark, word, cases in (
+        ("     " if args.allow_missing else "WORSE", "only in the old results", missing),
+        ("     ", "only in the new results", added),
+    ):
         for case in cases:
-            screen.print(f"      {word}: {case}", markup=False)
+            screen.print(f"{mark} {word}: {case}", markup=False)
     common = len(new.cases) - len(added)
-    screen.print(f"{common} cases compared, {len(differing)} figures changed, {len(worse)} got worse", markup=False)
-    return 1 if worse else 0
+    gone = f", {len(missing)} gone" if missing else ""
+    counts = f"{common} cases compared, {len(differing)} figures changed, {len(worse)} got worse{gone}"
+    screen.print(counts, markup=False)
+    return int(failed)
 
 
 def _share(text: str) -> float:

@@ -13,7 +13,8 @@ from mtp_mem.report.content import gpu_of, section
 from mtp_mem.report.page import Chart, Group, to_html
 from mtp_mem.report.recommend import peak_bytes
 from mtp_mem.report.timeline_page import drawing, read_timeline
-from mtp_mem.runs.read_results import Located, groups, machine, read
+from mtp_mem.runs.identity import CONDITIONS, machine, setting
+from mtp_mem.runs.read_results import Located, groups, read
 from mtp_mem.runs.record import Record
 
 
@@ -114,8 +115,9 @@ def _ends(records: Sequence[Record], *, whole: bool) -> str:
 def _panels(apart: Sequence[Sequence[Record]], folder: Path) -> Chart | None:
     """All groups beside each other, each panel named by what tells it from the others."""
     facts = [_facts(group[0]) for group in apart]
-    differing = [name for name in facts[0] if len({fact[name] for fact in facts}) > 1]
-    titles = [", ".join(fact[name] for name in differing) for fact in facts]
+    names = dict.fromkeys(name for fact in facts for name in fact)
+    differing = [name for name in names if len({fact.get(name) for fact in facts}) > 1]
+    titles = [", ".join(fact[name] for name in differing if name in fact) for fact in facts]
     named = {title or f"group {i}": group for i, (title, group) in enumerate(zip(titles, apart, strict=True), 1)}
     files = charts.memory_small_multiples(named, folder)
     alt = "Memory over the baseline against the number of heads, a panel for each group."
@@ -133,4 +135,5 @@ def _facts(record: Record) -> dict[str, Any]:
         "tokens": f"{workload['batch']} x {workload['sequence']:,} tokens",
         "dtype": workload["dtype"],
         "machine": machine(record),
+        **{name: f"{name} {value}" for name, value in setting(record).items() if name in CONDITIONS},
     }

@@ -9,7 +9,8 @@ from mtp_mem.report import tables
 from mtp_mem.report.charts.style import HOW
 from mtp_mem.report.recommend import advise, choose, peak_bytes, saving, slowdown
 from mtp_mem.report.reproduce import command
-from mtp_mem.runs.read_results import code_versions, machine
+from mtp_mem.runs.identity import machine
+from mtp_mem.runs.read_results import code_versions
 from mtp_mem.runs.record import Record
 
 HIDDEN = ("code", "torch_git", "variables")
@@ -45,6 +46,12 @@ def gpu_of(record: Record) -> GPU | None:
     return next((g for g in load_gpus().values() if g.name == record.environment.get("target")), None)
 
 
+def _threads(record: Record) -> str:
+    """How many threads a figure of the CPU was made with."""
+    threads = record.environment.get("threads")
+    return f", {threads} thread{'s' * (threads != 1)}" if record.backend == "cpu" and isinstance(threads, int) else ""
+
+
 def section(records: Sequence[Record]) -> Section:
     """The content of one group's section.
 
@@ -56,6 +63,7 @@ def section(records: Sequence[Record]) -> Section:
     title = (
         f"V = {model['vocab_size']:,}, D = {model['dim']:,}, {model['n_layers']} layers,"
         f" {workload['batch']} x {workload['sequence']:,} tokens, {workload['dtype']}, on {machine(first)}"
+        f"{_threads(first)}"
     )
     answer, figures = _predicted(records) if first.exactness == "predicted" else _measured(records)
     slopes = tables.slope_rows(records)

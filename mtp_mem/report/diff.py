@@ -7,19 +7,21 @@ from typing import Any, Literal
 
 from mtp_mem.errors import BadInput
 from mtp_mem.report.recommend import peak_bytes
-from mtp_mem.runs.read_results import machine, read
+from mtp_mem.runs.identity import key, machine
+from mtp_mem.runs.read_results import read
 
 Kind = Literal["memory", "time", "gradient"]
 
 
 @dataclass(frozen=True)
 class CaseFigures:
-    """One case: its bytes, its time, whether its gradient was right.
+    """One case: what it is, for people; its bytes, its time, whether its gradient was right.
 
     `seconds` is the median; `times_floor` the same over the bare products of the same round, which a busy machine
     disturbs less, and which is compared where both sides have it.
     """
 
+    name: str
     nbytes: int | None
     seconds: float | None
     times_floor: float | None = None
@@ -28,11 +30,15 @@ class CaseFigures:
 
 @dataclass(frozen=True)
 class Results:
-    """The cases of one file or folder by name, and the device they were measured on."""
+    """The cases of one file or folder by what makes them equal, and the device they were measured on."""
 
     path: Path
     device: str
-    cases: dict[str, CaseFigures]
+    cases: dict[tuple[str, ...], CaseFigures]
+
+    def without(self, other: "Results") -> list[str]:
+        """Names of the cases that the other has not."""
+        return [figures.name for case, figures in self.cases.items() if case not in other.cases]
 
 
 @dataclass(frozen=True)
@@ -42,13 +48,13 @@ class Change:
     case: str
     kind: Kind
     old: float | str
-    new: float | str
+    new: float | str | None
     worse: bool
 
     @property
     def share(self) -> float | None:
         """New over old, less one."""
-        if isinstance(self.old, str) or isinstance(self.new, str) or not self.old:
+        if isinstance(self.old, str) or self.new is None or isinstance(self.new, str) or not self.old:
             return None
         return self.new / self.old - 1
 
@@ -74,14 +80,19 @@ def load(path: Path, notes: list[str]) -> Results:
     for r in records:
         m, w = r.model, r.workload
         shape = f"V={m['vocab_size']} D={m['dim']} {w['dtype']} {w['batch']}x{w['sequence']}"
-        cases[f"{r.strategy} n={r.n} {shape}"] = CaseFigures(
-            peak_bytes(r), r.step_ms / 1e3 if r.step_ms else None, gradient=r.gradient if r.status == "ok" else r.status
+        cases[key(r)] = CaseFigures(
+            f"{r.strategy} n={r.n} {shape}",
+            peak_bytes(r),
+            r.step_ms / 1e3 if r.step_ms else None,
+            gradient=r.gradient if r.status == "ok" else r.status,
         )
     return Results(path, devices.pop(), cases)
 
 
 def changes(old: Results, new: Results, memory: float, time: float) -> list[Change]:
-    """Every figure that both sides have and that differs, in the order of the new results.
+    """Every figure of the old side that differs in the new one, in the order of the new results.
+
+    A figure that is gone, or is no number any more, is worse.
 
     Args:
         old: before.
@@ -106,14 +117,14 @@ def changes(old: Results, new: Results, memory: float, time: float) -> list[Chan
         else:
             pairs.append(("time", a.seconds, b.seconds, time))
         differing += [
-            Change(case, kind, x, y, worse=y > x * (1 + allowed))
+            Change(b.name, kind, x, y, worse=y is None or not y <= x * (1 + allowed))
             for kind, x, y, allowed in pairs
-            if x is not None and y is not None and x != y
+            if x is not None and x != y
         ]
         if a.gradient != b.gradient and a.gradient is not None and b.gradient is not None:
             good = ("bit-identical", "within bound")
             worse = b.gradient not in good or (a.gradient == good[0] and b.gradient == good[1])
-            differing.append(Change(case, "gradient", a.gradient, b.gradient, worse))
+            differing.append(Change(b.name, "gradient", a.gradient, b.gradient, worse))
     return differing
 
 
@@ -135,12 +146,13 @@ def json_document(path: Path, key: str) -> dict[str, Any] | None:
 
 
 def _benchmarks(path: Path, document: dict[str, Any]) -> Results:
-    cases = {}
+    cases: dict[tuple[str, ...], CaseFigures] = {}
     try:
         for bench in document["benchmarks"]:
             info = bench["extra_info"]
             nbytes = info.get("peak_over_inputs_bytes", info.get("max_rss_bytes"))
-            cases[bench["fullname"]] = CaseFigures(nbytes, bench["stats"]["median"], info.get("times_floor"))
+            name = str(bench["fullname"])
+            cases[(name,)] = CaseFigures(name, nbytes, bench["stats"]["median"], info.get("times_floor"))
         facts = document["machine_info"]
         device = facts.get("mtp_mem", {}).get("device") or "unknown"
         if device == "cpu":

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from mtp_mem._util import Progress, fingerprint
+from mtp_mem._util import Progress
 from mtp_mem.config.schema import GPU, Profile
 from mtp_mem.environment import environment
 from mtp_mem.errors import one_line
@@ -12,14 +12,15 @@ from mtp_mem.model.parameters import parameters
 from mtp_mem.prediction import simulated_step
 from mtp_mem.prediction.auto import resolve_auto
 from mtp_mem.prediction.peaks import predicted
+from mtp_mem.runs.identity import case_id, implementation
 from mtp_mem.runs.record import Record, new_record
 from mtp_mem.strategy import load_strategy
 
 
 def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
     """Predicted records of all the profile's cases on `gpu`, n by n."""
-    env, workload = environment("cpu"), profile.workload
-    parts = (dataclasses.asdict(workload), dataclasses.asdict(gpu), env["code"], env["torch"])
+    workload, named = profile.workload, {**dataclasses.asdict(profile.workload), "source": f"for {gpu.name}"}
+    env = {**environment("cpu"), "target": gpu.name, "target_bytes": gpu.total_bytes}
     with simulated_step.without_collections():
         for n in profile.sweep.n:
             config = profile.model.with_n(n)
@@ -29,19 +30,22 @@ def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
             for spec in profile.sweep.strategies:
                 progress(f"n={n} {spec}")
                 facts: dict[str, Any] = {"status": "ok"}
+                version = ""
                 try:
-                    strategy, chosen = resolve_auto(load_strategy(spec), config, workload, cuda=True, gpu=gpu)
+                    strategy = load_strategy(spec)
+                    version = implementation(strategy)
+                    strategy, chosen = resolve_auto(strategy, config, workload, cuda=True, gpu=gpu)
                     facts |= {"chosen": chosen, **predicted(simulation.trace(strategy), gpu)}
                 except (Exception, SystemExit) as e:
                     facts |= {"status": "error", "error": one_line(e)}
                 yield new_record(
-                    fingerprint(spec, dataclasses.asdict(config), *parts),
+                    case_id(spec, version, dataclasses.asdict(config), named, env),
                     spec,
+                    version,
                     config,
-                    workload,
+                    named,
                     backend="fake",
-                    source={"source": f"for {gpu.name}"},
-                    environment={**env, "target": gpu.name, "target_bytes": gpu.total_bytes},
+                    environment=env,
                     parameters=sum(parameters(config).values()),
                     floor=floor,
                     facts=facts,

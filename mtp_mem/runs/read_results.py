@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mtp_mem.errors import BadInput
-from mtp_mem.runs.record import Record, read_lines
+from mtp_mem.runs.identity import machine, setting
+from mtp_mem.runs.record import Record
+from mtp_mem.runs.results_file import read_lines
 
 
 @dataclass(frozen=True)
@@ -55,27 +56,16 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def machine(record: Record) -> str:
-    """What the figures are of: the device, the GPU predicted for, or the CPU."""
-    env = record.environment
-    target = env.get("target")
-    if record.exactness == "predicted" and isinstance(target, str):
-        return target
-    return str(env["cpu"] if env["device"] == "cpu" else env["device"])
-
-
 def groups(located: Sequence[Located], notes: list[str]) -> list[list[Record]]:
-    """Records that may stand in one table: one machine, one way of measuring, one model but for n, one workload.
+    """Records that may stand in one table: one setting (mtp_mem/runs/identity.py).
 
     Of several records of one strategy and n (from two versions of the code, say) the last is kept; `notes` names the
     others, and files that mix machines.
     """
-    kept: dict[tuple[str, ...], dict[tuple[str, int], Located]] = {}
+    kept: dict[tuple[tuple[str, str], ...], dict[tuple[str, int], Located]] = {}
     for one in located:
         record = one.record
-        model = {k: v for k, v in record.model.items() if k != "n_future"}
-        key = (machine(record), record.backend, record.exactness, _canonical(model), _canonical(record.workload))
-        cases = kept.setdefault(key, {})
+        cases = kept.setdefault(tuple(sorted(setting(record).items())), {})
         before = cases.pop((record.strategy, record.n), None)
         if before:
             notes.append(
@@ -91,10 +81,6 @@ def groups(located: Sequence[Located], notes: list[str]) -> list[list[Record]]:
             where = "; ".join(f"{name} from line {min(numbers)}" for name, numbers in lines.items())
             notes.append(f"{path}: records of {len(lines)} machines, shown apart: {where}")
     return [[one.record for one in cases.values()] for cases in kept.values()]
-
-
-def _canonical(table: dict[str, Any]) -> str:
-    return repr(sorted((k, repr(v)) for k, v in table.items()))
 
 
 def code_versions(records: Sequence[Record]) -> list[str]:

@@ -1,17 +1,12 @@
-"""The record of one case, and the file of records: one JSON object a line, appended as each case ends."""
+"""The record of one case: what was run, where, and what came out."""
 
 import dataclasses
-import json
 import math
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal
 
-from mtp_mem._util import writable
-from mtp_mem.config.schema import ModelConfig, Workload
+from mtp_mem.config.schema import ModelConfig
 from mtp_mem.config.toml import convert, describe, from_table, short
 from mtp_mem.errors import BadInput
 from mtp_mem.verification.gradient_error import Verdict
@@ -46,6 +41,7 @@ class Record:
     backend: Backend
     exactness: Exactness
     strategy: str
+    implementation: str = ""  # version of its kernel's library, or digest of its source where it is not ours
     n: int
     status: Literal["ok", "oom", "error"]
     chosen: str | None = None  # what a strategy that chooses by step ran, and why
@@ -127,11 +123,11 @@ class Record:
 def new_record(
     case: str,
     strategy: str,
+    implementation: str,
     config: ModelConfig,
-    workload: Workload,
+    workload: dict[str, Any],
     *,
     backend: Backend,
-    source: dict[str, str],
     environment: dict[str, Any],
     parameters: int,
     floor: dict[str, Any],
@@ -140,12 +136,12 @@ def new_record(
     """The record of a case that has just ended.
 
     Args:
-        case: fingerprint of everything the figures depend on.
+        case: names everything the figures depend on (mtp_mem/runs/identity.py).
         strategy: the spec.
+        implementation: which version of its code, where it is not ours.
         config: the model, with its n.
-        workload: batch, sequence, dtype.
+        workload: batch, sequence, dtype, and where the tokens came from.
         backend: the instrument.
-        source: where the tokens came from; stored with the workload.
         environment: machine and versions.
         parameters: the model's count.
         floor: the record's fields for the step without logits.
@@ -157,67 +153,13 @@ def new_record(
         backend=backend,
         exactness=EXACTNESS[backend],
         strategy=strategy,
+        implementation=implementation,
         n=config.n_future,
         parameters=parameters,
         model=dataclasses.asdict(config),
-        workload={**dataclasses.asdict(workload), **source},
+        workload=workload,
         environment=environment,
         floor_requested_bytes=floor.get("peak_requested_bytes"),
         floor_allocated_bytes=floor.get("peak_allocated_bytes"),
         **facts,
     )
-
-
-def read_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
-    """Each record of a results file with the number of its line; lines that are none are skipped, and named in `notes`.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, Record.from_json(json.loads(line))
-        except (BadInput, ValueError, AttributeError, RecursionError) as e:
-            why = str(e) if isinstance(e, BadInput) else "not a whole JSON object (cut off?)"
-            notes.append(f"{path}:{number}: skipped: {why}")
-
-
-class ResultsFile:
-    """A `results.jsonl` in the folder `out`: reading it skips what is damaged, and says so in `notes`.
-
-    Raises:
-        BadInput: the folder cannot be made or written.
-    """
-
-    def __init__(self, out: Path, *, fresh: bool = False) -> None:
-        self.path = writable(out) / "results.jsonl"
-        self.notes: list[str] = []
-        try:
-            if fresh:
-                self.path.unlink(missing_ok=True)
-            with self.path.open("ab"):
-                pass
-        except OSError as e:
-            raise BadInput(f"{out}: cannot be written: {e.strerror}") from None
-
-    def read(self) -> list[Record]:
-        """All records that can be read, oldest first; of records of one case only the last."""
-        records: dict[str, Record] = {}
-        self.notes = []
-        for _, record in read_lines(self.path, self.notes):
-            records[record.case] = record
-        return list(records.values())
-
-    def append(self, record: Record) -> None:
-        """Write one record so that a kill at any moment loses no earlier one."""
-        line = json.dumps(record.to_json()).encode() + b"\n"
-        with self.path.open("rb+") as file:
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a kill cut the last line off: leave it, and start a new one
-                    line = b"\n" + line
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())

@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 
-from mtp_mem._util import Progress, fingerprint, format_bytes
+from mtp_mem._util import Progress, format_bytes
 from mtp_mem.config.schema import ModelConfig, Profile, Workload
 from mtp_mem.data import Corpus
-from mtp_mem.environment import environment, numerics
+from mtp_mem.environment import environment
 from mtp_mem.model.parameters import parameters
 from mtp_mem.prediction.floor import NoLogits
 from mtp_mem.prediction.formulas import formula_peak
 from mtp_mem.runs import isolated
 from mtp_mem.runs.bench import Bench, failure, free, speed
+from mtp_mem.runs.identity import case_id, implementation
 from mtp_mem.runs.record import Record, new_record
 from mtp_mem.strategy import Strategy, load_strategy, require
 
@@ -35,20 +36,25 @@ class Case:
 
     strategy: str
     n: int
-    fingerprint: str
+    id: str
+    implementation: str
 
 
 def cases(profile: Profile, corpus: Corpus, device: torch.device) -> list[Case]:
     """The profile's cases, n by n, strategies in the profile's order."""
-    env = environment(device.type)
-    machine = [env[key] for key in ("code", "torch", "cpu", "threads", "device", "variables", *numerics())]
+    versions = {spec: implementation(load_strategy(spec)) for spec in profile.sweep.strategies}
 
     def case(spec: str, n: int) -> Case:
-        model, workload = profile.model.with_n(n), profile.workload
-        parts = (spec, dataclasses.asdict(model), dataclasses.asdict(workload), profile.sweep.rounds, corpus.digest)
-        return Case(spec, n, fingerprint(*parts, machine))
+        model, workload = dataclasses.asdict(profile.model.with_n(n)), _workload(profile, corpus)
+        facts = (model, workload, environment(device.type), profile.sweep.rounds)
+        return Case(spec, n, case_id(spec, versions[spec], *facts), versions[spec])
 
     return [case(spec, n) for n in profile.sweep.n for spec in profile.sweep.strategies]
+
+
+def _workload(profile: Profile, corpus: Corpus) -> dict[str, Any]:
+    """As a record names it: with where its tokens come from."""
+    return {**dataclasses.asdict(profile.workload), "source": corpus.source, "digest": corpus.digest}
 
 
 def units(todo: list[Case], rounds: int) -> int:
@@ -160,12 +166,12 @@ def _record(
     floor: Facts | None = None,
 ) -> Record:
     return new_record(
-        case.fingerprint,
+        case.id,
         case.strategy,
+        case.implementation,
         config,
-        profile.workload,
+        _workload(profile, corpus),
         backend="cuda" if device.type == "cuda" else "cpu",
-        source={"source": corpus.source, "digest": corpus.digest},
         environment=environment(device.type),
         parameters=sum(parameters(config).values()),
         floor=floor or {},

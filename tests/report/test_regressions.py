@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ def test_nothing_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ({"peak_over_inputs_bytes": 203_000_001}, [], 1, "WORSE memory"),
         ({"peak_over_inputs_bytes": 203_000_001}, ["--memory", "1%"], 0, "(+1 B)"),
         ({"peak_over_inputs_bytes": 100}, [], 0, "0 got worse"),
+        ({"peak_over_inputs_bytes": None}, [], 1, "203000000 -> None"),
         ({"times_floor": 1.2}, [], 1, "WORSE time"),
+        ({"times_floor": math.nan}, [], 1, "WORSE time"),
         ({"times_floor": 1.15}, [], 0, "+6.2%"),
         ({"times_floor": 1.15}, ["--time", "5%"], 1, "WORSE time"),
     ],
@@ -74,6 +77,18 @@ def test_changes(
     old, new = bench(tmp_path / "old.json"), bench(tmp_path / "new.json", **changes)
     assert main(["regressions", str(old), str(new), *options]) == code
     assert words in capsys.readouterr().out
+
+
+def test_a_case_that_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = results(tmp_path / "old.jsonl", record("naive"), record("sequential"))
+    more_threads = record("sequential", environment={**record().environment, "threads": 64})
+    new = results(tmp_path / "new.jsonl", record("naive"), more_threads)
+    assert main(["regressions", str(old), str(new)]) == 1
+    out = capsys.readouterr().out
+    assert "WORSE only in the old results: sequential n=1" in out
+    assert "      only in the new results: sequential n=1" in out
+    assert main(["regressions", str(old), str(new), "--allow-missing"]) == 0
+    assert "WORSE" not in capsys.readouterr().out
 
 
 def test_a_gradient_that_is_wrong_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

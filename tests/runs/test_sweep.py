@@ -62,7 +62,7 @@ def test_a_refused_case_is_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
     records = list(sweep.run(profile, corpus, torch.device("cuda"), todo, lambda _: None))
     assert [(record.n, record.status, record.backend) for record in records] == [(1, "oom", "cuda"), (2, "oom", "cuda")]
     assert all("refused before the run" in (record.error or "") for record in records)
-    assert [record.case for record in records] == [case.fingerprint for case in todo]
+    assert [record.case for record in records] == [case.id for case in todo]
 
 
 def test_a_spent_budget_keeps_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

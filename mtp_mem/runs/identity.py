@@ -1,0 +1,105 @@
+"""What a case is: everything that its figures depend on, for resuming, for tables and for `regressions` alike.
+
+A setting is what records must share to stand in one table; a case is a setting, a strategy at one n, and the code.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from mtp_mem._util import fingerprint
+from mtp_mem.runs.record import Record
+
+CONDITIONS: dict[str, Any] = {
+    "threads": None,
+    "variables": {},
+    "matmul_precision": "highest",
+    "tf32": False,
+    "bf16_reduced_precision_reduction": True,
+    "deterministic": False,
+}
+"""Facts of the environment that measured figures depend on, with what held where a record does not name them yet."""
+CODE = ("code", "torch", "cuda", "cudnn", "driver", "cpu", "device", "target", "target_bytes")
+
+
+def implementation(strategy: object) -> str:
+    """What tells this strategy's code from another version of it; empty for ours, whose code every record names.
+
+    A strategy of a library's kernel has the library's version, one from elsewhere a digest of its module, or of all
+    modules of its package.
+    """
+    if package := getattr(strategy, "package", ""):
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            return f"{package} of unknown version"
+    module = type(strategy).__module__
+    if module.startswith("mtp_mem."):
+        return ""
+    top = module.partition(".")[0]
+    spec = importlib.util.find_spec(top)
+    roots = [Path(root) for root in (spec and spec.submodule_search_locations) or ()]
+    files = [path for root in roots for path in sorted(root.rglob("*.py"))]
+    if not files and spec and spec.origin:
+        files = [Path(spec.origin)]
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"source {digest.hexdigest()[:12]}"
+
+
+def case_id(
+    strategy: str,
+    implementation: str,
+    model: dict[str, Any],
+    workload: dict[str, Any],
+    environment: dict[str, Any],
+    rounds: int | None = None,
+) -> str:
+    """The name of a case.
+
+    Args:
+        strategy: the spec.
+        implementation: see `implementation`.
+        model: the record's model, with its n.
+        workload: the record's workload, with the digest of its text.
+        environment: the record's environment.
+        rounds: timed steps, where there are any.
+    """
+    facts = {key: environment.get(key) for key in (*CONDITIONS, *CODE)}
+    return fingerprint(strategy, implementation, model, workload, facts, rounds)
+
+
+def machine(record: Record) -> str:
+    """What the figures are of: the device, the GPU predicted for, or the CPU."""
+    env = record.environment
+    target = env.get("target")
+    if record.exactness == "predicted" and isinstance(target, str):
+        return target
+    return str(env["cpu"] if env["device"] == "cpu" else env["device"])
+
+
+def setting(record: Record) -> dict[str, str]:
+    """What records must share to stand in one table, as name and value: all but the strategy, n, and the code."""
+    measured = record.exactness != "predicted"
+    conditions = {key: record.environment.get(key, usual) for key, usual in CONDITIONS.items()} if measured else {}
+    return {
+        "machine": machine(record),
+        "backend": record.backend,
+        **{f"model.{key}": _text(value) for key, value in record.model.items() if key != "n_future"},
+        **{f"workload.{key}": _text(value) for key, value in record.workload.items()},
+        **{key: _text(value) for key, value in conditions.items()},
+    }
+
+
+def key(record: Record) -> tuple[str, ...]:
+    """Equal for two records of one case, whatever versions of the code they were made with."""
+    return (*(f"{name}={value}" for name, value in sorted(setting(record).items())), record.strategy, str(record.n))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={value[key]}" for key in sorted(value, key=str))
+    return str(value)
