@@ -4,6 +4,7 @@ import gc
 
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker
+from mtp_mem.memory.unseen import threads_refused
 from mtp_mem.step import TrainingStep, optimizer_state
 
 
@@ -11,6 +12,9 @@ def track(step: TrainingStep) -> Trace:
     """Run the step twice under the tracker, and trace the second: what the first one leaves counts as live before it.
 
     Run it before, untracked: the first step has no optimizer state yet.
+
+    Raises:
+        BrokenContract: the strategy computes where the tracker does not see it.
     """
     model, optimizer, batch = step.model, step.optimizer, step.batch
     optimizer.zero_grad(set_to_none=True)
@@ -23,7 +27,7 @@ def track(step: TrainingStep) -> Trace:
     enabled = gc.isenabled()
     gc.disable()  # a collection in mid-step would free what a reference cycle still held
     try:
-        with tracker:
+        with tracker, threads_refused():
             step(tracker.phase)
             optimizer.zero_grad(set_to_none=True)
             gc.collect()

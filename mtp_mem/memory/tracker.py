@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from mtp_mem.errors import Missing
 from mtp_mem.memory.trace import Buffers, Category, Event, Storage, Trace
+from mtp_mem.memory.unseen import refuse_compiled
 
 _ADD = torch.ops.aten.add.Tensor
 _DEVICE = torch.ops.prim.device.default  # what a fake tensor's `.device` becomes, and no other's: half of all calls
@@ -155,6 +156,8 @@ class Tracker(TorchDispatchMode):
         address = storage._cdata
         if address in self._keys or storage.nbytes() == 0:
             return None
+        if self._phase.startswith("head"):
+            refuse_compiled()
         key = len(self.trace.storages)
         self._keys[address] = key
         self._live.add(key)

@@ -23,6 +23,7 @@ from mtp_mem.data import make_batch
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker
+from mtp_mem.memory.unseen import threads_refused
 from mtp_mem.model.layers import Attention
 from mtp_mem.model.mtp_model import MTPModel
 from mtp_mem.prediction.floor import NoLogits
@@ -109,7 +110,7 @@ class Simulation:
         try:
             with without_collections(), self._mode:
                 try:
-                    with tracker:
+                    with tracker, threads_refused():
                         if warm_up:
                             step(tracker.phase)
                             step.optimizer.zero_grad(set_to_none=True)
