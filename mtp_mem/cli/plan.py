@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtp_mem.cli.common import AddCommand, console, names, progress
-from mtp_mem.errors import BadInput, Missing
+from mtp_mem.errors import BadInput, BrokenContract, Missing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
             batches += plan(prober, dataclasses.replace(base, n=n), limit, ["batch"]).answers
     result = dataclasses.replace(result, left_out={**left_out, **result.left_out})
     if not result.answers:
-        raise BadInput("no strategy can be predicted: " + "; ".join(result.left_out.values()))
+        error = BrokenContract if result.failed else BadInput
+        raise error("no strategy can be predicted: " + "; ".join(result.left_out.values()))
     content = document(result, batches, profile, gpu, float(percent))
     files = []
     if out:
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         show(result, profile, gpu, float(percent))
         if files:
             print(f"plan {files[0]}, chart {files[1]} (.svg, .csv)")
-    return 0
+    return 1 if result.failed else 0
 
 
 def headroom(text: str) -> Fraction:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from mtp_mem._util import Progress, format_bytes
 from mtp_mem.config.schema import GPU, ModelConfig, Profile, Workload
-from mtp_mem.errors import one_line
+from mtp_mem.errors import BadInput, Missing, one_line
 from mtp_mem.prediction.caching_allocator import Fit, fit
 from mtp_mem.prediction.formulas import flops_factor, formula_peak
 from mtp_mem.prediction.peaks import predicted
@@ -76,12 +76,14 @@ class Plan:
         base: the batch, sequence and n from which each axis is varied.
         answers: of the strategies that can be predicted.
         left_out: the others, each with the reason.
+        failed: those of the left out ones that raised an error of their own.
     """
 
     limit: int
     base: Point
     answers: tuple[Answer, ...]
     left_out: Mapping[str, str]
+    failed: tuple[str, ...]
 
     def of(self, axis: Axis) -> list[Answer]:
         """One axis' answers."""
@@ -157,14 +159,17 @@ def plan(prober: Prober, base: Point, limit: int, axes: Sequence[Axis] = AXES) -
     """
     answers: dict[tuple[str, Axis], Answer] = {}
     left_out: dict[str, str] = {}
+    failed: list[str] = []
     for axis in axes:
         for spec in (spec for spec in prober.strategies if spec not in left_out):
             try:
                 answers[spec, axis] = _answer(prober, spec, axis, base, limit)
             except (Exception, SystemExit) as e:
                 left_out[spec] = one_line(e)
+                if not isinstance(e, (BadInput, Missing)):
+                    failed.append(spec)
     kept = tuple(answers[spec, axis] for spec in prober.strategies if spec not in left_out for axis in axes)
-    return Plan(limit=limit, base=base, answers=kept, left_out=left_out)
+    return Plan(limit=limit, base=base, answers=kept, left_out=left_out, failed=tuple(failed))
 
 
 def _answer(prober: Prober, spec: str, axis: Axis, base: Point, limit: int) -> Answer:

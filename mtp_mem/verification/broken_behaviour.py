@@ -229,7 +229,7 @@ class OneChunkOnly(Sequential, Broken):
     """Right as long as one chunk of 1024 tokens holds everything: the second forgets the first"""
 
     origin = "mlstm_kernels PR #10"
-    caught_by = "N = 4,101"
+    caught_by = "N = 4,102"
     CHUNK: ClassVar[int] = 1024
 
     def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ class FastPathWrong(_OwnLoss):
     """Plain torch under 600 rows; the path for more is wrong by a factor of two"""
 
     origin = "wrappers of kernels, which fall back when small or on a CPU"
-    caught_by = "N = 4,101"
+    caught_by = "N = 4,102"
 
     def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
         """Doubled where large."""

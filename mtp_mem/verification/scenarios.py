@@ -144,7 +144,7 @@ SCENARIOS: tuple[Scenario, ...] = (
 )
 
 REAL_SIZES: tuple[Scenario, ...] = (
-    Scenario(name="N = 4,101", batch=3, sequence=1367, n=2, vocab_size=521, dim=64, chunk=None, dtypes=("fp32",)),
+    Scenario(name="N = 4,102", batch=293, sequence=14, n=2, vocab_size=521, dim=64, chunk=None, dtypes=("fp32",)),
     Scenario(name="V = 33,001", sequence=24, n=2, vocab_size=33001, dim=128, chunk=None, dtypes=("fp32",)),
     Scenario(name="V = 33,001, as initialised", n=2, vocab_size=33001, std=0.02, chunk=None, dtypes=("fp32",)),
     Scenario(name="D = 192", sequence=150, n=2, vocab_size=4111, dim=192, std=0.05, chunk=None, dtypes=("fp32",)),
@@ -177,6 +177,7 @@ class Problem:
 
     scenario: Scenario
     model: MTPModel
+    drawn: MTPModel  # the same on the CPU in fp64, for the oracle's use
     batches: tuple[Batch, ...]
     gradients: dict[str, Tensor]  # before the first batch, by parameter name; empty unless prefilled
 
@@ -201,7 +202,7 @@ def build(scenario: Scenario, dtype: Dtype, device: torch.device) -> Problem:
                     parameter.normal_(std=scenario.std * (scenario.logits if name.startswith("unembedding") else 1.0))
         if scenario.offset:
             _offset(drawn, scenario.offset)
-        prefilled = {name: torch.randn_like(p) * 0.01 for name, p in drawn.named_parameters()}
+        prefilled = {name: torch.randn_like(p) * 0.01 for name, p in drawn.named_parameters() if scenario.prefilled}
         batches = {seed: _batch(scenario, seed) for seed in dict.fromkeys(scenario.batches)}
     model = drawn.moved(dtype, device)
     if scenario.steps:
@@ -215,7 +216,7 @@ def build(scenario: Scenario, dtype: Dtype, device: torch.device) -> Problem:
     if scenario.prefilled:
         before = {name: grad.to(device, PARAMETER_DTYPES[dtype]) for name, grad in prefilled.items()}
     on_device = tuple(Batch(batches[s].tokens.to(device), batches[s].targets.to(device)) for s in scenario.batches)
-    return Problem(scenario, model, on_device, before)
+    return Problem(scenario, model, drawn, on_device, before)
 
 
 def run(problem: Problem, step: Callable[[MTPModel, Batch], Tensor]) -> Outcome:
@@ -234,7 +235,11 @@ def run(problem: Problem, step: Callable[[MTPModel, Batch], Tensor]) -> Outcome:
 
 def oracle(problem: Problem) -> Outcome:
     """The right answer in fp64: weights and `.grad` as the problem's dtype rounds them, everything after in fp64."""
-    model = problem.model.moved("fp64", torch.device("cpu"))
+    model = problem.drawn
+    with torch.no_grad():
+        for parameter, rounded in zip(model.parameters(), problem.model.parameters(), strict=True):
+            parameter.copy_(rounded)
+            parameter.requires_grad_(rounded.requires_grad)
     exact = dataclasses.replace(
         problem,
         model=model,

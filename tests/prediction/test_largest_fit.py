@@ -101,16 +101,23 @@ class ReadsBack:
         return load_strategy("naive").backward(cut, heads, targets, weights) * weights[0].item()
 
 
+class Raises:
+    def backward(self, cut, heads, targets, weights):  # type: ignore[no-untyped-def]
+        raise ValueError("not today")
+
+
 class Mine:
     def backward(self, cut, heads, targets, weights):  # type: ignore[no-untyped-def]
         return load_strategy("naive").backward(cut, heads, targets, weights)
 
 
 def test_strategies_from_elsewhere(found: Plan) -> None:
-    strategies = {"x:ReadsBack": ReadsBack(), "x:Mine": Mine()}
+    strategies = {"x:ReadsBack": ReadsBack(), "x:Mine": Mine(), "x:Raises": Raises()}
     asked: list[str] = []
     own = plan(Prober(PROFILE, GPU, strategies, asked.append), BASE, LIMIT)
-    assert list(own.left_out) == ["x:ReadsBack"]
+    assert list(own.left_out) == ["x:ReadsBack", "x:Raises"]
+    assert own.left_out["x:Raises"].startswith("ValueError: not today (")
+    assert own.failed == ("x:Raises",)  # what cannot be predicted is no failure
     assert "it needs real data or a GPU kernel" in own.left_out["x:ReadsBack"]
     assert [a.figures for a in own.answers] == [a.figures for a in found.answers if a.strategy == "naive"]
     assert len(asked) == len(set(asked))  # each step is simulated once
