@@ -107,6 +107,8 @@ def _on_profile(
     args: argparse.Namespace, asked: list[str] | None, device: "torch.device", each: "Callable[[Check], None]"
 ) -> tuple[str, ...]:
     """Every check to `each`; returns what was left out, a line each."""
+    import torch
+
     from mtp_mem.config.profiles import load_profile
     from mtp_mem.data import load_corpus
     from mtp_mem.runs.bench import Bench
@@ -121,6 +123,7 @@ def _on_profile(
     strategies = {spec: load_strategy(spec) for spec in asked or loadable()}
     if asked:
         require(strategies, profile.model, profile.workload)
+    cpu = torch.device("cpu")
     unable = {spec: why for spec, s in strategies.items() if (why := refusal(s, profile.model, profile.workload))}
     able = {spec: strategy for spec, strategy in strategies.items() if spec not in unable}
     with progress(len(profile.sweep.n)) as begin:
@@ -128,7 +131,7 @@ def _on_profile(
             begin(f"{profile.name}, n = {n}")
             bench = Bench(profile, profile.model.with_n(n), corpus, device)
             scenario = Scenario(name=f"{profile.name}, n = {n}", n=n, chunk=None)
-            problem = Problem(scenario, bench.model, (bench.batch,), {})
+            problem = Problem(scenario, bench.model, bench.model.moved("fp64", cpu), (bench.batch,), {})
             for check in verify_problem(problem, profile.workload.dtype, able):
                 each(check)
     return tuple(f"{spec} is left out: it {why}" for spec, why in unable.items())

@@ -39,7 +39,7 @@ def threads_refused() -> Iterator[None]:
     try:
         yield
     finally:
-        threading.setprofile(previous)  # type: ignore[arg-type]
+        threading.setprofile(previous)
     users += [thread.name for thread, used_ns in before.items() if _used_ns(thread) - used_ns > _IDLE_NS]
     if users:
         raise BrokenContract(
