@@ -2,11 +2,12 @@
 
 from mtp_mem._version import __version__
 from mtp_mem.config.profiles import load_profile
-from mtp_mem.config.schema import ModelConfig, Profile, Sweep, Workload
+from mtp_mem.config.schema import ModelConfig, Profile, Sweep, Training, Workload
 from mtp_mem.data import Batch, make_batch
 from mtp_mem.model.losses import IGNORE
 from mtp_mem.model.mtp_model import MTPModel
-from mtp_mem.step import TrainingStep, forward_backward, make_optimizer
+from mtp_mem.optimizers import make_optimizer
+from mtp_mem.step import TrainingStep, forward_backward
 from mtp_mem.strategy import Strategy, load_strategy
 from mtp_mem.verification.checks import Verification
 from mtp_mem.verification.verify import verify
@@ -19,6 +20,7 @@ __all__ = [
     "Profile",
     "Strategy",
     "Sweep",
+    "Training",
     "TrainingStep",
     "Verification",
     "Workload",

@@ -5,17 +5,19 @@ losses = strategy.backward(cut, heads, targets, weights)      # the only part th
 z.backward(cut.grad);  clip;  optimizer.step()
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from mtp_mem.config.schema import Training
 from mtp_mem.data import Batch
 from mtp_mem.errors import BadInput
 from mtp_mem.model.head_tree import Phase, no_phase
 from mtp_mem.model.losses import loss_dtype
 from mtp_mem.model.mtp_model import MTPModel
+from mtp_mem.optimizers import Optimizer
 from mtp_mem.strategy import Strategy
 
 
@@ -56,35 +58,37 @@ class TrainingStep:
     """Forward, backward, clipping and optimizer step on one batch; call it with a `Phase` to be told where it is."""
 
     model: MTPModel
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     batch: Batch
     strategy: Strategy
     clip_norm: float = 1.0
+    training: Training = field(default_factory=Training)
 
     def __call__(self, phase: Phase = no_phase) -> Tensor:
-        """Returns the n losses, detached."""
-        self.optimizer.zero_grad(set_to_none=True)
-        losses = forward_backward(self.model, self.batch, self.strategy, phase=phase)
+        """Returns the n losses of the last micro-batch, detached; every micro-batch is the batch once more."""
+        self.optimizer.zero_grad(set_to_none=self.training.set_to_none)
+        count = self.training.micro_batches
+        for _ in range(count):
+            losses = forward_backward(self.model, self.batch, self.strategy, scale=1 / count, phase=phase)
         phase("clip")
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm, foreach=True)
+        clip_gradients(self.model.parameters(), self.clip_norm)
         phase("optimizer")
         self.optimizer.step()
         return losses
 
 
-def make_optimizer(model: MTPModel, lr: float = 3e-4) -> torch.optim.AdamW:
-    """AdamW as in the paper (appendix M: betas 0.9 and 0.95, weight decay 0.1), fused: it makes no temporaries.
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> None:
+    """`torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)`, also for tensors without data.
 
-    `foreach`, the default on CUDA, would allocate a temporary as large as all parameters and could set the peak.
+    Args:
+        parameters: whose `.grad` is scaled so that the norm of all is `max_norm` at most.
+        max_norm: Euclidean.
     """
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-
-
-def optimizer_state(model: MTPModel, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """The optimizer's tensors, each named after its parameter."""
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            yield f"{name}: {key}", value
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        norm = torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(gradients))))
+        torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
 
 
 def _upstream(model: MTPModel, batch: Batch, weights: Sequence[float] | Tensor | None, scale: float) -> Tensor:

@@ -19,6 +19,7 @@ ORDER = (
     "data",
     "strategy",
     "strategies",
+    "optimizers",
     "step",
     "memory",
     "prediction",

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mtp_mem.cli.setup import count, names, training_options, with_setup
+
 if TYPE_CHECKING:
     from mtp_mem.config.schema import Profile
 
@@ -21,7 +23,7 @@ AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.
 """(name, what it runs, its help) -> its parser, with `--json`."""
 
 
-def case_options(sub: argparse.ArgumentParser, profile: str, dtypes: str) -> None:
+def case_options(sub: argparse.ArgumentParser, profile: str) -> None:
     """The options that choose cases."""
     sub.add_argument(
         "--profile", default=profile, help=f"a shipped profile (see list) or a TOML file; default {profile}"
@@ -29,8 +31,8 @@ def case_options(sub: argparse.ArgumentParser, profile: str, dtypes: str) -> Non
     sub.add_argument("--strategies", type=names, metavar="A,B", help="instead of the profile's; name[:option=value]...")
     sub.add_argument("--strategy", action="append", metavar="SPEC", help="one more: a name or package.module:Class")
     sub.add_argument("--n", type=numbers, metavar="1,2,4", help="numbers of heads, instead of the profile's")
-    sub.add_argument("--dtype", help=f"{dtypes}, instead of the profile's")
     sub.add_argument("--out", type=Path, metavar="DIR", help="where results go; default under results/")
+    training_options(sub)
 
 
 def device_option(sub: argparse.ArgumentParser) -> None:
@@ -77,8 +79,7 @@ def profile_of(args: argparse.Namespace) -> "Profile":
     for spec in specs:
         load_strategy(spec)
     changes["strategies"] = tuple(dict.fromkeys(specs))
-    workload = dataclasses.replace(profile.workload, dtype=args.dtype) if args.dtype else profile.workload
-    return dataclasses.replace(profile, sweep=dataclasses.replace(profile.sweep, **changes), workload=workload)
+    return with_setup(dataclasses.replace(profile, sweep=dataclasses.replace(profile.sweep, **changes)), args)
 
 
 def note(line: str) -> None:
@@ -132,16 +133,11 @@ def progress(total: int | None) -> Iterator[Callable[[str], None]]:
             signal.signal(number, handler)
 
 
-def names(text: str) -> tuple[str, ...]:
-    """`a,b` as an argument."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
 def numbers(text: str) -> tuple[int, ...]:
     """`1,2,4` as an argument."""
     try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError:
+        return tuple(count(number.strip()) for number in text.split(","))
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers like 1,2,4,8") from None
 
 

@@ -21,7 +21,7 @@ from mtp_mem.cli.common import (
 def add(command: AddCommand) -> None:
     """Register the command."""
     sub = command("compare", run, "bytes, time and gradients of strategies against the number of heads")
-    case_options(sub, "quick", "fp64, fp32, bf16 or bf16-mixed")
+    case_options(sub, "quick")
     sub.add_argument("--rounds", type=int, help="timed steps per case, instead of the profile's")
     sub.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text; default: CPython's help topics")
     device_option(sub)

@@ -8,7 +8,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtp_mem.cli.common import AddCommand, console, names, progress
+from mtp_mem.cli.common import AddCommand, console, progress
+from mtp_mem.cli.setup import gpu_of, gpu_options, names, training_options, with_setup
 from mtp_mem.errors import BadInput, BrokenContract, Missing
 
 if TYPE_CHECKING:
@@ -29,14 +30,14 @@ def add(command: AddCommand) -> None:
     sub.add_argument(
         "--profile", default="llama3-8b", help="a shipped one (see list) or a TOML file; default llama3-8b"
     )
-    sub.add_argument("--gpu", help="a GPU of gpus.toml (see list); default the first of the profile's")
+    gpu_options(sub, several=False)
     sub.add_argument(
         "--headroom", default="5%", help="share of the GPU to leave for the CUDA context and libraries; default 5%%"
     )
     sub.add_argument("--strategies", type=names, metavar="A,B", help="instead of the profile's; name[:option=value]...")
     sub.add_argument("--strategy", action="append", metavar="SPEC", help="one more: a name or package.module:Class")
     sub.add_argument("--n", help="number of heads while batch and sequence vary; default the profile's largest")
-    sub.add_argument("--dtype", help="bf16, instead of the profile's")
+    training_options(sub)
     sub.add_argument("--out", type=Path, metavar="DIR", help="keep the plan there, and a chart of the batch by n")
 
 
@@ -44,16 +45,13 @@ def run(args: argparse.Namespace) -> int:
     """What of the profile fits on the GPU, strategy by strategy."""
     from mtp_mem._util import writable
     from mtp_mem.config.profiles import load_profile
-    from mtp_mem.config.schema import load_gpu
     from mtp_mem.prediction.largest_fit import Point, Prober, plan
     from mtp_mem.prediction.peaks import check_predictable
     from mtp_mem.report.draw_files import plan_chart
 
-    profile, percent = load_profile(args.profile), headroom(args.headroom)
-    gpu = load_gpu(args.gpu or profile.gpus[0])
+    profile, percent = with_setup(load_profile(args.profile), args), headroom(args.headroom)
+    gpu = gpu_of(args.gpu or profile.gpus[0], args)
     limit = int(gpu.total_bytes * (1 - percent / 100))
-    if args.dtype:
-        profile = dataclasses.replace(profile, workload=dataclasses.replace(profile.workload, dtype=args.dtype))
     check_predictable(profile)
     workload = profile.workload
     base = Point(batch=workload.batch, sequence=workload.sequence, n=one_n(args.n, profile))

@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtp_mem.cli.common import AddCommand, budget_option, case_options, console, names, note, profile_of, progress
+from mtp_mem.cli.common import AddCommand, budget_option, case_options, console, note, profile_of, progress
+from mtp_mem.cli.setup import gpu_of, gpu_options
 from mtp_mem.errors import BadInput
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ PROFILE = "llama3-8b"
 def add(command: AddCommand) -> None:
     """Register the command."""
     sub = command("predict", run, "peaks on GPUs that need not be here: the step on tensors without data")
-    case_options(sub, PROFILE, "bf16")
-    sub.add_argument("--gpu", type=names, metavar="A,B", help="GPUs of gpus.toml (see list), instead of the profile's")
+    case_options(sub, PROFILE)
+    gpu_options(sub, several=True)
     sub.add_argument(
         "--check",
         action="store_true",
@@ -63,14 +64,13 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from mtp_mem.config.schema import load_gpu
     from mtp_mem.prediction import peaks
     from mtp_mem.report import charts
     from mtp_mem.runs.predicted import predict
     from mtp_mem.runs.results_file import ResultsFile
 
     profile = profile_of(args)
-    gpus = {name.lower(): load_gpu(name) for name in args.gpu or profile.gpus}
+    gpus = {gpu_folder(name): gpu_of(name, args) for name in args.gpu or profile.gpus}
     peaks.check_predictable(profile)
     alone = args.out if len(gpus) == 1 else None
     folder = args.out or Path("results")
@@ -94,6 +94,11 @@ def _predict(args: argparse.Namespace) -> int:
         document = {"schema": records[0].schema, "records": [r.to_json() for r in records], "files": paths}
         print(json.dumps(document, indent=1))
     return 1 if any(record.status == "error" for record in records) else 0
+
+
+def gpu_folder(name: str) -> str:
+    """What a folder of a GPU's results is called."""
+    return name.rpartition(":")[2].lower()
 
 
 def _show(records: "list[Record]", path: Path, gpu: "GPU") -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mtp_mem.cli.common import AddCommand, device_option
+from mtp_mem.cli.setup import count, gpu_of, gpu_options, training_options, with_setup
 from mtp_mem.errors import BrokenContract, MtpMemError, one_line
 
 
@@ -17,10 +18,11 @@ def add(command: AddCommand) -> None:
     sub = command("timeline", run, "one step's live bytes by category, and what its peak consists of")
     sub.add_argument("--profile", default="quick", help="a shipped one (see list) or a TOML file; default quick")
     sub.add_argument("--strategy", default="sequential", metavar="SPEC", help="default sequential")
-    sub.add_argument("--n", type=int, help="number of heads; default the profile's largest")
-    sub.add_argument("--gpu", help="predict for this GPU instead of running a step here")
+    sub.add_argument("--n", type=count, help="number of heads; default the profile's largest")
+    gpu_options(sub, several=False)
     device_option(sub)
     sub.add_argument("--out", type=Path, metavar="DIR", help="where the files go; default under results/")
+    training_options(sub)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,7 +31,6 @@ def run(args: argparse.Namespace) -> int:
 
     from mtp_mem._util import format_bytes, writable
     from mtp_mem.config.profiles import load_profile
-    from mtp_mem.config.schema import load_gpu
     from mtp_mem.environment import environment, footer
     from mtp_mem.memory import cpu, cuda_history
     from mtp_mem.prediction import peaks, simulated_step
@@ -38,16 +39,16 @@ def run(args: argparse.Namespace) -> int:
     from mtp_mem.runs import bench
     from mtp_mem.strategy import load_strategy
 
-    profile, strategy = load_profile(args.profile), load_strategy(args.strategy)
+    profile, strategy = with_setup(load_profile(args.profile), args), load_strategy(args.strategy)
     config = profile.model.with_n(args.n or max(profile.sweep.n))
     out = writable(args.out or Path("results") / f"timeline-{profile.name}")
     device = torch.device("cpu")
-    if args.gpu:
-        gpu = load_gpu(args.gpu)
+    if args.gpu is not None or args.gpu_memory is not None:
+        gpu = gpu_of(profile.gpus[0] if args.gpu is None else args.gpu, args)
         peaks.check_predictable(profile)
-        strategy, _ = resolve_auto(strategy, config, profile.workload, cuda=True, gpu=gpu)
+        strategy, _ = resolve_auto(strategy, config, profile.workload, profile.training, cuda=True, gpu=gpu)
         with _blamed(args.strategy, strategy):
-            trace = simulated_step.simulate(config, profile.workload, strategy, gpu=gpu)
+            trace = simulated_step.simulate(config, profile.workload, strategy, profile.training, gpu=gpu)
         how = f"predicted for {gpu.name}"
     else:
         from mtp_mem.data import load_corpus

@@ -12,10 +12,10 @@ from mtp_mem.cli.common import (
     console,
     deterministic_option,
     device_option,
-    names,
     progress,
     settle_numerics,
 )
+from mtp_mem.cli.setup import names
 from mtp_mem.errors import BadInput
 
 if TYPE_CHECKING:

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import textwrap
 import tomllib
+import typing
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mtp_mem._util import atomic_write
-from mtp_mem.config.schema import Profile, builtin_folder
-from mtp_mem.config.toml import from_table
+from mtp_mem.config.schema import MASTER, PRECISIONS, Dtype, Profile, builtin_folder
+from mtp_mem.config.toml import from_table, short
 from mtp_mem.errors import BadInput, unknown
 
 
@@ -39,9 +40,47 @@ def load_profile(name: str) -> Profile:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise BadInput(f"{path}: is not valid TOML: {e}") from None
     try:
-        return from_table(Profile, {"name": path.stem, **table})
+        return from_table(Profile, _named_precision({"name": path.stem, **table}))
     except BadInput as e:
         raise BadInput(f"{path}: {e}") from None
+
+
+def with_precision(profile: Profile, precision: str) -> Profile:
+    """The profile in another precision.
+
+    Raises:
+        BadInput: it is none of PRECISIONS.
+    """
+    if precision not in PRECISIONS:
+        raise unknown("value", precision, PRECISIONS, "precision")
+    master = precision == MASTER
+    workload = dataclasses.replace(profile.workload, dtype="bf16" if master else typing.cast(Dtype, precision))
+    training = dataclasses.replace(profile.training, master_weights=master)
+    return dataclasses.replace(profile, workload=workload, training=training)
+
+
+def _named_precision(table: dict[str, Any]) -> dict[str, Any]:
+    """A file's `training.precision`, or a `workload.dtype` with fp32 copies, as the two fields that it stands for."""
+    workload, training = table.get("workload"), table.get("training")
+    if not isinstance(workload, dict) or not (training is None or isinstance(training, dict)):
+        return table
+    training = dict(training or {})
+    dtype = workload.get("dtype")
+    precision = training.pop("precision", dtype)
+    if precision is None:
+        return table
+    if precision not in PRECISIONS:
+        raise unknown(
+            "value",
+            short(precision).strip("'"),
+            PRECISIONS,
+            "workload.dtype" if precision == dtype else "training.precision",
+        )
+    if dtype is not None and dtype != precision and not (dtype == "bf16" and precision == MASTER):
+        raise BadInput(f"workload.dtype = {dtype!r}, but training.precision = {precision!r}; one of them is enough")
+    if precision == MASTER:
+        precision, training["master_weights"] = "bf16", True
+    return {**table, "workload": {**workload, "dtype": precision}, "training": training}
 
 
 def to_toml(profile: Profile, comments: Iterable[str] = ()) -> str:
@@ -53,7 +92,7 @@ def to_toml(profile: Profile, comments: Iterable[str] = ()) -> str:
     for comment in comments:
         lines += textwrap.wrap(comment, 118, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)
     lines += _entries({"description": profile.description, "gpus": profile.gpus})
-    for table in ("model", "workload", "sweep"):
+    for table in ("model", "workload", "training", "sweep"):
         if entries := _entries(_changed(getattr(profile, table))):
             lines += ["", f"[{table}]", *entries]
     return "\n".join(lines) + "\n"

@@ -5,6 +5,7 @@ Symbols used throughout: B sequences of S tokens (N = B*S), D model width, V voc
 
 import dataclasses
 import math
+import re
 import tomllib
 import typing
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from mtp_mem.config.toml import from_table
+from mtp_mem.config.toml import convert
 from mtp_mem.errors import BadInput, unknown
 
 HeadKind = Literal["parallel", "causal", "anticausal", "linear", "deepseek", "medusa"]
@@ -21,6 +22,12 @@ Unembedding = Literal["shared", "tied", "replicated"]
 Dtype = Literal["fp64", "fp32", "bf16", "bf16-mixed"]
 ALL_DTYPES: tuple[Dtype, ...] = typing.get_args(Dtype)
 Tokenizer = Literal["bytes", "bpe", "uniform"]
+OptimizerName = Literal["adamw", "adamw-foreach", "adamw-loop", "adamw-8bit", "sgd"]
+MASTER = "bf16 + fp32 master"
+PRECISIONS = (*ALL_DTYPES, MASTER)
+"""Names of what parameters, products and optimizer state are in: a workload's dtypes, and one with fp32 copies."""
+FROZEN_PARTS = ("trunk", "all but heads", "embedding", "trunk layers", "heads", "norm", "unembedding")
+"""What a training setup may freeze, besides single parts like "head 2" and "unembedding 2"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +147,62 @@ class Workload:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Training:
+    """How the model is trained, beside its dtype: what is recomputed, accumulated, frozen, and who steps.
+
+    Attributes:
+        trunk_checkpointing: "none"; "full": every trunk layer keeps its input alone and is run again in the backward;
+            k: so does every k-th one.
+        optimizer: see mtp_mem/optimizers.py.
+        master_weights: the optimizer steps fp32 copies of the bf16 parameters (precision "bf16 + fp32 master").
+        micro_batches: forward and backward passes whose gradients one optimizer step sums; each of batch B.
+        frozen: parts without a gradient. "trunk": all below the cut, the embedding too; "all but heads": of everything
+            only the heads' own layers are trained.
+        set_to_none: whether gradients are freed between steps, or set to zero.
+    """
+
+    trunk_checkpointing: Literal["none", "full"] | int = "none"
+    optimizer: OptimizerName = "adamw"
+    master_weights: bool = False
+    micro_batches: int = 1
+    frozen: str | tuple[str, ...] = ()
+    set_to_none: bool = True
+
+    def __post_init__(self) -> None:
+        k = self.trunk_checkpointing
+        if not (k in ("none", "full") or (type(k) is int and k >= 1)):
+            raise BadInput(
+                f"training.trunk_checkpointing = {k!r}: expected none, full, or k of at least 1 for every k-th layer"
+            )
+        if self.micro_batches < 1:
+            raise BadInput(f"training.micro_batches = {self.micro_batches}: must be at least 1")
+        _one_of("training.optimizer", self.optimizer, OptimizerName)
+        for part in self.frozen_parts:
+            if part not in FROZEN_PARTS and not re.fullmatch(r"(head|unembedding) [1-9]\d*", part):
+                raise unknown("part", part, [*FROZEN_PARTS, "head 1", "head 2, ..."], "training.frozen")
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        """`frozen` as a tuple."""
+        return (self.frozen,) if isinstance(self.frozen, str) else self.frozen
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Every which trunk layer is recomputed; 0: none."""
+        if isinstance(self.trunk_checkpointing, int):
+            return self.trunk_checkpointing
+        return int(self.trunk_checkpointing == "full")
+
+    def facts(self, dtype: Dtype) -> dict[str, Any]:
+        """As a record names it."""
+        return {"precision": self.precision(dtype), **dataclasses.asdict(self)}
+
+    def precision(self, dtype: Dtype) -> str:
+        """The name of the workload's dtype and `master_weights` together; one of PRECISIONS."""
+        return MASTER if self.master_weights else dtype
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sweep:
     """What to vary, and how often to time it."""
 
@@ -166,8 +229,11 @@ class Profile:
     description: str = ""
     gpus: tuple[str, ...] = ("h200",)  # names in gpus.toml
     sweep: Sweep = field(default_factory=Sweep)
+    training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
+        if self.training.master_weights and self.workload.dtype != "bf16":
+            raise BadInput(f"training.master_weights with dtype {self.workload.dtype}: only bf16 has fp32 copies")
         known = load_gpus()
         for name in self.gpus:
             if name not in known:
@@ -189,6 +255,11 @@ class GPU:
     source: str
     expandable_segments: bool = False  # torch's default
 
+    def __post_init__(self) -> None:
+        for name in ("total_bytes", "workspace_bytes", "multiprocessors"):
+            if not 0 < getattr(self, name) < 2**63:
+                raise BadInput(f"{name} = {getattr(self, name)}: must be at least 1")
+
 
 def builtin_folder() -> Path:
     """Where the shipped profiles lie."""
@@ -198,20 +269,31 @@ def builtin_folder() -> Path:
 @cache
 def load_gpus() -> dict[str, GPU]:
     """The target GPUs of profiles/gpus.toml, by name."""
-    table = tomllib.loads((builtin_folder() / "gpus.toml").read_text(encoding="utf-8"))
-    return {name: from_table(GPU, row, f"{name}.") for name, row in table.items()}
+    return _gpus_of(builtin_folder() / "gpus.toml")
 
 
 def load_gpu(name: str) -> GPU:
-    """A target GPU by name.
+    """A target GPU by its name in the catalogue, or FILE.toml:NAME, a file like profiles/gpus.toml.
 
     Raises:
-        BadInput: no such GPU; names the valid ones.
+        BadInput: no such file or GPU; names the valid ones.
     """
-    gpus = load_gpus()
-    if name.lower() not in gpus:
-        raise unknown("GPU", name, gpus)
-    return gpus[name.lower()]
+    file, colon, own = name.rpartition(":")
+    gpus = _gpus_of(Path(file)) if colon and file.endswith(".toml") else load_gpus()
+    wanted = own if colon else name
+    if wanted.lower() not in gpus:
+        raise unknown("GPU", wanted, gpus, file)
+    return gpus[wanted.lower()]
+
+
+def _gpus_of(path: Path) -> dict[str, GPU]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise BadInput(f"{path}: is not valid TOML: {e}") from None
+    return {name.lower(): convert(GPU, row, f"{path}: {name}") for name, row in table.items()}
 
 
 def _one_of(where: str, value: str, literal: Any) -> None:

@@ -68,7 +68,7 @@ def convert(hint: Any, value: Any, where: str, root: type | None = None) -> Any:
     if hint is Any:
         return value
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else convert(_without_none(args), value, where, root)
+        return None if value is None else _convert_to_one(args, value, where, root)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise wrong
@@ -92,6 +92,18 @@ def convert(hint: Any, value: Any, where: str, root: type | None = None) -> Any:
     return value
 
 
+def _convert_to_one(hints: tuple[Any, ...], value: Any, where: str, root: type | None) -> Any:
+    """The value as the first of these types that takes it."""
+    errors = []
+    for hint in hints:
+        if hint is not type(None):
+            try:
+                return convert(hint, value, where, root)
+            except BadInput as e:
+                errors.append(e)
+    raise errors[0] if len(errors) == 1 else BadInput(f"{where} = {short(value)}: expected {_any_of(hints)}")
+
+
 def parse(hint: Any, text: str, where: str) -> Any:
     """The value that a text stands for, where only texts can be given.
 
@@ -99,7 +111,7 @@ def parse(hint: Any, text: str, where: str) -> Any:
         BadInput: it stands for no value of this type.
     """
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = _without_none(typing.get_args(hint))
+        hint = next(one for one in typing.get_args(hint) if one is not type(None))
     value: Any = text
     try:
         if hint is bool:
@@ -115,7 +127,7 @@ def describe(hint: Any) -> str:
     """What a value of this type is, in words."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return describe(_without_none(args))
+        return _any_of(args)
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin is tuple:
@@ -125,8 +137,8 @@ def describe(hint: Any) -> str:
     return WORDS.get(hint, "a value")
 
 
-def _without_none(hints: tuple[Any, ...]) -> Any:
-    return next(hint for hint in hints if hint is not type(None))
+def _any_of(hints: tuple[Any, ...]) -> str:
+    return ", or ".join(describe(hint) for hint in hints if hint is not type(None))
 
 
 def short(value: Any) -> str:

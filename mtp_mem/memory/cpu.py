@@ -5,7 +5,8 @@ import gc
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.memory.unseen import threads_refused
-from mtp_mem.step import TrainingStep, optimizer_state
+from mtp_mem.optimizers import optimizer_state
+from mtp_mem.step import TrainingStep
 
 
 def track(step: TrainingStep) -> Trace:
@@ -17,10 +18,12 @@ def track(step: TrainingStep) -> Trace:
         BrokenContract: the strategy computes where the tracker does not see it.
     """
     model, optimizer, batch = step.model, step.optimizer, step.batch
-    optimizer.zero_grad(set_to_none=True)
+    freed = step.training.set_to_none
+    optimizer.zero_grad(set_to_none=freed)
     parameters = list(model.named_parameters())
     tracker = Tracker(model.config.vocab_size, model.config.dim, parameters)
     tracker.resident("parameters", parameters)
+    tracker.resident("gradients", ((f"{name}.grad", p.grad) for name, p in parameters if p.grad is not None))
     tracker.resident("optimizer", optimizer_state(model, optimizer))
     tracker.resident("other", (("tokens", batch.tokens), ("targets", batch.targets)))
     gc.collect()
@@ -29,7 +32,7 @@ def track(step: TrainingStep) -> Trace:
     try:
         with tracker, threads_refused():
             step(tracker.phase)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=freed)
             gc.collect()
             tracker.begin_step()
             step(tracker.phase)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mtp_mem.memory.trace import Category, Event, Storage, Trace
-from mtp_mem.step import TrainingStep, optimizer_state
+from mtp_mem.optimizers import optimizer_state
+from mtp_mem.step import TrainingStep
 
 MAX_ENTRIES = 1_000_000
 Names = Mapping[int, tuple[Category, str]]

@@ -71,7 +71,8 @@ class Trace:
     storages: dict[int, Storage] = field(default_factory=dict)
     resident: list[int] = field(default_factory=list)  # keys live before the step
     events: list[Event] = field(default_factory=list)
-    start: int = 0  # index of the step's first event; earlier ones built the model and warmed up
+    start: int = 0  # index of the step's first event; what comes before, earlier steps left behind
+    made_by_first_step: list[int] | None = None  # of `resident`: what a first step makes and keeps; None: not known
 
     @property
     def baseline(self) -> int:

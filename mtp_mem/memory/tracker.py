@@ -41,6 +41,7 @@ class Tracker(TorchDispatchMode):
         vocab_size: V, to tell logits from hidden states.
         dim: D, likewise.
         parameters: by name; their `.grad` is to be recognised as gradients.
+        run: runs an operator; by default the operator itself.
         kernels: adds the buffers that CUDA kernels of a GPU with so many `multiprocessors` take inside an operator.
     """
 
@@ -51,19 +52,27 @@ class Tracker(TorchDispatchMode):
         parameters: Named,
         kernels: Mapping[Any, Buffers] | None = None,
         multiprocessors: int = 0,
+        run: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self._engine_only = calibrate()
         self._vocab_size, self._dim = vocab_size, dim
         self._kernels, self._multiprocessors = kernels or {}, multiprocessors
+        self._run = run or (lambda func, args, kwargs: func(*args, **kwargs))
         self._parameters: list[tuple[str, weakref.ref[Tensor]]] = []
         self._parameter_shapes: set[tuple[int, ...]] = set()
         self.watch(parameters)
         self._phase = "before the step"
         self._keys: dict[int, int] = {}  # address of the storage -> key; addresses are used again, keys are not
         self._live: set[int] = set()
+        self._names: dict[Any, str] = {}  # of operators; torch makes the text anew each time
         self._finished = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would put two Python frames around every operator, to keep dynamo out of what it never compiles.
+        return False
 
     def resident(self, category: Category, tensors: Named) -> None:
         """Count tensors that live before the step."""
@@ -94,18 +103,19 @@ class Tracker(TorchDispatchMode):
         self._finished = True
         return self.trace
 
-    def step_since(self, begun: int, warmed_up: int | None = None) -> Trace:
-        """What came before `begin_step`, and of what came later only the step.
+    def step_since(self, begun: int, warmed_up: int) -> Trace:
+        """One step of several, and what an earlier one left behind.
 
         Args:
             begun: the event with which the step begins.
             warmed_up: an earlier one: what is made from there on and stays counts as live before the step.
         """
         trace = self.trace
-        warm_up = trace.events[begun if warmed_up is None else warmed_up : begun]
+        warm_up = trace.events[warmed_up:begun]
         made = {event.key for event in warm_up if event.kind != "free"}
-        before = trace.events[: trace.start] + [event for event in warm_up if event.key in made]
-        return Trace(trace.storages, trace.resident, before + trace.events[begun:], len(before))
+        before = [event for event in warm_up if event.key in made]
+        events = before + trace.events[begun:]
+        return Trace(trace.storages, trace.resident, events, len(before), trace.made_by_first_step)
 
     def phase(self, name: str) -> None:
         """A phase of the step begins."""
@@ -122,15 +132,14 @@ class Tracker(TorchDispatchMode):
     ) -> Any:
         if func is _DEVICE:
             return args[0].fake_device
-        if body := _python_body(func):
+        if func.namespace == "torch_nn":
             with self:
-                return body(*args, **(kwargs or {}))
-        out = func(*args, **(kwargs or {}))
-        by_engine = _issued_by_engine()
-        old = self._moved_from(args[0], out) if func is _ADD and by_engine else None
-        for tensor in tree_leaves(out):
+                return _python_body(func)(*args, **(kwargs or {}))
+        out = self._run(func, args, kwargs or {})
+        old = self._moved_from(args[0], out) if func is _ADD and _issued_by_engine() else None
+        for tensor in (out,) if isinstance(out, Tensor) else () if out is None else tree_leaves(out):
             if isinstance(tensor, Tensor):
-                key = self._new(tensor, None, str(func), by_engine)
+                key = self._new(tensor, None, func)
                 if key is not None:
                     if old is None:
                         self.trace.events.append(Event("alloc", key))
@@ -150,7 +159,7 @@ class Tracker(TorchDispatchMode):
             self.trace.events.append(Event("alloc", keys[-1]))
         self.trace.events.extend(Event("free", key) for key in keys)
 
-    def _new(self, tensor: Tensor, category: Category | None, op: str, by_engine: bool = False) -> int | None:
+    def _new(self, tensor: Tensor, category: Category | None, op: Any) -> int | None:
         """Start counting the tensor's storage; its key, or None if it is counted already or empty."""
         storage = tensor.untyped_storage()
         address = storage._cdata
@@ -163,14 +172,19 @@ class Tracker(TorchDispatchMode):
         self._live.add(key)
         self.trace.storages[key] = Storage(
             nbytes=storage.nbytes(),
-            category=category or self._category(tensor, by_engine),
+            category=category or self._category(tensor),
             phase=self._phase,
-            op=op.removeprefix("aten."),
+            op=self._name(op),
             shape=tuple(tensor.shape),
             dtype=str(tensor.dtype).removeprefix("torch."),
         )
         weakref.finalize(storage, self._freed, key, address).atexit = False
         return key
+
+    def _name(self, op: Any) -> str:
+        if op not in self._names:
+            self._names[op] = str(op).removeprefix("aten.")
+        return self._names[op]
 
     def _freed(self, key: int, address: int) -> None:
         if self._keys.get(address) == key:
@@ -190,7 +204,7 @@ class Tracker(TorchDispatchMode):
         key = self._keys.get(old.untyped_storage()._cdata)
         return key if key in self._live else None
 
-    def _category(self, tensor: Tensor, by_engine: bool) -> Category:
+    def _category(self, tensor: Tensor) -> Category:
         shape, phase = tuple(tensor.shape), self._phase
         in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
         if in_backward and shape in self._parameter_shapes:
@@ -198,8 +212,10 @@ class Tracker(TorchDispatchMode):
         if phase.endswith("loss") or phase == "heads backward":
             # A slab of the vocabulary has neither width, the full logits have V, hidden states and their norms D.
             # Slabs are made by a loss's own code; what autograd's formulas make here is a recomputed layer's gradients.
-            slab = tensor.is_floating_point() and len(shape) >= 2 and shape[-1] not in (1, self._dim) and not by_engine
-            if shape[-1:] == (self._vocab_size,) or (slab and phase != "heads backward"):
+            if shape[-1:] == (self._vocab_size,):
+                return "logits"
+            slab = tensor.is_floating_point() and len(shape) >= 2 and shape[-1] not in (1, self._dim)
+            if slab and phase != "heads backward" and not _issued_by_engine(4):
                 return "logits"
         if phase in ("clip", "optimizer"):
             return "other"
@@ -217,22 +233,24 @@ class Tracker(TorchDispatchMode):
                     storage.category, storage.name = "gradients", f"{name}.grad"
 
 
-def _python_body(func: Any) -> Callable[..., Any] | None:
-    """What runs inside one of torch's operators that are written in Python: its tensors count too.
+def _python_body(func: Any) -> Callable[..., Any]:
+    """What runs inside one of torch's operators that are written in Python (namespace torch_nn): its tensors count too.
 
     Only `linear_cross_entropy` has one. Without this its chunk of logits would be in no trace: to a dispatch mode such
     an operator is a single call.
     """
-    if func.namespace != "torch_nn":
-        return None
     return custom_ops.OPDEFS[func._schema.name]._init_fn  # type: ignore[no-any-return]
 
 
-def _issued_by_engine() -> bool:
-    """Whether C++ autograd itself issued the operator: the nearest Python frame is the engine's entry."""
+def _issued_by_engine(depth: int = 2) -> bool:
+    """Whether C++ autograd itself issued the operator: the nearest Python frame is the engine's entry.
+
+    Args:
+        depth: of the caller below the frame that issued the operator, plumbing aside.
+    """
     if torch._C._current_graph_task_id() == -1:
         return False
-    frame = sys._getframe(2)
+    frame = sys._getframe(depth)
     while frame is not None and frame.f_code.co_name in _PLUMBING:
         frame = frame.f_back  # type: ignore[assignment]
     return frame is not None and frame.f_code.co_name == "_engine_run_backward"
@@ -257,6 +275,8 @@ def calibrate() -> Holders:
     seen: list[Holders] = []
 
     class Probe(TorchDispatchMode):
+        _should_skip_dynamo = Tracker._should_skip_dynamo  # the frames between count as holders
+
         def __torch_dispatch__(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:

@@ -23,8 +23,11 @@ class Factory(TypedDict):
     dtype: torch.dtype
 
 
-Attention = Literal["sdpa", "flash"]
-"""How attention runs: torch's choice for the device, or the flash-attention operator by name."""
+Attention = Literal["sdpa", "flash", "efficient"]
+"""How attention runs: torch's choice for the device (without data: for a CPU), or CUDA's operators by name.
+
+"flash" takes low precision only, "efficient" fp32 too, but no grouped queries: keys and values are repeated for it.
+"""
 
 FLASH_CHANNELS = 256
 """The most channels, D/H, that flash attention on CUDA takes (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
@@ -64,6 +67,11 @@ class Layer(nn.Module):
         v = self.v(x).view(B, S, kv_heads, -1).transpose(1, 2)
         if self.attention_kind == "flash" and q.dtype in (torch.bfloat16, torch.float16):  # it knows no other
             y = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+        elif self.attention_kind != "sdpa" and q.dtype != torch.float64:
+            k, v = (t.repeat_interleave(heads // kv_heads, dim=1) if heads != kv_heads else t for t in (k, v))
+            y = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)[0]
+        elif q.is_meta:  # where torch's own choice would be the chain of operators that no device runs
+            y = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0]
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
         return self.o(y.transpose(1, 2).reshape(B, S, D))  # type: ignore[no-any-return]

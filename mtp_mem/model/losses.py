@@ -20,7 +20,8 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype that products with this tensor run in: autocast's where it is on, else the tensor's own."""
     kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+    # There is no autocast for tensors without data, and to ask for it is an error.
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -12,8 +12,10 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from mtp_mem.config.schema import Dtype, ModelConfig
+from mtp_mem.config.schema import Dtype, ModelConfig, Training
+from mtp_mem.errors import BadInput, unknown
 from mtp_mem.model.head_tree import Heads, Phase, no_phase
 from mtp_mem.model.heads import NO_TOKEN, make_head, on_parent, tree
 from mtp_mem.model.layers import Attention, Factory, Layer, RMSNorm, Rotation, rotation
@@ -30,8 +32,13 @@ PRODUCT_DTYPES: dict[Dtype, torch.dtype] = PARAMETER_DTYPES | {"bf16-mixed": tor
 
 
 def default_attention(dtype: Dtype, device: torch.device) -> Attention:
-    """Flash on CUDA in bf16, so that a prediction can count on it; torch's choice elsewhere."""
-    return "flash" if device.type == "cuda" and dtype.startswith("bf16") else "sdpa"
+    """On CUDA flash in bf16 and memory-efficient in fp32, so that a prediction can count on it; else torch's choice."""
+    return cuda_attention(dtype) if device.type == "cuda" else "sdpa"
+
+
+def cuda_attention(dtype: Dtype) -> Attention:
+    """The operator that attention runs on CUDA in a model of this dtype."""
+    return "sdpa" if dtype == "fp64" else "efficient" if dtype == "fp32" else "flash"
 
 
 class MTPModel(nn.Module):
@@ -54,6 +61,7 @@ class MTPModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.mixed = config, dtype == "bf16-mixed"
+        self.checkpoint_every = 0
         self.attention = attention or default_attention(dtype, torch.device(device))
         make: Factory = {"device": torch.device(device), "dtype": PARAMETER_DTYPES[dtype]}
         self.embedding = nn.Embedding(config.vocab_size, config.dim, **make)
@@ -73,6 +81,31 @@ class MTPModel(nn.Module):
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
 
+    def set_up(self, training: Training) -> None:
+        """Freeze what the training setup freezes, and recompute what it recomputes.
+
+        Raises:
+            BadInput: a part that this model has not, or nothing is left to train.
+        """
+        self.checkpoint_every = training.checkpoint_every
+        groups = self.groups()
+        heads = [name for name in groups if name.startswith("head ")]
+        parts = {name: [name] for name in groups} | {
+            "trunk": ["embedding", "trunk"],
+            "trunk layers": ["trunk"],
+            "heads": heads,
+            "all but heads": [name for name in groups if name not in heads],
+            "unembedding": [name for name in groups if name.startswith("unembedding")],
+        }
+        for part in training.frozen_parts:
+            if part not in parts:
+                raise unknown("part", part, parts, "training.frozen")
+            for name in parts[part]:
+                for parameter in groups.get(name, []):
+                    parameter.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise BadInput(f"training.frozen = {', '.join(training.frozen_parts)}: nothing is left to train")
+
     def moved(self, dtype: Dtype, device: torch.device) -> "MTPModel":
         """A copy in another dtype on another device, with the attention that runs there; tied weights stay tied."""
         copied = copy.deepcopy(self).to(device, PARAMETER_DTYPES[dtype])
@@ -87,8 +120,11 @@ class MTPModel(nn.Module):
         with self.autocast():
             turn = self.rotation(tokens)
             x: Tensor = self.embedding(tokens)
-            for layer in self.trunk_layers:
-                x = layer(x, turn)
+            for i, layer in enumerate(self.trunk_layers):
+                if self.checkpoint_every and i % self.checkpoint_every == 0 and torch.is_grad_enabled():
+                    x = checkpoint(layer, x, turn, use_reentrant=False, preserve_rng_state=False)  # no layer draws
+                else:
+                    x = layer(x, turn)
             return x
 
     def heads(self, tokens: Tensor, phase: Phase = no_phase) -> Heads:
@@ -97,8 +133,8 @@ class MTPModel(nn.Module):
         layers = [on_parent(head, i, self.embedding, tokens, turn) for i, head in enumerate(self.head_layers)]
         weights = [unembedding.weight for unembedding in self.unembeddings()]
         roots = tuple(tree(self.config.head, layers, weights))
-        # Flash attention runs nowhere else: a model without data that asks for it is predicted for CUDA.
-        on_cuda = self.attention == "flash" or tokens.is_cuda
+        # These operators run nowhere else: a model without data that asks for it is predicted for CUDA.
+        on_cuda = self.attention != "sdpa" or tokens.is_cuda
         return Heads(roots, self.norm, self.autocast, phase, self.config.n_future, on_cuda)
 
     def unembeddings(self) -> list[nn.Linear]:

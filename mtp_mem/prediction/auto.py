@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from mtp_mem._util import format_bytes
-from mtp_mem.config.schema import GPU, ModelConfig, Workload
-from mtp_mem.model.layers import Attention
+from mtp_mem.config.schema import GPU, ModelConfig, Training, Workload
 from mtp_mem.prediction.simulated_step import Simulation
 from mtp_mem.strategies.chunked_tokens import CPU_TOKENS, CUDA_TOKENS
 from mtp_mem.strategy import Strategy, load_strategy
@@ -41,7 +40,13 @@ class Choice:
 
 
 def resolve_auto(
-    strategy: Strategy, config: ModelConfig, workload: Workload, *, cuda: bool, gpu: GPU | None = None
+    strategy: Strategy,
+    config: ModelConfig,
+    workload: Workload,
+    training: Training | None = None,
+    *,
+    cuda: bool,
+    gpu: GPU | None = None,
 ) -> tuple[Strategy, str | None]:
     """The strategy that is to run, and what was chosen and why where one was chosen.
 
@@ -49,22 +54,24 @@ def resolve_auto(
     """
     if not getattr(strategy, "chooses_by_step", False):
         return strategy, None
-    choice = choose(config, workload, cuda=cuda, gpu=gpu)
+    choice = choose(config, workload, training or Training(), cuda=cuda, gpu=gpu)
     return load_strategy(choice.spec), f"{choice.spec}: {choice.why}"
 
 
 @lru_cache(maxsize=64)
-def choose(config: ModelConfig, workload: Workload, *, cuda: bool, gpu: GPU | None = None) -> Choice:
+def choose(
+    config: ModelConfig, workload: Workload, training: Training | None = None, *, cuda: bool, gpu: GPU | None = None
+) -> Choice:
     """See the file's head.
 
     Args:
         config: the model, with its n.
         workload: batch, sequence, dtype.
+        training: the rest of the setup.
         cuda: whether the step runs on CUDA: its attention, its products, its smallest useful chunk.
         gpu: adds the buffers of its kernels.
     """
-    attention: Attention = "flash" if cuda and workload.dtype.startswith("bf16") else "sdpa"
-    simulation = Simulation(config, workload, attention=attention, gpu=gpu)
+    simulation = Simulation(config, workload, training, cuda=cuda, gpu=gpu)
     floor = simulation.floor().peak().nbytes
     peaks: dict[str, int] = {}
 

@@ -157,21 +157,28 @@ def replay(trace: Trace, *, expandable: bool, workspaces: tuple[int, ...] = ()) 
     """Put a trace through the allocator; the peaks are those of the measured step.
 
     Args:
-        trace: recorded from the construction of the model on, so that its blocks lie where they would.
+        trace: one step. Where it says what the first step makes, that step comes before: a steady step finds the
+            blocks that an earlier one left behind, and the optimizer's state lies among them.
         expandable: `expandable_segments:True`.
         workspaces: sizes of buffers that stay (cuBLAS), allocated when the model is built.
     """
     allocator = CachingAllocator(expandable=expandable)
     for i, nbytes in enumerate(workspaces):
         allocator.allocate(-1 - i, nbytes)
-    for key in trace.resident:
+    late = trace.made_by_first_step or []
+    for key in trace.resident[: len(trace.resident) - len(late)]:
         allocator.allocate(key, trace.storages[key].nbytes)
     before, step = trace.events[: trace.start], trace.events[trace.start :]
     _run(allocator, trace, before)
-    if before:  # a steady step finds the blocks that the same step left behind
-        live = set(allocator.taken)
-        _run(allocator, trace, step)
-        for key in set(allocator.taken) - live:
+    if trace.made_by_first_step is not None:
+        live = {*allocator.taken, *late}
+        phases = [trace.storages[event.key].phase for event in step]
+        stepped = phases.index("optimizer") if "optimizer" in phases else len(step)
+        _run(allocator, trace, step[:stepped])
+        for key in late:
+            allocator.allocate(key, trace.storages[key].nbytes)
+        _run(allocator, trace, step[stepped:])
+        for key in sorted(set(allocator.taken) - live):
             allocator.release(key)
     allocator.reset_peaks()
     _run(allocator, trace, step)

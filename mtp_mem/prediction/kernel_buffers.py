@@ -56,6 +56,19 @@ def flash_backward(args: tuple[Any, ...], _multiprocessors: int) -> list[int]:
     return buffers
 
 
+def efficient_backward(args: tuple[Any, ...], _multiprocessors: int) -> list[int]:
+    """attention_backward.cu and kernel_backward.h: in fp32 the product of output and gradient, its row sums twice.
+
+    Then, in the product's place, the accumulator of the query's gradient in tiles of 64 by 64 with a lock each. Not
+    seen on CUDA.
+    """
+    output = args[5]
+    B, H, S, head_dim = output.shape
+    rows = 4 * B * H * S
+    tiles = B * H * -(-S // 64) * -(-head_dim // 64)
+    return [rows, rows, max(rows * head_dim, tiles * (16 + 4 * 64 * 64))]
+
+
 def embedding_backward(args: tuple[Any, ...], _multiprocessors: int) -> list[int]:
     """Embedding.cu, EmbeddingBackwardKernel.cu: more than 3072 indices are sorted and summed in fp32 partial rows."""
     gradient, indices, V = args[0], args[1].numel(), args[2]
@@ -75,6 +88,7 @@ def foreach_norm(args: tuple[Any, ...], _multiprocessors: int) -> list[int]:
 KERNELS: dict[Any, Buffers] = {
     _aten._scaled_dot_product_flash_attention.default: flash_forward,
     _aten._scaled_dot_product_flash_attention_backward.default: flash_backward,
+    _aten._scaled_dot_product_efficient_attention_backward.default: efficient_backward,
     _aten.embedding_dense_backward.default: embedding_backward,
     _aten._foreach_norm.Scalar: foreach_norm,
 }

@@ -132,7 +132,7 @@ class Prober:
         if (spec, point) not in self._answers:
             self._progress(f"{spec}: batch {point.batch}, sequence {point.sequence}, n = {point.n}")
             if self._simulation is None or self._simulation[0] != point:
-                self._simulation = point, Simulation(*self._shape(point), gpu=self.gpu)
+                self._simulation = point, Simulation(*self._shape(point), self.profile.training, gpu=self.gpu)
             facts = predicted(self._simulation[1].trace(self.strategies[spec]), self.gpu)
             self._answers[spec, point] = ProbedBytes(
                 allocated=facts["peak_allocated_bytes"], reserved=facts["peak_reserved_bytes"]

@@ -13,12 +13,12 @@ def check_predictable(profile: Profile) -> None:
     """Refuse what the fake instrument does not model, before any work.
 
     Raises:
-        BadInput: a dtype other than bf16.
+        BadInput: fp64, whose attention on CUDA is a chain of operators.
     """
-    if profile.workload.dtype != "bf16":
+    if profile.workload.dtype == "fp64":
         raise BadInput(
-            f"workload.dtype = {profile.workload.dtype!r} cannot be predicted: only bf16 runs flash attention on CUDA"
-            " and is modelled; valid: bf16"
+            "workload.dtype = 'fp64' cannot be predicted: no fused attention of CUDA takes it; valid:"
+            " bf16, bf16-mixed, bf16 + fp32 master, fp32"
         )
 
 

@@ -1,104 +1,134 @@
 """Predict a step's CUDA bytes without a GPU: the real step on tensors without data, as CUDA's operators would run it.
 
-Fake tensors live on device "cpu": on "cuda" the first operator that needs a gradient aborts a CPU build of torch. What
-CUDA does differently is pinned: the flash-attention operator, fused AdamW, the buffers inside kernels.
+The tensors live on device meta. Under autocast, which meta has not, they are fake tensors on device "cpu": on "cuda"
+the first operator that needs a gradient aborts a CPU build of torch. What CUDA does differently is pinned: the
+flash-attention operator, the fused optimizer, the buffers inside kernels.
 """
 
 import contextlib
 import dataclasses
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
+    unset_fake_temporarily,
 )
+from torch.utils._pytree import tree_leaves
 
-from mtp_mem.config.schema import GPU, ModelConfig, Workload
+from mtp_mem.config.schema import GPU, ModelConfig, Training, Workload
 from mtp_mem.data import make_batch
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.memory.unseen import threads_refused
 from mtp_mem.model.layers import Attention
-from mtp_mem.model.mtp_model import MTPModel
+from mtp_mem.model.mtp_model import MTPModel, cuda_attention
+from mtp_mem.optimizers import optimizer_state, simulated_optimizer
 from mtp_mem.prediction.floor import NoLogits
 from mtp_mem.prediction.kernel_buffers import KERNELS
-from mtp_mem.step import TrainingStep, make_optimizer, optimizer_state
+from mtp_mem.prediction.meta_results import MetaResults
+from mtp_mem.step import TrainingStep
 from mtp_mem.strategy import Strategy, kernel_limits
 
 CUBLAS_WORKSPACES = 2  # one per thread that multiplies: forward, and autograd's device thread
-STEPS_BEFORE = 2  # the floor's, which makes the optimizer's state, and the replay's first pass over the step itself
+STEPS_BEFORE = 1  # the replay's first pass over the step itself, which makes the optimizer's state
 
 
 class _Mode(FakeTensorMode):
-    """Fake tensors, with a product that torch 2.11 and 2.12 get wrong: they take its `out_dtype` for `beta`."""
+    """Fake tensors, beside which tensors with data may be worked on by themselves.
+
+    A product that torch 2.11 and 2.12 get wrong is put right: they take its `out_dtype` for `beta`.
+    """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten.addmm.dtype_out and kwargs:
             return kwargs["out"]
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if tensors and not any(map(_without_data, tensors)):  # an unfused optimizer counts its steps on the host
+            return func(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs or {})
 
 
 class Simulation:
-    """A model of tensors without data, built and warmed up once; every strategy then takes a step on it.
-
-    The warm-up is always the floor's step, so that a strategy's trace does not depend on what else is rehearsed.
+    """A model of tensors without data, with the state that its optimizer has after a step; strategies step on it.
 
     Args:
         config: the model's shape; its parameters are never materialised.
         workload: batch, sequence and dtype.
-        attention: "flash" is what CUDA runs in bf16, "sdpa" what this CPU runs.
+        training: what is recomputed, frozen, accumulated, and the optimizer.
+        cuda: as CUDA would run it; else as this CPU does.
         gpu: adds the buffers of its kernels; None adds none.
     """
 
     def __init__(
-        self, config: ModelConfig, workload: Workload, *, attention: Attention = "flash", gpu: GPU | None = None
+        self,
+        config: ModelConfig,
+        workload: Workload,
+        training: Training | None = None,
+        *,
+        cuda: bool = True,
+        gpu: GPU | None = None,
     ) -> None:
+        attention: Attention = cuda_attention(workload.dtype) if cuda else "sdpa"
+        training = training or Training()
         kernels = {} if gpu is None else KERNELS
-        self._tracker = Tracker(config.vocab_size, config.dim, [], kernels, 0 if gpu is None else gpu.multiprocessors)
-        self._mode = _Mode()
-        self._for_cuda = attention == "flash"
-        tracker = self._tracker
-        with without_collections(), self._mode:
-            with tracker:
-                model = MTPModel(config, dtype=workload.dtype, attention=attention)
-                batch = make_batch(torch.empty(workload.batch, workload.sequence, dtype=torch.long), config.n_future)
-                optimizer = make_optimizer(model)
-            tracker.watch(model.named_parameters())
-            tracker.mark("parameters", model.named_parameters())
-            tracker.mark("other", (("tokens", batch.tokens), ("targets", batch.targets)))
-            self._step = TrainingStep(model, optimizer, batch, NoLogits(), workload.clip_norm)
-            begun = len(tracker.trace.events)
-            with tracker:
-                self._step(tracker.phase)
-                ended = len(tracker.trace.events)
-                optimizer.zero_grad(set_to_none=True)
-            tracker.mark("optimizer", optimizer_state(model, optimizer))
-            tracker.begin_step()
-            self._floor = tracker.trace.events[begun:ended]
+        mixed, results = workload.dtype == "bf16-mixed", MetaResults()
+        multiprocessors = 0 if gpu is None else gpu.multiprocessors
+        tracker = Tracker(
+            config.vocab_size, config.dim, [], kernels, multiprocessors, run=None if mixed else results.run
+        )
+        self._tracker, self._for_cuda = tracker, cuda
+        self._mode: AbstractContextManager[object] = _Mode() if mixed else contextlib.nullcontext()
+        device = "cpu" if mixed else "meta"
+        with without_collections(), self._mode if mixed else results:
+            model = MTPModel(config, dtype=workload.dtype, attention=attention, device=device)
+            model.set_up(training)
+            tokens = torch.empty(workload.batch, workload.sequence, dtype=torch.long, device=device)
+            batch = make_batch(tokens, config.n_future)
+            optimizer = simulated_optimizer(
+                model, name=training.optimizer, master=training.master_weights, host=unset_fake_temporarily
+            )
+            if not training.set_to_none:
+                for parameter in model.parameters():
+                    parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        tracker.watch(model.named_parameters())
+        tracker.resident("parameters", model.named_parameters())
+        tracker.resident("other", (("tokens", batch.tokens), ("targets", batch.targets)))
+        built = len(tracker.trace.resident)
+        gradients = ((f"{name}.grad", p.grad) for name, p in model.named_parameters() if p.grad is not None)
+        tracker.resident("gradients", gradients)
+        state = optimizer_state(model, optimizer)
+        # What an unfused optimizer keeps on the host is not CUDA's.
+        tracker.resident("optimizer", (pair for pair in state if not cuda or _without_data(pair[1])))
+        tracker.trace.made_by_first_step = tracker.trace.resident[built:]
+        # From the second micro-batch on all are alike.
+        training = dataclasses.replace(training, micro_batches=min(2, training.micro_batches))
+        self._step = TrainingStep(model, optimizer, batch, NoLogits(), workload.clip_norm, training)
 
     def floor(self) -> Trace:
-        """The step without logits once more: the warm-up's events, less the optimizer state, which is there now."""
-        trace = self._tracker.step_since(len(self._tracker.trace.events))
-        trace.events += [e for e in self._floor if trace.storages[e.key].category != "optimizer"]
-        return trace
+        """The step without logits."""
+        return self.trace(NoLogits())
 
     def trace(self, strategy: Strategy) -> Trace:
-        """Everything a steady training step allocates, after all that the model and its warm-up did.
+        """Everything that a steady training step allocates.
 
         Args:
             strategy: must not read values back (`.item()`, boolean indexing): there are none.
 
         Raises:
-            BadInput: the strategy needs real data or an operator that fake tensors do not know, or it says that its
-                kernel decides by the device.
+            BadInput: the strategy needs real data or an operator that has no kernel without, or it says that its kernel
+                decides by the device.
+            BrokenContract: it computes where the tracker does not see it.
         """
         why = kernel_limits(strategy).not_predicted
         if why and self._for_cuda:
@@ -113,27 +143,43 @@ class Simulation:
                     with tracker, threads_refused():
                         if warm_up:
                             step(tracker.phase)
-                            step.optimizer.zero_grad(set_to_none=True)
+                            self._forget_gradients()
                         begun = len(tracker.trace.events)
                         step(tracker.phase)
                     return tracker.step_since(begun, warmed_up)
                 finally:
-                    step.optimizer.zero_grad(set_to_none=True)
+                    self._forget_gradients()
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as e:
-            why = f"it needs real data or a GPU kernel ({e})".split("\n")[0]
-            raise BadInput(f"{type(strategy).__name__} cannot be predicted: {why}") from None
+            raise _unpredictable(strategy, e) from None
+        except (RuntimeError, NotImplementedError) as e:
+            if "meta" not in str(e):
+                raise
+            raise _unpredictable(strategy, e) from None
+
+    def _forget_gradients(self) -> None:
+        self._step.optimizer.zero_grad(set_to_none=self._step.training.set_to_none)
+
+
+def _without_data(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def _unpredictable(strategy: Strategy, error: Exception) -> BadInput:
+    why = f"it needs real data or a GPU kernel ({error})".split("\n")[0]
+    return BadInput(f"{type(strategy).__name__} cannot be predicted: {why}")
 
 
 def simulate(
     config: ModelConfig,
     workload: Workload,
     strategy: Strategy,
+    training: Training | None = None,
     *,
-    attention: Attention = "flash",
+    cuda: bool = True,
     gpu: GPU | None = None,
 ) -> Trace:
     """One strategy's step on a model of its own; see `Simulation`."""
-    return Simulation(config, workload, attention=attention, gpu=gpu).trace(strategy)
+    return Simulation(config, workload, training, cuda=cuda, gpu=gpu).trace(strategy)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from mtp_mem.report.content import gpu_of, section
 from mtp_mem.report.page import Chart, Group, to_html
 from mtp_mem.report.recommend import peak_bytes
 from mtp_mem.report.timeline_page import drawing, read_timeline
-from mtp_mem.runs.identity import CONDITIONS, machine, setting
+from mtp_mem.runs.identity import CONDITIONS, machine, setting, training_words
 from mtp_mem.runs.read_results import Located, groups, read
 from mtp_mem.runs.record import Record
 
@@ -133,7 +133,7 @@ def _facts(record: Record) -> dict[str, Any]:
         "head": f"{model['head']} heads",
         "unembedding": f"{model['unembedding']} unembedding",
         "tokens": f"{workload['batch']} x {workload['sequence']:,} tokens",
-        "dtype": workload["dtype"],
+        "training": training_words(record),
         "machine": machine(record),
         **{name: f"{name} {value}" for name, value in setting(record).items() if name in CONDITIONS},
     }

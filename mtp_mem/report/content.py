@@ -9,7 +9,7 @@ from mtp_mem.report import tables
 from mtp_mem.report.charts.style import HOW
 from mtp_mem.report.recommend import advise, choose, peak_bytes, saving, slowdown
 from mtp_mem.report.reproduce import command
-from mtp_mem.runs.identity import machine
+from mtp_mem.runs.identity import machine, training_words
 from mtp_mem.runs.read_results import code_versions
 from mtp_mem.runs.record import Record
 
@@ -62,7 +62,7 @@ def section(records: Sequence[Record]) -> Section:
     model, workload = first.model, first.workload
     title = (
         f"V = {model['vocab_size']:,}, D = {model['dim']:,}, {model['n_layers']} layers,"
-        f" {workload['batch']} x {workload['sequence']:,} tokens, {workload['dtype']}, on {machine(first)}"
+        f" {workload['batch']} x {workload['sequence']:,} tokens, {training_words(first)}, on {machine(first)}"
         f"{_threads(first)}"
     )
     answer, figures = _predicted(records) if first.exactness == "predicted" else _measured(records)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mtp_mem.errors import BadInput
 from mtp_mem.report.recommend import peak_bytes
-from mtp_mem.runs.identity import key, machine
+from mtp_mem.runs.identity import key, machine, training_words
 from mtp_mem.runs.read_results import read
 
 Kind = Literal["memory", "time", "gradient"]
@@ -79,7 +79,7 @@ def load(path: Path, notes: list[str]) -> Results:
     cases = {}
     for r in records:
         m, w = r.model, r.workload
-        shape = f"V={m['vocab_size']} D={m['dim']} {w['dtype']} {w['batch']}x{w['sequence']}"
+        shape = f"V={m['vocab_size']} D={m['dim']} {training_words(r)} {w['batch']}x{w['sequence']}"
         cases[key(r)] = CaseFigures(
             f"{r.strategy} n={r.n} {shape}",
             peak_bytes(r),

@@ -61,7 +61,8 @@ def plan_chart(document: Mapping[str, Any], out: Path) -> list[Path]:
         ]
         under = (
             f"{document['profile']}: V = {model['vocab_size']:,}, D = {model['dim']:,}, {sequence:,} tokens a sequence,"
-            f" {document['workload']['dtype']}, on {gpu['name']}, headroom {document['headroom_percent']:g} %"
+            f" {document.get('setup', document['workload']['dtype'])}, on {gpu['name']},"
+            f" headroom {document['headroom_percent']:g} %"
         )
         foot = f"predicted, not measured · {footer(document['environment'])}"
     except (KeyError, TypeError, ValueError) as e:

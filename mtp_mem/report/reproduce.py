@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mtp_mem.config.profiles import builtin_profiles, load_profile
-from mtp_mem.config.schema import ModelConfig, Profile, Workload, load_gpus
+from mtp_mem.config.schema import ModelConfig, Profile, Training, Workload, load_gpus
+from mtp_mem.runs.identity import training_of
 from mtp_mem.runs.record import Record
 
 DEFAULT_TEXT = "CPython's pydoc_data.topics"
@@ -36,8 +37,8 @@ def command(records: Sequence[Record]) -> str:
         listed = [s for s in specs if "," not in s]
         words += ["--strategies", ",".join(listed)] if listed else []
         words += [word for s in specs if "," in s for word in ("--strategy", s)]
-    if shipped is not None and shipped.workload.dtype != first.workload["dtype"]:
-        words += ["--dtype", first.workload["dtype"]]
+    if shipped is not None:
+        words += _setup(first, shipped)
     if predicted:
         gpu = next((name for name, gpu in load_gpus().items() if gpu.name == env.get("target")), None)
         words += ["--gpu", gpu] if gpu else []
@@ -48,6 +49,22 @@ def command(records: Sequence[Record]) -> str:
         if first.workload.get("tokenizer") != "uniform" and first.workload["source"] != DEFAULT_TEXT:
             lines.append(f"# add --text FILE: {_line(first.workload['source'])}")
     return "\n".join([*lines, shlex.join(words)])
+
+
+def _setup(record: Record, profile: Profile) -> list[str]:
+    """Options for what the record's training setup has otherwise than the profile."""
+    facts, usual = training_of(record), profile.training.facts(profile.workload.dtype)
+    words = []
+    for name, value in facts.items():
+        if name in usual and name != "master_weights" and _value(value) != _value(usual[name]):
+            words += [f"--{name.replace('_', '-')}", _value(value)]
+    return words
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _same(profile: Profile, record: Record) -> bool:
@@ -62,8 +79,9 @@ def _same(profile: Profile, record: Record) -> bool:
 def _toml(record: Record) -> list[str]:
     model = {f.name: record.model.get(f.name) for f in dataclasses.fields(ModelConfig) if f.name != "n_future"}
     workload = {f.name: record.workload.get(f.name) for f in dataclasses.fields(Workload)}
+    training = {f.name: record.training.get(f.name) for f in dataclasses.fields(Training)}
     rows = []
-    for title, table in (("model", model), ("workload", workload)):
+    for title, table in (("model", model), ("workload", workload), ("training", training)):
         rows += [f"[{title}]", *(f"{k} = {json.dumps(v)}" for k, v in table.items() if v is not None)]
     return rows
 

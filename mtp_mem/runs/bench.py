@@ -18,8 +18,9 @@ from mtp_mem.memory.cpu import track
 from mtp_mem.memory.rss import sampled_rss
 from mtp_mem.memory.trace import Trace
 from mtp_mem.model.mtp_model import MTPModel
+from mtp_mem.optimizers import make_optimizer
 from mtp_mem.prediction.auto import resolve_auto
-from mtp_mem.step import TrainingStep, forward_backward, make_optimizer
+from mtp_mem.step import TrainingStep, forward_backward
 from mtp_mem.strategy import Strategy, kernel_limits, load_strategy
 from mtp_mem.verification.global_state import restored
 from mtp_mem.verification.gradient_error import Gradients, compare, take
@@ -38,9 +39,11 @@ class Bench:
         with torch.random.fork_rng():
             torch.manual_seed(profile.workload.seed)
             self.model = MTPModel(config, dtype=profile.workload.dtype, device=device)
+        self.model.set_up(profile.training)
         batch = corpus_batch(corpus, config, profile.workload)
         self.batch = dataclasses.replace(batch, tokens=batch.tokens.to(device), targets=batch.targets.to(device))
-        self.optimizer = make_optimizer(self.model)
+        training = profile.training
+        self.optimizer = make_optimizer(self.model, name=training.optimizer, master=training.master_weights)
         self._start = [parameter.detach().to("cpu", copy=True) for parameter in self.model.parameters()]
         self._tokens = (self.batch.tokens.clone(), self.batch.targets.clone())
         self.reference: Gradients | None = None
@@ -211,11 +214,13 @@ class Bench:
     def step(self, strategy: Strategy) -> TrainingStep:
         """The training step with this strategy."""
         strategy = self.resolve_auto(strategy)[0]
-        return TrainingStep(self.model, self.optimizer, self.batch, strategy, self.profile.workload.clip_norm)
+        clip_norm, training = self.profile.workload.clip_norm, self.profile.training
+        return TrainingStep(self.model, self.optimizer, self.batch, strategy, clip_norm, training)
 
     def resolve_auto(self, strategy: Strategy) -> tuple[Strategy, str | None]:
         """The strategy that runs, and what was chosen and why where it depends on the step."""
-        return resolve_auto(strategy, self.model.config, self.profile.workload, cuda=self.device.type == "cuda")
+        setup = (self.model.config, self.profile.workload, self.profile.training)
+        return resolve_auto(strategy, *setup, cuda=self.device.type == "cuda")
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":

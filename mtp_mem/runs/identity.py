@@ -3,6 +3,7 @@
 A setting is what records must share to stand in one table; a case is a setting, a strategy at one n, and the code.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_mem._util import fingerprint
+from mtp_mem.config.schema import Training
 from mtp_mem.runs.record import Record
 
 CONDITIONS: dict[str, Any] = {
@@ -55,6 +57,7 @@ def case_id(
     implementation: str,
     model: dict[str, Any],
     workload: dict[str, Any],
+    training: dict[str, Any],
     environment: dict[str, Any],
     rounds: int | None = None,
 ) -> str:
@@ -65,11 +68,12 @@ def case_id(
         implementation: see `implementation`.
         model: the record's model, with its n.
         workload: the record's workload, with the digest of its text.
+        training: the record's training setup.
         environment: the record's environment.
         rounds: timed steps, where there are any.
     """
     facts = {key: environment.get(key) for key in (*CONDITIONS, *CODE)}
-    return fingerprint(strategy, implementation, model, workload, facts, rounds)
+    return fingerprint(strategy, implementation, model, workload, training, facts, rounds)
 
 
 def machine(record: Record) -> str:
@@ -90,8 +94,31 @@ def setting(record: Record) -> dict[str, str]:
         "backend": record.backend,
         **{f"model.{key}": _text(value) for key, value in record.model.items() if key != "n_future"},
         **{f"workload.{key}": _text(value) for key, value in record.workload.items()},
+        **{f"training.{key}": _text(value) for key, value in training_of(record).items()},
         **{key: _text(value) for key, value in conditions.items()},
     }
+
+
+def training_of(record: Record) -> dict[str, Any]:
+    """The record's training setup; of a record that is older than the field, the only one there was."""
+    return {"precision": record.workload["dtype"], **dataclasses.asdict(Training()), **record.training}
+
+
+def training_words(record: Record) -> str:
+    """The training setup for people: what is not as usual, precision first."""
+    usual, facts = dataclasses.asdict(Training()), training_of(record)
+    checkpointing, frozen = facts["trunk_checkpointing"], facts["frozen"]
+    every = {"full": "checkpointed trunk"}.get(str(checkpointing), f"every {checkpointing}. trunk layer checkpointed")
+    parts = frozen if isinstance(frozen, str) else ", ".join(map(str, frozen))
+    words = {
+        "trunk_checkpointing": every,
+        "optimizer": str(facts["optimizer"]),
+        "micro_batches": f"{facts['micro_batches']} micro-batches",
+        "frozen": f"frozen: {parts}",
+        "set_to_none": "gradients kept between steps",
+    }
+    changed = [text for name, text in words.items() if _text(facts[name]) != _text(usual[name])]
+    return ", ".join([str(facts["precision"]), *changed])
 
 
 def key(record: Record) -> tuple[str, ...]:
@@ -102,4 +129,4 @@ def key(record: Record) -> tuple[str, ...]:
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}={value[key]}" for key in sorted(value, key=str))
-    return str(value)
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

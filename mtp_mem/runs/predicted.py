@@ -20,12 +20,13 @@ from mtp_mem.strategy import load_strategy
 def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
     """Predicted records of all the profile's cases on `gpu`, n by n."""
     workload, named = profile.workload, {**dataclasses.asdict(profile.workload), "source": f"for {gpu.name}"}
+    training = profile.training.facts(workload.dtype)
     env = {**environment("cpu"), "target": gpu.name, "target_bytes": gpu.total_bytes}
     with simulated_step.without_collections():
         for n in profile.sweep.n:
             config = profile.model.with_n(n)
             progress(f"n={n} floor")
-            simulation = simulated_step.Simulation(config, workload, gpu=gpu)
+            simulation = simulated_step.Simulation(config, workload, profile.training, gpu=gpu)
             floor = predicted(simulation.floor(), gpu)
             for spec in profile.sweep.strategies:
                 progress(f"n={n} {spec}")
@@ -34,16 +35,17 @@ def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
                 try:
                     strategy = load_strategy(spec)
                     version = implementation(strategy)
-                    strategy, chosen = resolve_auto(strategy, config, workload, cuda=True, gpu=gpu)
+                    strategy, chosen = resolve_auto(strategy, config, workload, profile.training, cuda=True, gpu=gpu)
                     facts |= {"chosen": chosen, **predicted(simulation.trace(strategy), gpu)}
                 except (Exception, SystemExit) as e:
                     facts |= {"status": "error", "error": one_line(e)}
                 yield new_record(
-                    case_id(spec, version, dataclasses.asdict(config), named, env),
+                    case_id(spec, version, dataclasses.asdict(config), named, training, env),
                     spec,
                     version,
                     config,
                     named,
+                    training=training,
                     backend="fake",
                     environment=env,
                     parameters=sum(parameters(config).values()),

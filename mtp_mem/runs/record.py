@@ -76,6 +76,7 @@ class Record:
     parameters: int | None = None
     model: dict[str, Any] = field(default_factory=dict)
     workload: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -127,6 +128,7 @@ def new_record(
     config: ModelConfig,
     workload: dict[str, Any],
     *,
+    training: dict[str, Any],
     backend: Backend,
     environment: dict[str, Any],
     parameters: int,
@@ -141,6 +143,7 @@ def new_record(
         implementation: which version of its code, where it is not ours.
         config: the model, with its n.
         workload: batch, sequence, dtype, and where the tokens came from.
+        training: the training setup (`Training.facts`).
         backend: the instrument.
         environment: machine and versions.
         parameters: the model's count.
@@ -158,6 +161,7 @@ def new_record(
         parameters=parameters,
         model=dataclasses.asdict(config),
         workload=workload,
+        training=training,
         environment=environment,
         floor_requested_bytes=floor.get("peak_requested_bytes"),
         floor_allocated_bytes=floor.get("peak_allocated_bytes"),

@@ -46,7 +46,8 @@ def cases(profile: Profile, corpus: Corpus, device: torch.device) -> list[Case]:
 
     def case(spec: str, n: int) -> Case:
         model, workload = dataclasses.asdict(profile.model.with_n(n)), _workload(profile, corpus)
-        facts = (model, workload, environment(device.type), profile.sweep.rounds)
+        training = profile.training.facts(profile.workload.dtype)
+        facts = (model, workload, training, environment(device.type), profile.sweep.rounds)
         return Case(spec, n, case_id(spec, versions[spec], *facts), versions[spec])
 
     return [case(spec, n) for n in profile.sweep.n for spec in profile.sweep.strategies]
@@ -151,7 +152,7 @@ def _run_n(
             failed = failure(seconds)
             facts_by_spec[spec] |= failed | {"error": f"not timed: {failed['error']}"}
         else:
-            facts_by_spec[spec] |= speed(seconds, workload.tokens)
+            facts_by_spec[spec] |= speed(seconds, workload.tokens * profile.training.micro_batches)
     for case in todo:
         yield _record(case, profile, config, corpus, device, facts_by_spec[case.strategy], floor=bytes_alone[""])
 
@@ -171,6 +172,7 @@ def _record(
         case.implementation,
         config,
         _workload(profile, corpus),
+        training=profile.training.facts(profile.workload.dtype),
         backend="cuda" if device.type == "cuda" else "cpu",
         environment=environment(device.type),
         parameters=sum(parameters(config).values()),

@@ -21,7 +21,8 @@ from mtp_mem.data import Batch, make_batch
 from mtp_mem.errors import BadInput
 from mtp_mem.model.losses import IGNORE
 from mtp_mem.model.mtp_model import PARAMETER_DTYPES, MTPModel
-from mtp_mem.step import TrainingStep, make_optimizer
+from mtp_mem.optimizers import make_optimizer
+from mtp_mem.step import TrainingStep
 from mtp_mem.strategy import Strategy, load_strategy
 from mtp_mem.verification.gradient_error import Reference
 

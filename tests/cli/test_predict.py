@@ -75,7 +75,7 @@ def test_the_table_fits(folder: Path, columns: int) -> None:
     ("args", "words"),
     [
         (["--gpu", "h300"], "unknown GPU 'h300'; did you mean 'h200'? Valid: a100-40gb"),
-        (["--profile", "shape.toml", "--dtype", "fp32"], "cannot be predicted: only bf16"),
+        (["--profile", "shape.toml", "--dtype", "fp64"], "cannot be predicted: no fused attention"),
         (["--profile", "no-workload.toml"], "key workload is missing (expected a table)"),
         (["--profile", "shape.toml", "--n", "9"], "valid: n from 1 to 6"),
     ],

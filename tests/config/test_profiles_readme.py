@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from mtp_mem.config.profiles import load_profile
-from mtp_mem.config.schema import GPU, ModelConfig, Profile, Sweep, Workload
+from mtp_mem.config.schema import GPU, ModelConfig, Profile, Sweep, Training, Workload
 from mtp_mem.model.hf import FAMILIES
 
 TEXT = (Path(__file__).parents[2] / "profiles/README.md").read_text()
@@ -18,6 +19,7 @@ TABLES: dict[str, type[Any]] = {
     "At the top": Profile,
     "`[model]`": ModelConfig,
     "`[workload]`": Workload,
+    "`[training]`": Training,
     "`[sweep]`": Sweep,
     "GPUs: `[name]` in gpus.toml": GPU,
 }
@@ -32,6 +34,7 @@ TYPES = {
 IN_WORDS = {
     "name": "the file's name",
     "sweep": "its defaults",
+    "training": "its defaults",
     "n_kv_heads": "`n_attention_heads`",
     "ffn_dim": "8/3 D, rounded up to 32",
 }
@@ -50,6 +53,8 @@ def rows(heading: str) -> dict[str, list[str]]:
 
 
 def kind(hint: Any) -> str:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union) and type(None) not in typing.get_args(hint):
+        return " or ".join(sorted(set(map(kind, typing.get_args(hint))), key=lambda word: (word != "string", word)))
     if type(None) in typing.get_args(hint):
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
     if typing.get_origin(hint) is typing.Literal:

@@ -24,14 +24,14 @@ def test_the_largest_chunk_below_the_floor(n: int) -> None:
     choice = choose(config, LONG, cuda=False)
     name, _, chunk = choice.spec.partition(":chunk=")
     assert name == "chunked_tokens"
-    peak = simulate(config, LONG, load_strategy(choice.spec), attention="sdpa").peak().nbytes
+    peak = simulate(config, LONG, load_strategy(choice.spec), cuda=False).peak().nbytes
     assert peak == choice.peak
-    twice = simulate(config, LONG, load_strategy(f"{name}:chunk={2 * int(chunk)}"), attention="sdpa").peak().nbytes
+    twice = simulate(config, LONG, load_strategy(f"{name}:chunk={2 * int(chunk)}"), cuda=False).peak().nbytes
     if peak <= choice.floor:
         assert twice > choice.floor
     else:  # no chunk reaches the floor: smaller ones would hardly be smaller
         assert "no chunk reaches" in choice.why
-        least = simulate(config, LONG, load_strategy(f"{name}:chunk=128"), attention="sdpa").peak().nbytes
+        least = simulate(config, LONG, load_strategy(f"{name}:chunk=128"), cuda=False).peak().nbytes
         assert peak <= 1.01 * least < twice
 
 

@@ -26,7 +26,7 @@ def shape_of(config: ModelConfig, workload: Workload) -> Shape:
 @pytest.mark.parametrize("n", [1, 3, 6])
 def test_what_the_trunk_keeps(n: int) -> None:
     config, workload = tiny(**WIDE, n_future=n), Workload(batch=2, sequence=64)
-    trace = simulate(config, workload, load_strategy("sequential"), attention="sdpa")
+    trace = simulate(config, workload, load_strategy("sequential"), cuda=False)
     kept = trace.peak().by_category["trunk activations"]
     assert kept == shape_of(config, workload).trunk + 4 * n  # the n loss weights are made before the trunk runs
 
@@ -39,7 +39,7 @@ def test_what_the_trunk_keeps(n: int) -> None:
 def test_peak_above_the_baseline(spec: str, n: int, dtype: str) -> None:
     config = tiny(**WIDE, n_future=n)
     workload = Workload(batch=4, sequence=128, dtype=dtype)  # type: ignore[arg-type]
-    trace = simulate(config, workload, load_strategy(spec), attention="sdpa")
+    trace = simulate(config, workload, load_strategy(spec), cuda=False)
     formula = peak_over_baseline(spec, shape_of(config, workload))
     assert formula is not None
     missing = trace.peak().nbytes - trace.baseline - formula
@@ -49,7 +49,7 @@ def test_peak_above_the_baseline(spec: str, n: int, dtype: str) -> None:
 
 def test_gradients_can_set_the_peak() -> None:
     config, workload = tiny(vocab_size=300, dim=128, n_layers=6), Workload(batch=1, sequence=2)
-    trace = simulate(config, workload, load_strategy("sequential"), attention="sdpa")
+    trace = simulate(config, workload, load_strategy("sequential"), cuda=False)
     shape = shape_of(config, workload)
     assert peak_over_baseline("sequential", shape) == shape.gradients
     parameters = sum(s.nbytes for s in trace.storages.values() if s.category == "parameters")
@@ -60,11 +60,11 @@ def test_gradients_can_set_the_peak() -> None:
 @pytest.mark.parametrize("n", [1, 4])
 def test_the_floor_holds_no_logits(n: int) -> None:
     config, workload = tiny(**WIDE, n_future=n), Workload(batch=4, sequence=128)
-    floor = simulate(config, workload, NoLogits(), attention="sdpa").peak()
+    floor = simulate(config, workload, NoLogits(), cuda=False).peak()
     assert "logits" not in floor.by_category
     assert all(s.shape[-1:] != (4099,) for s in floor.live)
     for spec in ("naive", "sequential", "checkpointed", "chunked_vocab:chunk=64"):
-        assert simulate(config, workload, load_strategy(spec), attention="sdpa").peak().nbytes >= floor.nbytes
+        assert simulate(config, workload, load_strategy(spec), cuda=False).peak().nbytes >= floor.nbytes
 
 
 def test_no_formula_where_none_holds() -> None:

@@ -268,7 +268,7 @@ def test_says_by_how_much_nothing_fits(folder: Path) -> None:
         (["--headroom=-1"], "--headroom -1: expected a percentage"),
         (["--headroom", "nan"], "--headroom nan: expected a percentage"),
         (["--headroom", "4GiB"], "--headroom 4GiB: expected a percentage"),
-        (["--dtype", "fp32"], "cannot be predicted: only bf16"),
+        (["--dtype", "fp64"], "cannot be predicted: no fused attention"),
         (["--n", "1,4"], "--n 1,4: expected one number of heads"),
         (["--n", "33"], "valid: n from 1 to 32"),
         (["--n", "0"], "model.n_future = 0: must be at least 1"),

@@ -33,7 +33,7 @@ def test_predicted_equals_tracked(spec: str, n: int, dtype: str) -> None:
     step()
     real = track(step)
     workload = Workload(batch=2, sequence=64, dtype=dtype)  # type: ignore[arg-type]
-    fake = simulate(config, workload, load_strategy(spec), attention="sdpa")
+    fake = simulate(config, workload, load_strategy(spec), cuda=False)
     assert fake.baseline == real.baseline
     found, expected = fake.peak(), real.peak()
     assert (found.nbytes, found.phase, found.op) == (expected.nbytes, expected.phase, expected.op)
@@ -50,7 +50,7 @@ def test_predicted_equals_tracked_for_every_kind(spec: str, kind: str, unembeddi
     step = TrainingStep(model, make_optimizer(model), batch, load_strategy(spec))
     step()
     real = track(step)
-    fake = simulate(config, Workload(batch=2, sequence=64), load_strategy(spec), attention="sdpa")
+    fake = simulate(config, Workload(batch=2, sequence=64), load_strategy(spec), cuda=False)
     assert fake.baseline == real.baseline
     found, expected = fake.peak(), real.peak()
     assert (found.nbytes, found.phase, found.op) == (expected.nbytes, expected.phase, expected.op)
@@ -112,7 +112,7 @@ def test_a_kernel_that_decides_by_the_device_is_predicted_for_this_one_only() ->
     model, batch = build(config)
     step = TrainingStep(model, make_optimizer(model), batch, load_strategy("native"))
     step()
-    here = simulate(config, workload, load_strategy("native"), attention="sdpa").peak()
+    here = simulate(config, workload, load_strategy("native"), cuda=False).peak()
     assert here.nbytes == track(step).peak().nbytes
 
 
@@ -126,8 +126,8 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs, out)):
-            assert not (isinstance(leaf, torch.Tensor) and leaf.device.type != "cpu"), func
-            assert not (isinstance(leaf, torch.device) and leaf.type != "cpu"), func
+            assert not (isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda"), func
+            assert not (isinstance(leaf, torch.device) and leaf.type == "cuda"), func
         return out
 from mtp_mem import ModelConfig, Workload, load_strategy
 from mtp_mem.config.schema import load_gpu

@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from mtp_mem._util import GiB, KiB, MiB, atomic_write
 from mtp_mem.environment import footer
 from mtp_mem.memory.trace import Category
+from mtp_mem.runs.identity import training_words
 from mtp_mem.runs.record import Record
 from mtp_mem.strategy import BUILTIN
 
@@ -111,7 +112,7 @@ def subtitle(record: Record) -> str:
     )
     return (
         f"V = {model['vocab_size']:,}, D = {model['dim']:,}, {layers}, batch {workload['batch']} x"
-        f" {workload['sequence']:,} tokens, {workload['dtype']}, {workload['source']}"
+        f" {workload['sequence']:,} tokens, {training_words(record)}, {workload['source']}"
     )
 
 

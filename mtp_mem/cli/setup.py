@@ -1,0 +1,116 @@
+"""Options that change a profile's model, step and GPU: what is asked on the command line instead of the file."""
+
+import argparse
+import dataclasses
+import re
+from typing import TYPE_CHECKING, Any
+
+from mtp_mem.errors import BadInput
+
+if TYPE_CHECKING:
+    from mtp_mem.config.schema import GPU, Profile
+
+UNITS = {"": 1, "b": 1, "mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def training_options(sub: argparse.ArgumentParser) -> None:
+    """`--dtype` or `--precision`, the shape of the step, and the training setup."""
+    group = sub.add_argument_group("the step, instead of the profile's")
+    group.add_argument(
+        "--dtype", "--precision", dest="dtype", metavar="NAME", help="fp32, bf16, bf16-mixed or 'bf16 + fp32 master'"
+    )
+    group.add_argument("--batch", type=count, metavar="B", help="sequences of a micro-batch")
+    group.add_argument("--sequence", type=count, metavar="S", help="tokens of a sequence")
+    group.add_argument("--layers", type=count, metavar="L", help="trunk and heads together")
+    group.add_argument("--vocab", type=count, metavar="V", help="entries of the vocabulary")
+    group.add_argument(
+        "--trunk-checkpointing", metavar="HOW", help="none, full, or k: every k-th trunk layer runs again"
+    )
+    group.add_argument("--optimizer", metavar="NAME", help="adamw, adamw-foreach, adamw-loop, adamw-8bit or sgd")
+    group.add_argument("--micro-batches", type=count, metavar="K", help="whose gradients one optimizer step sums")
+    group.add_argument("--frozen", metavar="PARTS", help="trunk, 'all but heads', or parts like embedding,norm")
+    group.add_argument("--set-to-none", metavar="true|false", help="whether gradients are freed between steps")
+
+
+def gpu_options(sub: argparse.ArgumentParser, *, several: bool) -> None:
+    """`--gpu` and `--gpu-memory`."""
+    one = "a GPU of the catalogue (see list), or FILE.toml:NAME"
+    if several:
+        sub.add_argument("--gpu", type=names, metavar="A,B", help=f"each {one}; instead of the profile's")
+    else:
+        sub.add_argument("--gpu", help=f"{one}; default the first of the profile's")
+    sub.add_argument(
+        "--gpu-memory", type=size, metavar="24GiB", help="as if the GPU had so much memory, for one that is not listed"
+    )
+
+
+def with_setup(profile: "Profile", args: argparse.Namespace) -> "Profile":
+    """The profile with the command line's changes of model, step and training."""
+    from mtp_mem.config.profiles import with_precision
+    from mtp_mem.config.schema import Training
+    from mtp_mem.config.toml import convert, type_hints
+
+    def given(**options: str) -> dict[str, Any]:
+        return {name: value for name, option in options.items() if (value := getattr(args, option, None)) is not None}
+
+    model = given(vocab_size="vocab", n_layers="layers")
+    workload = given(batch="batch", sequence="sequence")
+    training = given(
+        trunk_checkpointing="trunk_checkpointing", optimizer="optimizer", micro_batches="micro_batches"
+    ) | given(frozen="frozen", set_to_none="set_to_none")
+    if "trunk_checkpointing" in training and training["trunk_checkpointing"].isdecimal():
+        training["trunk_checkpointing"] = int(training["trunk_checkpointing"])
+    if "frozen" in training:
+        training["frozen"] = names(training["frozen"])
+    if "set_to_none" in training:
+        if training["set_to_none"] not in ("true", "false"):
+            raise BadInput(f"--set-to-none {training['set_to_none']}: expected true or false")
+        training["set_to_none"] = training["set_to_none"] == "true"
+    hints = type_hints(Training)
+    training = {name: convert(hints[name], value, f"training.{name}") for name, value in training.items()}
+    if args.dtype is not None:
+        profile = with_precision(profile, args.dtype)
+    return dataclasses.replace(
+        profile,
+        model=dataclasses.replace(profile.model, **model),
+        workload=dataclasses.replace(profile.workload, **workload),
+        training=dataclasses.replace(profile.training, **training),
+    )
+
+
+def gpu_of(name: str, args: argparse.Namespace) -> "GPU":
+    """The GPU by its name, with `--gpu-memory` in the place of its own."""
+    from mtp_mem._util import format_bytes
+    from mtp_mem.config.schema import load_gpu
+
+    gpu = load_gpu(name)
+    nbytes: int | None = args.gpu_memory
+    if nbytes is None:
+        return gpu
+    return dataclasses.replace(gpu, name=f"{gpu.name} with {format_bytes(nbytes)}", total_bytes=nbytes)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """`a,b` as an argument."""
+    parts = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not parts:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected at least one name")
+    return parts
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1 as an argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
+
+
+def size(text: str) -> int:
+    """`24GiB` in bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if not match or match[2].lower() not in UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size like 24GiB or 24GB")
+    nbytes = int(float(match[1]) * UNITS[match[2].lower()])
+    if not 2**20 <= nbytes < 2**50:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 1MiB to 1024TiB")
+    return nbytes
