@@ -89,7 +89,7 @@ def check(args: argparse.Namespace) -> int:
     profile = load_profile(args.profile)
     check_vocabulary(profile.workload, profile.model.vocab_size)
     notes = []
-    channels = profile.model.dim // profile.model.n_attention_heads
+    channels = profile.model.head_channels
     if profile.workload.dtype.startswith("bf16") and channels > FLASH_CHANNELS:
         notes.append(f"D / heads = {channels}: flash attention on CUDA takes at most {FLASH_CHANNELS}")
     for spec in profile.sweep.strategies:

@@ -60,10 +60,13 @@ class ModelConfig:
     match_layers: bool = True
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
+    head_dim: int | None = None  # channels of an attention head; None: dim / n_attention_heads
+    qkv_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of every head's queries and keys, before they are turned
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "dim", "n_layers", "n_attention_heads", "n_kv_heads", "ffn_dim", "n_future")
-        for name in (*sizes, "medusa_blocks"):
+        for name in (*sizes, "medusa_blocks", "head_dim"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"model.{name} = {value}: must be at least 1")
@@ -73,11 +76,13 @@ class ModelConfig:
             raise BadInput(f"model.norm_eps = {self.norm_eps}: must be at least 0 and finite")
         _one_of("model.head", self.head, HeadKind)
         _one_of("model.unembedding", self.unembedding, Unembedding)
-        if self.dim % self.n_attention_heads or self.dim // self.n_attention_heads % 2:
+        if self.head_dim is None and (self.dim % self.n_attention_heads or self.dim // self.n_attention_heads % 2):
             raise BadInput(
                 f"model.dim = {self.dim} must be an even multiple of n_attention_heads = {self.n_attention_heads}"
-                " (rotary embeddings turn pairs of channels)"
+                " (rotary embeddings turn pairs of channels), or model.head_dim be given"
             )
+        if self.head_dim is not None and self.head_dim % 2:
+            raise BadInput(f"model.head_dim = {self.head_dim}: must be even (rotary embeddings turn pairs of channels)")
         if self.n_attention_heads % self.kv_heads:
             raise BadInput(
                 f"model.n_kv_heads = {self.kv_heads} must divide n_attention_heads = {self.n_attention_heads}"
@@ -92,6 +97,11 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Number of key and value heads (grouped-query attention)."""
         return self.n_kv_heads or self.n_attention_heads
+
+    @property
+    def head_channels(self) -> int:
+        """Channels of one attention head."""
+        return self.head_dim or self.dim // self.n_attention_heads
 
     @property
     def hidden_dim(self) -> int:

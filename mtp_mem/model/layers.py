@@ -1,6 +1,7 @@
 """The building blocks of every model here: the transformer layer, its norm and its rotary positions.
 
-Llama-style: RMSNorm before each branch, rotary embeddings, grouped-query attention, SwiGLU, no biases.
+Llama-style: RMSNorm before each branch, rotary embeddings, grouped-query attention, SwiGLU; no biases but those of
+queries, keys and values where asked for, and likewise norms of queries and keys.
 """
 
 from typing import Literal, TypedDict
@@ -39,13 +40,17 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, make: Factory, attention: Attention) -> None:
         super().__init__()
         self.attention_kind = attention
-        D, kv_dim = config.dim, config.dim // config.n_attention_heads * config.kv_heads
+        D, q_dim = config.dim, config.head_channels * config.n_attention_heads
+        kv_dim = config.head_channels * config.kv_heads
         self.config = config
         self.attention_norm, self.ffn_norm = RMSNorm(config, make), RMSNorm(config, make)
-        self.q = nn.Linear(D, D, bias=False, **make)
-        self.k = nn.Linear(D, kv_dim, bias=False, **make)
-        self.v = nn.Linear(D, kv_dim, bias=False, **make)
-        self.o = nn.Linear(D, D, bias=False, **make)
+        self.q = nn.Linear(D, q_dim, bias=config.qkv_bias, **make)
+        self.k = nn.Linear(D, kv_dim, bias=config.qkv_bias, **make)
+        self.v = nn.Linear(D, kv_dim, bias=config.qkv_bias, **make)
+        self.o = nn.Linear(q_dim, D, bias=False, **make)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config, make, config.head_channels)
+            self.k_norm = RMSNorm(config, make, config.head_channels)
         self.gate = nn.Linear(D, config.hidden_dim, bias=False, **make)
         self.up = nn.Linear(D, config.hidden_dim, bias=False, **make)
         self.down = nn.Linear(config.hidden_dim, D, bias=False, **make)
@@ -59,11 +64,13 @@ class Layer(nn.Module):
 
     def attention(self, x: Tensor, turn: Rotation) -> Tensor:
         """Causal self-attention with grouped queries and rotary position embeddings."""
-        B, S, D = x.shape
+        B, S, _ = x.shape
         heads, kv_heads = self.config.n_attention_heads, self.config.kv_heads
         # Turned before they are transposed: attention's output takes the layout of q, and then needs no copy below.
-        q = rotate(self.q(x).view(B, S, heads, -1), *turn).transpose(1, 2)  # (B, H, S, D/H)
-        k = rotate(self.k(x).view(B, S, kv_heads, -1), *turn).transpose(1, 2)
+        q, k = self.q(x).view(B, S, heads, -1), self.k(x).view(B, S, kv_heads, -1)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *turn).transpose(1, 2), rotate(k, *turn).transpose(1, 2)  # (B, H, S, D/H)
         v = self.v(x).view(B, S, kv_heads, -1).transpose(1, 2)
         if self.attention_kind == "flash" and q.dtype in (torch.bfloat16, torch.float16):  # it knows no other
             y = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
@@ -74,15 +81,15 @@ class Layer(nn.Module):
             y = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0]
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
-        return self.o(y.transpose(1, 2).reshape(B, S, D))  # type: ignore[no-any-return]
+        return self.o(y.transpose(1, 2).reshape(B, S, -1))  # type: ignore[no-any-return]
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, statistics in fp32 (fp64 for fp64 input), output in x's dtype."""
 
-    def __init__(self, config: ModelConfig, make: Factory) -> None:
+    def __init__(self, config: ModelConfig, make: Factory, width: int | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.dim, **make))
+        self.weight = nn.Parameter(torch.ones(width or config.dim, **make))
         self.eps = config.norm_eps
 
     def forward(self, x: Tensor) -> Tensor:

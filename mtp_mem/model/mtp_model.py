@@ -174,8 +174,7 @@ class MTPModel(nn.Module):
         config = self.config
         # Asked of the parameters, not remembered: `.to(torch.bfloat16)`, `.double()` and the like change them.
         dtype = torch.bfloat16 if self.mixed else self.embedding.weight.dtype
-        head_dim = config.dim // config.n_attention_heads
-        return rotation(tokens.shape[1], head_dim, config.rope_theta, dtype, tokens.device)
+        return rotation(tokens.shape[1], config.head_channels, config.rope_theta, dtype, tokens.device)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which forward passes run: bf16 autocast for "bf16-mixed", else nothing."""

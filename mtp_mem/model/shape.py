@@ -1,7 +1,8 @@
 """The sizes of a step in closed form: what a layer saves, what a head leaves, how large the gradients are.
 
-Symbols: N = B*S tokens, D, V, n, H attention heads, K = D/H * kv heads, F feed-forward width, b bytes of a value,
-l bytes of a loss value (4; 8 in fp64). They hold for parallel heads; for other kinds there is no closed form here.
+Symbols: N = B*S tokens, D, V, n, H attention heads of C channels (D/H unless given), A = C H, G heads of keys and
+values, K = C G, F feed-forward width, b bytes of a value, l bytes of a loss value (4; 8 in fp64). They hold for
+parallel heads; for other kinds there is no closed form here.
 """
 
 from dataclasses import dataclass
@@ -20,10 +21,15 @@ class Shape:
     V: int
     n: int
     H: int
+    G: int
+    C: int
+    A: int
     K: int
     F: int
     trunk_layers: int
     tied: bool
+    qkv_bias: bool
+    qk_norm: bool
     value: int
     loss_value: int
     cuda: bool = False
@@ -37,7 +43,7 @@ class Shape:
         if model["head"] != "parallel" or model["unembedding"] == "replicated" or workload["dtype"] not in VALUE_BYTES:
             return None
         D, H = model["dim"], model["n_attention_heads"]
-        value = VALUE_BYTES[workload["dtype"]]
+        value, G, C = VALUE_BYTES[workload["dtype"]], model["n_kv_heads"] or H, model.get("head_dim") or D // H
         return Shape(
             S=workload["sequence"],
             N=workload["batch"] * workload["sequence"],
@@ -45,10 +51,15 @@ class Shape:
             V=model["vocab_size"],
             n=model["n_future"],
             H=H,
-            K=D // H * (model["n_kv_heads"] or H),
+            G=G,
+            C=C,
+            A=C * H,
+            K=C * G,
             F=model["ffn_dim"] or -(-8 * D // 3 // 32) * 32,
             trunk_layers=model["n_layers"] - (model["n_future"] if model["match_layers"] else 1),
             tied=model["unembedding"] == "tied",
+            qkv_bias=bool(model.get("qkv_bias")),
+            qk_norm=bool(model.get("qk_norm")),
             value=value,
             loss_value=max(4, value),
             cuda=cuda,
@@ -73,15 +84,20 @@ class Shape:
     def layer(self) -> int:
         """What one layer saves for its backward.
 
-        In N rows: both residual sums, both normed inputs, q and attention's output (D each), k and v (K each), gate,
-        up, silu(gate) and their product (F each); two norms' scales and attention's logsumexp in the loss dtype.
+        In N rows: both residual sums and both normed inputs (D each), q and attention's output (A each), k and v
+        (K each), gate, up, silu(gate) and their product (F each); two norms' scales and attention's logsumexp in the
+        loss dtype. Norms of q and k keep both as they were before, and a scale for each of their heads.
         """
-        return self.N * ((6 * self.D + 2 * self.K + 4 * self.F) * self.value + (2 + self.H) * self.loss_value)
+        widths, scales = 4 * self.D + 2 * self.A + 2 * self.K + 4 * self.F, 2 + self.H
+        if self.qk_norm:
+            widths, scales = widths + self.A + self.K, scales + self.H + self.G
+        return self.N * (widths * self.value + scales * self.loss_value)
 
     @property
     def layer_parameters(self) -> int:
         """Bytes of one layer's parameters, or of their gradients."""
-        return (2 * self.D * (self.D + self.K) + 3 * self.D * self.F + 2 * self.D) * self.value
+        biases = (self.A + 2 * self.K) * self.qkv_bias + 2 * self.C * self.qk_norm
+        return (2 * self.D * (self.A + self.K) + 3 * self.D * self.F + 2 * self.D + biases) * self.value
 
     @property
     def shared_gradients(self) -> int:
@@ -91,7 +107,7 @@ class Shape:
     @property
     def trunk(self) -> int:
         """What is live below the cut while the heads run: embedded tokens, every layer's share, rotary tables."""
-        tables = self.S * self.D // self.H * self.value  # cosines and sines, (S, D/H/2) each
+        tables = self.S * self.C * self.value  # cosines and sines, (S, C/2) each
         return self.hidden + self.trunk_layers * self.layer + (2 if self.trunk_layers else 1) * tables
 
     @property

@@ -59,8 +59,8 @@ def step_flops(spec: str, shape: Shape) -> int:
     to 6.7B).
     """
     s = shape
-    weights = 2 * s.D * (s.D + s.K) + 3 * s.D * s.F  # of a layer
-    layer = 2 * s.N * weights + 2 * s.N * s.S * s.D  # attention looks back only: half of 4 N S D
+    weights = 2 * s.D * (s.A + s.K) + 3 * s.D * s.F  # of a layer
+    layer = 2 * s.N * weights + 2 * s.N * s.S * s.A  # attention looks back only: half of 4 N S D
     logits = 2 * s.N * s.V * s.D
     name = spec.partition(":")[0]
     layers_too = name in BUILTIN and getattr(strategy_class(name), "recomputes_layers", False)

@@ -36,6 +36,7 @@ IN_WORDS = {
     "sweep": "its defaults",
     "training": "its defaults",
     "n_kv_heads": "`n_attention_heads`",
+    "head_dim": "D / `n_attention_heads`",
     "ffn_dim": "8/3 D, rounded up to 32",
 }
 """Defaults that are no value."""

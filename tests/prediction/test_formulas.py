@@ -1,6 +1,7 @@
 """The closed forms against what the instruments find: to the byte where every tensor is counted."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 from benchmarks.head_phase import HeadPhase, HeadShape
@@ -45,6 +46,18 @@ def test_peak_above_the_baseline(spec: str, n: int, dtype: str) -> None:
     missing = trace.peak().nbytes - trace.baseline - formula
     # Left out on purpose: scalars (losses, counts), and chunked_vocab's few numbers a row.
     assert 0 <= missing <= (44 * workload.tokens if "vocab" in spec else 32 * n + 32)
+
+
+@pytest.mark.parametrize("changes", [{"head_dim": 24}, {"qkv_bias": True}, {"qk_norm": True, "n_kv_heads": 1}])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_other_attentions(changes: dict[str, Any], dtype: str) -> None:
+    config, workload = tiny(**WIDE, n_future=2, **changes), Workload(batch=4, sequence=128, dtype=dtype)  # type: ignore[arg-type]
+    trace = simulate(config, workload, load_strategy("sequential"), cuda=False)
+    shape = shape_of(config, workload)
+    assert trace.peak().by_category["trunk activations"] == shape.trunk + 4 * 2
+    assert shape.gradients == sum(s.nbytes for s in trace.storages.values() if s.category == "parameters")
+    missing = trace.peak().nbytes - trace.baseline - (peak_over_baseline("sequential", shape) or 0)
+    assert 0 <= missing <= 32 * 2 + 32
 
 
 def test_gradients_can_set_the_peak() -> None:

@@ -8,7 +8,7 @@ import torch
 from memory.test_tracker import allocator_peak
 from small import build, tiny
 
-from mtp_mem import MTPModel, Training, TrainingStep, Workload, load_strategy
+from mtp_mem import ModelConfig, MTPModel, Training, TrainingStep, Workload, load_strategy
 from mtp_mem.config.schema import load_gpu
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.cpu import track
@@ -138,6 +138,24 @@ def test_fp32_copies_take_18_bytes_a_parameter_in_the_optimizer() -> None:
     steps = 4 * len(list(model.parameters()))
     assert trace.baseline == count * (2 + 4 + 8) + steps + 8 * 8 * 4
     assert trace.phase_peaks()["optimizer"] >= count * 18
+
+
+@pytest.mark.parametrize(("dtype", "parameters", "state"), [("bf16", 0.920, 1.840), ("fp32", 1.840, 3.681)])
+def test_qwen_2_5_0_5b(dtype: str, parameters: float, state: float) -> None:
+    config = ModelConfig(
+        vocab_size=151936,
+        dim=896,
+        n_layers=24,
+        n_attention_heads=14,
+        n_kv_heads=2,
+        ffn_dim=4864,
+        unembedding="tied",
+        qkv_bias=True,
+    )
+    workload = Workload(batch=1, sequence=8, dtype=dtype)  # type: ignore[arg-type]
+    by_category = simulate(config, workload, load_strategy("sequential")).peak().by_category
+    assert round(by_category["parameters"] / 2**30, 3) == parameters
+    assert round(by_category["optimizer"] / 2**30, 3) == state
 
 
 def test_a_copied_parameter_follows_its_copy() -> None:
