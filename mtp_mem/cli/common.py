@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mtp_mem.cli.setup import count, names, training_options, with_setup
+from mtp_mem.cli.setup import names, training_options, with_setup
 
 if TYPE_CHECKING:
     from mtp_mem.config.schema import Profile
@@ -136,8 +136,8 @@ def progress(total: int | None) -> Iterator[Callable[[str], None]]:
 def numbers(text: str) -> tuple[int, ...]:
     """`1,2,4` as an argument."""
     try:
-        return tuple(count(number.strip()) for number in text.split(","))
-    except argparse.ArgumentTypeError:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers like 1,2,4,8") from None
 
 

@@ -42,12 +42,13 @@ def run(args: argparse.Namespace) -> int:
         return int(failed)
     screen = console()
     for change in differing:
-        if change.kind == "gradient" or change.new is None:
+        if change.kind == "gradient":
             figures = f"{change.old} -> {change.new}"
         elif isinstance(change.old, int) and isinstance(change.new, int):
             figures = f"{format_bytes(change.old)} -> {format_bytes(change.new)} ({change.new - change.old:+,} B)"
         else:
-            figures = f"{change.old:.4g} -> {change.new:.4g} ({change.share or 0:+.1%})"
+            share = "" if change.share is None else f" ({change.share:+.1%})"
+            figures = f"{change.old:.4g} -> {'none' if change.new is None else f'{change.new:.4g}'}{share}"
         mark = "WORSE" if change.worse else "     "
         screen.print(f"{mark} {change.kind:8} {change.case}: {figures}", markup=False)
     for mark, word, cases in (

@@ -266,9 +266,9 @@ class GPU:
     expandable_segments: bool = False  # torch's default
 
     def __post_init__(self) -> None:
-        for name in ("total_bytes", "workspace_bytes", "multiprocessors"):
-            if not 0 < getattr(self, name) < 2**63:
-                raise BadInput(f"{name} = {getattr(self, name)}: must be at least 1")
+        for name, least in (("total_bytes", 1), ("workspace_bytes", 0), ("multiprocessors", 0)):
+            if not least <= getattr(self, name) < 2**63:
+                raise BadInput(f"{name} = {getattr(self, name)}: must be at least {least}")
 
 
 def builtin_folder() -> Path:

@@ -4,7 +4,7 @@ import gc
 
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker
-from mtp_mem.memory.unseen import threads_refused
+from mtp_mem.memory.unseen import all_seen
 from mtp_mem.optimizers import optimizer_state
 from mtp_mem.step import TrainingStep
 
@@ -30,7 +30,7 @@ def track(step: TrainingStep) -> Trace:
     enabled = gc.isenabled()
     gc.disable()  # a collection in mid-step would free what a reference cycle still held
     try:
-        with tracker, threads_refused():
+        with tracker, all_seen():
             step(tracker.phase)
             optimizer.zero_grad(set_to_none=freed)
             gc.collect()

@@ -12,6 +12,7 @@ are calibrated with a toy backward before use, and a torch on which that fails i
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ _ADD = torch.ops.aten.add.Tensor
 _DEVICE = torch.ops.prim.device.default  # what a fake tensor's `.device` becomes, and no other's: half of all calls
 # Frames that stand between an operator and whoever issued it, on the way through a dispatch mode.
 _PLUMBING = {"__torch_dispatch__", "_fn", "inner", "wrapper", "handle_torch_function"}
+
+LOOKED_AT = 64
+"""Storages of each phase that the heads' code makes whose makers are looked at: what is compiled makes some of them."""
 
 Holders = tuple[int, int, int]
 Named = Iterable[tuple[str, Tensor]]
@@ -66,7 +70,10 @@ class Tracker(TorchDispatchMode):
         self._phase = "before the step"
         self._keys: dict[int, int] = {}  # address of the storage -> key; addresses are used again, keys are not
         self._live: set[int] = set()
-        self._names: dict[Any, str] = {}  # of operators; torch makes the text anew each time
+        self._endings: dict[int, weakref.ref[Any]] = {}  # by key; told when a storage ends
+        # By identity of the operator, whose own hash is Python: its name, the buffers of its kernel, its Python body.
+        self._operators: dict[int, tuple[str, Buffers | None, bool]] = {}
+        self._looked_at = 0  # storages of this phase whose makers were looked at
         self._finished = False
 
     @classmethod
@@ -120,7 +127,7 @@ class Tracker(TorchDispatchMode):
     def phase(self, name: str) -> None:
         """A phase of the step begins."""
         self._name_gradients()
-        self._phase = name
+        self._phase, self._looked_at = name, 0
 
     def __exit__(self, *exc: Any) -> None:
         """Stop recording."""
@@ -132,61 +139,62 @@ class Tracker(TorchDispatchMode):
     ) -> Any:
         if func is _DEVICE:
             return args[0].fake_device
-        if func.namespace == "torch_nn":
+        operator = self._operators.get(id(func))
+        if operator is None:
+            operator = (str(func).removeprefix("aten."), self._kernels.get(func), func.namespace == "torch_nn")
+            self._operators[id(func)] = operator
+        name, buffers, in_python = operator
+        if in_python:
             with self:
                 return _python_body(func)(*args, **(kwargs or {}))
         out = self._run(func, args, kwargs or {})
         old = self._moved_from(args[0], out) if func is _ADD and _issued_by_engine() else None
         for tensor in (out,) if isinstance(out, Tensor) else () if out is None else tree_leaves(out):
             if isinstance(tensor, Tensor):
-                key = self._new(tensor, None, func)
+                key = self._new(tensor, None, name)
                 if key is not None:
                     if old is None:
                         self.trace.events.append(Event("alloc", key))
                     else:
                         self._live.discard(old)
                         self.trace.events.append(Event("move", key, old))
-        if func in self._kernels:
-            self._kernel_buffers(func, args)
+        if buffers is not None:
+            self._kernel_buffers(name, buffers(args, self._multiprocessors))
         return out
 
-    def _kernel_buffers(self, func: Any, args: tuple[Any, ...]) -> None:
+    def _kernel_buffers(self, name: str, sizes: list[int]) -> None:
         keys = []
-        for nbytes in self._kernels[func](args, self._multiprocessors):
+        for nbytes in sizes:
             keys.append(len(self.trace.storages))
-            name = str(func).removeprefix("aten.")
             self.trace.storages[keys[-1]] = Storage(nbytes, "workspace", self._phase, name, (nbytes,), "uint8")
             self.trace.events.append(Event("alloc", keys[-1]))
         self.trace.events.extend(Event("free", key) for key in keys)
 
-    def _new(self, tensor: Tensor, category: Category | None, op: Any) -> int | None:
+    def _new(self, tensor: Tensor, category: Category | None, op: str) -> int | None:
         """Start counting the tensor's storage; its key, or None if it is counted already or empty."""
         storage = tensor.untyped_storage()
         address = storage._cdata
-        if address in self._keys or storage.nbytes() == 0:
+        if address in self._keys or (nbytes := storage.nbytes()) == 0:
             return None
-        if self._phase.startswith("head"):
+        if self._looked_at < LOOKED_AT and self._phase.startswith("head"):
+            self._looked_at += 1
             refuse_compiled()
         key = len(self.trace.storages)
         self._keys[address] = key
         self._live.add(key)
         self.trace.storages[key] = Storage(
-            nbytes=storage.nbytes(),
+            nbytes=nbytes,
             category=category or self._category(tensor),
             phase=self._phase,
-            op=self._name(op),
+            op=op,
             shape=tuple(tensor.shape),
             dtype=str(tensor.dtype).removeprefix("torch."),
         )
-        weakref.finalize(storage, self._freed, key, address).atexit = False
+        self._endings[key] = weakref.ref(storage, partial(self._freed, key, address))
         return key
 
-    def _name(self, op: Any) -> str:
-        if op not in self._names:
-            self._names[op] = str(op).removeprefix("aten.")
-        return self._names[op]
-
-    def _freed(self, key: int, address: int) -> None:
+    def _freed(self, key: int, address: int, _ending: Any = None) -> None:
+        del self._endings[key]
         if self._keys.get(address) == key:
             del self._keys[address]
         if key in self._live and not self._finished:

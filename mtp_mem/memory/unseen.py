@@ -7,9 +7,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
+
+import torch
 
 from mtp_mem.errors import BrokenContract
 
@@ -19,8 +21,10 @@ _IDLE_NS = 100_000
 
 
 @contextmanager
-def threads_refused() -> Iterator[None]:
-    """A block in which no other Python thread may compute.
+def all_seen() -> Iterator[None]:
+    """A block in which no other Python thread may compute, and torch.compile's code runs as its source shows.
+
+    That it was meant to be compiled is then for `refuse_compiled` to find.
 
     Raises:
         BrokenContract: one that was started in the block used torch, or an older one used the processor.
@@ -36,8 +40,11 @@ def threads_refused() -> Iterator[None]:
     before = {thread: _used_ns(thread) for thread in _others()}
     previous = threading.getprofile()
     threading.setprofile(profile)
+    # Compiling would take the dispatch mode's own code in. To import dynamo for that takes seconds.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
-        yield
+        with eager:
+            yield
     finally:
         threading.setprofile(previous)
     users += [thread.name for thread, used_ns in before.items() if _used_ns(thread) - used_ns > _IDLE_NS]

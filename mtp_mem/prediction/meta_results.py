@@ -32,14 +32,16 @@ class MetaResults(TorchDispatchMode):
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the operator returns."""
-        if func.is_view:
-            return func(*args, **kwargs)
         try:
-            key = (func, _described(args), tuple((name, _described(value)) for name, value in kwargs.items()))
+            # By identity: an operator's own hash is Python, and it lives as long as the process.
+            key = (id(func), _described(args), _described(tuple(kwargs.items())) if kwargs else ())
             known = self._recipes.get(key, ...)
         except (_NotMeta, TypeError):  # it has data, or an argument that is no key
             return func(*args, **kwargs)
         if known is ...:
+            if func.is_view:
+                self._recipes[key] = None
+                return func(*args, **kwargs)
             out = func(*args, **kwargs)
             # An operator that changed the shape of what it was given has another key now.
             unchanged = key[1] == _described(args)
@@ -48,23 +50,28 @@ class MetaResults(TorchDispatchMode):
         if known is None:
             return func(*args, **kwargs)
         alone, recipes = known
-        results = [_result(recipe, args, kwargs) for recipe in recipes]
-        return results[0] if alone else tuple(results)
+        if alone:
+            return _result(recipes[0], args, kwargs)
+        return tuple([_result(recipe, args, kwargs) for recipe in recipes])
 
 
 class _NotMeta(Exception):
     pass
 
 
-def _described(value: Any) -> Any:
+def _described(values: tuple[Any, ...] | list[Any]) -> tuple[Any, ...]:
     """What a result may depend on; equal values of different types are told apart."""
-    if isinstance(value, Tensor):
-        if not value.is_meta:
-            raise _NotMeta
-        return value.shape, value.stride(), value.dtype
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_described, value))
-    return type(value), value
+    described: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            if not value.is_meta:
+                raise _NotMeta
+            described.append((value.shape, value.stride(), value.dtype))
+        elif isinstance(value, (list, tuple)):
+            described.append(_described(value))
+        else:
+            described.append((value.__class__, value))
+    return tuple(described)
 
 
 def _recipes(out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, list[Recipe]] | None:

@@ -28,7 +28,7 @@ from mtp_mem.data import make_batch
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker
-from mtp_mem.memory.unseen import threads_refused
+from mtp_mem.memory.unseen import all_seen
 from mtp_mem.model.layers import Attention
 from mtp_mem.model.mtp_model import MTPModel, cuda_attention
 from mtp_mem.optimizers import optimizer_state, simulated_optimizer
@@ -140,7 +140,7 @@ class Simulation:
         try:
             with without_collections(), self._mode:
                 try:
-                    with tracker, threads_refused():
+                    with tracker, all_seen():
                         if warm_up:
                             step(tracker.phase)
                             self._forget_gradients()

@@ -98,7 +98,8 @@ def test_a_copy_elsewhere_runs_the_attention_of_that_place() -> None:
     assert logits.dtype == torch.float64
     assert torch.isfinite(logits).all()
     assert default_attention("bf16", torch.device("cuda")) == "flash"
-    assert default_attention("fp32", torch.device("cuda")) == default_attention("bf16", torch.device("cpu")) == "sdpa"
+    assert default_attention("fp32", torch.device("cuda")) == "efficient"
+    assert default_attention("fp64", torch.device("cuda")) == default_attention("bf16", torch.device("cpu")) == "sdpa"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -53,8 +53,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ]
         rows = list(csv.DictReader((out / "timeline.csv").open()))
         assert max(int(row["total"]) for row in rows) == document["peak_requested_bytes"]
-    assert main(["timeline", "--gpu", "h200"]) == 2  # quick is fp32
-    assert "only bf16" in capsys.readouterr().err
+    assert main(["timeline", "--profile", str(profile), "--gpu", "h200", "--dtype", "fp64"]) == 2
+    assert "'fp64' cannot be predicted" in capsys.readouterr().err
 
 
 def test_a_strategy_that_raises_is_named(tmp_path: Path) -> None:
