@@ -144,6 +144,8 @@ class _Slabs:
         return slab if self._wide is None else self._view(self._product, slab.shape[1]).copy_(slab)
 
     def _view(self, buffer: Tensor, width: int) -> Tensor:
+        if width == buffer.shape[1]:
+            return buffer
         N = self._hidden.shape[0]
         return buffer.view(-1)[: N * width].view(N, width)
 

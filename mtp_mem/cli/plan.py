@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,13 @@ def add(command: AddCommand) -> None:
     sub.add_argument("--strategies", type=names, metavar="A,B", help="instead of the profile's; name[:option=value]...")
     sub.add_argument("--strategy", action="append", metavar="SPEC", help="one more: a name or package.module:Class")
     sub.add_argument("--n", help="number of heads while batch and sequence vary; default the profile's largest")
+    sub.add_argument(
+        "--vary",
+        type=names,
+        metavar="A,B",
+        help="try training setups instead, at the profile's batch, sequence and n: trunk_checkpointing, micro_batches,"
+        " optimizer; the cheapest that fits is named",
+    )
     training_options(sub)
     sub.add_argument("--out", type=Path, metavar="DIR", help="keep the plan there, and a chart of the batch by n")
 
@@ -58,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     profile.model.with_n(base.n)  # raises where the layers do not allow it
     specs = tuple(dict.fromkeys((*(args.strategies or profile.sweep.strategies), *(args.strategy or ()))))
     strategies, left_out = loaded(specs)
+    if args.vary:
+        return plan_setups(args, profile, gpu, base.n, strategies, left_out, limit)
     out = writable(args.out) if args.out else None
     batches: list[Answer] = []
     with progress(None) as begin:
@@ -66,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         for n in profile.sweep.n if out else ():
             batches += plan(prober, dataclasses.replace(base, n=n), limit, ["batch"]).answers
     result = dataclasses.replace(result, left_out={**left_out, **result.left_out})
-    if not result.answers:
+    if not result.answers and result.before_a_step is None:
         error = BrokenContract if result.failed else BadInput
         raise error("no strategy can be predicted: " + "; ".join(result.left_out.values()))
     content = document(result, batches, profile, gpu, float(percent))
@@ -82,6 +91,48 @@ def run(args: argparse.Namespace) -> int:
         if files:
             print(f"plan {files[0]}, chart {files[1]} (.svg, .csv)")
     return 1 if result.failed else 0
+
+
+def plan_setups(
+    args: argparse.Namespace,
+    profile: "Profile",
+    gpu: "GPU",
+    n: int,
+    strategies: "dict[str, Strategy]",
+    left_out: dict[str, str],
+    limit: int,
+) -> int:
+    """Training setups side by side: what each costs and needs, and which is the cheapest that fits."""
+    from mtp_mem._util import format_bytes, writable
+    from mtp_mem.prediction.setups import setup_advice, try_setups
+    from mtp_mem.report.setups import document as setups_document
+    from mtp_mem.report.setups import table as setups_table
+
+    with progress(None) as begin:
+        rows = try_setups(profile, gpu, n, strategies, args.vary, begin)
+    content = {**setups_document(rows, profile, gpu, n, limit), "left_out": _reasons(left_out)}
+    if args.out:
+        (writable(args.out) / "plan-setups.json").write_text(json.dumps(content, indent=1) + "\n")
+    if args.json:
+        print(json.dumps(content, indent=1))
+        return 0
+    screen, sequences = console(), profile.workload.batch * profile.training.micro_batches
+    screen.print(
+        f"{profile.name}, n = {n}, {sequences} x {profile.workload.sequence} tokens a step, on {gpu.name}:"
+        f" a step may allocate {format_bytes(limit)}.\n",
+        markup=False,
+    )
+    screen.print(setups_table(rows, limit, wide=screen.width >= 110))
+    screen.print()
+    for spec, reason in left_out.items():
+        screen.print(f"{spec} is left out: {reason}", markup=False)
+    screen.print(setup_advice(rows, limit), markup=False)
+    screen.print(f"Predicted for {gpu.name}, not measured on one. FLOPs are those of the products.", markup=False)
+    return 0
+
+
+def _reasons(left_out: "Mapping[str, str]") -> list[dict[str, str]]:
+    return [{"strategy": spec, "reason": reason} for spec, reason in left_out.items()]
 
 
 def headroom(text: str) -> Fraction:
@@ -169,15 +220,17 @@ def document(
         "profile": profile.name,
         "model": dataclasses.asdict(profile.model.with_n(result.base.n)),
         "workload": dataclasses.asdict(profile.workload),
+        "training": profile.training.facts(profile.workload.dtype),
         "gpu": dataclasses.asdict(gpu),
         "headroom_percent": percent,
         "limit_bytes": result.limit,
         "model_limit_n": profile.model.largest_n,
         **{f"largest_{axis}": [row(answer) for answer in result.of(axis)] for axis in AXES},
         "largest_batch_by_n": [row(answer) for answer in batches],
+        "before_a_step_bytes": result.before_a_step,
         "recommended": best and {"strategy": best.strategy, "axis": best.axis},
         "advice": advice(result),
-        "left_out": [{"strategy": spec, "reason": reason} for spec, reason in result.left_out.items()],
+        "left_out": _reasons(result.left_out),
         "environment": environment("cpu"),
     }
 
@@ -194,8 +247,9 @@ def show(result: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None
         f" A column varies one of batch {base.batch}, sequence {base.sequence}, n = {base.n}.\n",
         markup=False,
     )
-    screen.print(table(result, screen))
-    screen.print()
+    if result.answers:
+        screen.print(table(result, screen))
+        screen.print()
     for axis in AXES:
         if misses := [answer for answer in result.of(axis) if not answer.fits]:
             needs = ", ".join(f"{a.strategy} misses {format_bytes(-result.left(a))} at {a.value}" for a in misses)

@@ -33,6 +33,7 @@ _PLUMBING = {"__torch_dispatch__", "_fn", "inner", "wrapper", "handle_torch_func
 LOOKED_AT = 64
 """Storages of each phase that the heads' code makes whose makers are looked at: what is compiled makes some of them."""
 
+Run = Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[Any, bool]]
 Holders = tuple[int, int, int]
 Named = Iterable[tuple[str, Tensor]]
 """Tensors with their names, as `named_parameters()` gives them."""
@@ -45,7 +46,7 @@ class Tracker(TorchDispatchMode):
         vocab_size: V, to tell logits from hidden states.
         dim: D, likewise.
         parameters: by name; their `.grad` is to be recognised as gradients.
-        run: runs an operator; by default the operator itself.
+        run: runs an operator, and says whether the result may lie in new memory; by default the operator itself.
         kernels: adds the buffers that CUDA kernels of a GPU with so many `multiprocessors` take inside an operator.
     """
 
@@ -56,14 +57,14 @@ class Tracker(TorchDispatchMode):
         parameters: Named,
         kernels: Mapping[Any, Buffers] | None = None,
         multiprocessors: int = 0,
-        run: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None = None,
+        run: Run | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self._engine_only = calibrate()
         self._vocab_size, self._dim = vocab_size, dim
         self._kernels, self._multiprocessors = kernels or {}, multiprocessors
-        self._run = run or (lambda func, args, kwargs: func(*args, **kwargs))
+        self._run: Run = run or (lambda func, args, kwargs: (func(*args, **kwargs), True))
         self._parameters: list[tuple[str, weakref.ref[Tensor]]] = []
         self._parameter_shapes: set[tuple[int, ...]] = set()
         self.watch(parameters)
@@ -147,7 +148,9 @@ class Tracker(TorchDispatchMode):
         if in_python:
             with self:
                 return _python_body(func)(*args, **(kwargs or {}))
-        out = self._run(func, args, kwargs or {})
+        out, makes = self._run(func, args, kwargs or {})
+        if not makes:
+            return out
         old = self._moved_from(args[0], out) if func is _ADD and _issued_by_engine() else None
         for tensor in (out,) if isinstance(out, Tensor) else () if out is None else tree_leaves(out):
             if isinstance(tensor, Tensor):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from mtp_mem.config.schema import ModelConfig, Workload
+from mtp_mem.config.schema import ModelConfig, Training, Workload
 from mtp_mem.errors import MtpMemError
 from mtp_mem.model.parameters import parameters, weight_bytes
 from mtp_mem.model.shape import Shape
@@ -58,15 +58,26 @@ def step_flops(spec: str, shape: Shape) -> int:
     parameter-matched heads only the logits grow with n (Gloeckle et al. 2024, table S5: step times that follow this up
     to 6.7B).
     """
-    s = shape
-    weights = 2 * s.D * (s.A + s.K) + 3 * s.D * s.F  # of a layer
-    layer = 2 * s.N * weights + 2 * s.N * s.S * s.A  # attention looks back only: half of 4 N S D
+    s, layer = shape, layer_flops(shape)
     logits = 2 * s.N * s.V * s.D
     name = spec.partition(":")[0]
     layers_too = name in BUILTIN and getattr(strategy_class(name), "recomputes_layers", False)
     factor = flops_factor(spec)
     heads = 3 * s.n * (factor * logits + (factor if layers_too else 1) * layer)
     return int(3 * s.trunk_layers * layer + heads)
+
+
+def layer_flops(shape: Shape) -> int:
+    """Products of one layer's forward pass."""
+    s = shape
+    weights = 2 * s.D * (s.A + s.K) + 3 * s.D * s.F
+    return 2 * s.N * weights + 2 * s.N * s.S * s.A  # attention looks back only: half of 4 N S A
+
+
+def trunk_recompute_flops(shape: Shape, training: Training) -> int:
+    """Products of the trunk layers that a step runs forward once more."""
+    every = training.checkpoint_every
+    return -(-shape.trunk_layers // every) * layer_flops(shape) if every else 0
 
 
 def slope(points: Sequence[tuple[int, int]]) -> float | None:

@@ -15,6 +15,7 @@ from typing import Literal
 from mtp_mem._util import Progress, format_bytes
 from mtp_mem.config.schema import GPU, ModelConfig, Profile, Workload
 from mtp_mem.errors import BadInput, Missing, one_line
+from mtp_mem.prediction.auto import resolve_auto
 from mtp_mem.prediction.caching_allocator import Fit, fit
 from mtp_mem.prediction.formulas import flops_factor, formula_peak
 from mtp_mem.prediction.peaks import predicted
@@ -29,6 +30,7 @@ SEQUENCE_STEP = 128
 
 GUESSES = 6  # probes of one search until guessing by the closed form gives way to halving
 FARTHEST = 2**20
+KEPT = 6  # simulations; strategies are often asked for at the same points
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +79,16 @@ class Plan:
         answers: of the strategies that can be predicted.
         left_out: the others, each with the reason.
         failed: those of the left out ones that raised an error of their own.
+        before_a_step: bytes of weights and optimizer state alone, where they are over the limit already: there are no
+            answers then, and nothing was tried.
     """
 
     limit: int
     base: Point
     answers: tuple[Answer, ...]
     left_out: Mapping[str, str]
-    failed: tuple[str, ...]
+    failed: tuple[str, ...] = ()
+    before_a_step: int | None = None
 
     def of(self, axis: Axis) -> list[Answer]:
         """One axis' answers."""
@@ -120,24 +125,32 @@ class Prober:
 
     def __init__(self, profile: Profile, gpu: GPU, strategies: Mapping[str, Strategy], progress: Progress) -> None:
         self.profile, self.gpu, self.strategies, self._progress = profile, gpu, strategies, progress
-        self._simulation: tuple[Point, Simulation] | None = None
+        self._simulations: dict[Point, Simulation] = {}  # the last ones
         self._answers: dict[tuple[str, Point], ProbedBytes] = {}
 
     def probe(self, spec: str, point: Point) -> ProbedBytes:
-        """The strategy's peaks at a point. The last point's model is kept: ask for all strategies in turn.
+        """The strategy's peaks at a point, as `predict` gives them. Models of the last few points are kept.
 
         Raises:
             MtpMemError: the strategy cannot be predicted.
         """
         if (spec, point) not in self._answers:
             self._progress(f"{spec}: batch {point.batch}, sequence {point.sequence}, n = {point.n}")
-            if self._simulation is None or self._simulation[0] != point:
-                self._simulation = point, Simulation(*self._shape(point), self.profile.training, gpu=self.gpu)
-            facts = predicted(self._simulation[1].trace(self.strategies[spec]), self.gpu)
+            setup = (*self._shape(point), self.profile.training)
+            strategy, _ = resolve_auto(self.strategies[spec], *setup, cuda=True, gpu=self.gpu)
+            facts = predicted(self.simulation(point).trace(strategy), self.gpu)
             self._answers[spec, point] = ProbedBytes(
                 allocated=facts["peak_allocated_bytes"], reserved=facts["peak_reserved_bytes"]
             )
         return self._answers[spec, point]
+
+    def simulation(self, point: Point) -> Simulation:
+        """The model at a point."""
+        if point not in self._simulations:
+            if len(self._simulations) >= KEPT:
+                del self._simulations[next(iter(self._simulations))]
+            self._simulations[point] = Simulation(*self._shape(point), self.profile.training, gpu=self.gpu)
+        return self._simulations[point]
 
     def formula(self, spec: str, point: Point) -> int | None:
         """The peak at a point in closed form, without what the allocator and kernels add; None without a formula."""
@@ -157,6 +170,9 @@ def plan(prober: Prober, base: Point, limit: int, axes: Sequence[Axis] = AXES) -
         limit: bytes that the allocated peak may not exceed.
         axes: what to vary.
     """
+    least = prober.simulation(Point(batch=1, sequence=1, n=1)).baseline
+    if least > limit:
+        return Plan(limit=limit, base=base, answers=(), left_out={}, before_a_step=least)
     answers: dict[tuple[str, Axis], Answer] = {}
     left_out: dict[str, str] = {}
     failed: list[str] = []
@@ -256,6 +272,13 @@ def _largest(formula: Callable[[int], int | None], limit: int, end: int) -> int:
 def advice(found: Plan) -> str:
     """The strategy to use and why, in one sentence; or that there is none."""
     best = found.recommended()
+    if found.before_a_step is not None:
+        over = format_bytes(found.before_a_step - found.limit)
+        return (
+            f"Nothing fits: weights and optimizer state alone take {format_bytes(found.before_a_step)},"
+            f" {over} more than the limit. Take a larger GPU or a smaller model, freeze parts, or keep less state for"
+            " each parameter."
+        )
     if best is None:
         return "Nothing fits: take a larger GPU, or a smaller model."
     others = [answer for answer in found.of(best.axis) if answer is not best]

@@ -4,14 +4,31 @@ On device meta an operator only says which shape, strides and dtype its result h
 a millisecond each time; a model repeats the same layer dozens of times, and every strategy repeats the model.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Recipe = tuple[Any, ...] | int | str | None
+Result = tuple[Any, ...] | int | str | None
 """(size, stride, dtype) of a new tensor; the place of an input, or its keyword, where that is returned; None."""
+
+
+class Recipe(NamedTuple):
+    """How to make an operator's results again.
+
+    Attributes:
+        results: each; None where only the operator itself can make them.
+        alone: one tensor, not a tuple.
+        makes: whether a tensor in memory of its own may be among them.
+    """
+
+    results: list[Result] | None
+    alone: bool = True
+    makes: bool = True
+
+
+_AGAIN = Recipe(None)
 
 
 class MetaResults(TorchDispatchMode):
@@ -19,7 +36,7 @@ class MetaResults(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._recipes: dict[Any, tuple[bool, list[Recipe]] | None] = {}
+        self._recipes: dict[Any, Recipe] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -28,31 +45,27 @@ class MetaResults(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return self.run(func, args, kwargs or {})
+        return self.run(func, args, kwargs or {})[0]
 
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the operator returns."""
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
+        """What the operator returns, and whether a tensor in memory of its own may be among it."""
         try:
             # By identity: an operator's own hash is Python, and it lives as long as the process.
             key = (id(func), _described(args), _described(tuple(kwargs.items())) if kwargs else ())
-            known = self._recipes.get(key, ...)
+            recipe = self._recipes.get(key)
         except (_NotMeta, TypeError):  # it has data, or an argument that is no key
-            return func(*args, **kwargs)
-        if known is ...:
-            if func.is_view:
-                self._recipes[key] = None
-                return func(*args, **kwargs)
+            return func(*args, **kwargs), True
+        if recipe is None:
             out = func(*args, **kwargs)
             # An operator that changed the shape of what it was given has another key now.
             unchanged = key[1] == _described(args)
-            self._recipes[key] = _recipes(out, args, kwargs) if unchanged else None
-            return out
-        if known is None:
-            return func(*args, **kwargs)
-        alone, recipes = known
-        if alone:
-            return _result(recipes[0], args, kwargs)
-        return tuple([_result(recipe, args, kwargs) for recipe in recipes])
+            self._recipes[key] = _recipe(func, out, args, kwargs) if unchanged else _AGAIN
+            return out, True
+        if recipe.results is None:
+            return func(*args, **kwargs), recipe.makes
+        if recipe.alone:
+            return _result(recipe.results[0], args, kwargs), recipe.makes
+        return tuple([_result(result, args, kwargs) for result in recipe.results]), recipe.makes
 
 
 class _NotMeta(Exception):
@@ -74,33 +87,34 @@ def _described(values: tuple[Any, ...] | list[Any]) -> tuple[Any, ...]:
     return tuple(described)
 
 
-def _recipes(out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, list[Recipe]] | None:
-    """How to make the results again; None where they cannot be made without the operator."""
+def _recipe(func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recipe:
+    if func.is_view:
+        return Recipe(None, makes=False)
     alone = isinstance(out, Tensor)
-    results = [out] if alone else list(out) if isinstance(out, tuple) else None
-    if results is None:
-        return None
+    outputs = [out] if alone else list(out) if isinstance(out, tuple) else None
+    if outputs is None:
+        return _AGAIN
     given: dict[int, int | str] = {id(value): i for i, value in enumerate(args)}
     given |= {id(value): name for name, value in kwargs.items()}
     inputs = {tensor.untyped_storage()._cdata for tensor in _tensors((args, tuple(kwargs.values())))}
-    recipes: list[Recipe] = []
-    for result in results:
-        if result is None or id(result) in given:
-            recipes.append(None if result is None else given[id(result)])
+    results: list[Result] = []
+    for output in outputs:
+        if output is None or id(output) in given:
+            results.append(None if output is None else given[id(output)])
             continue
-        if not isinstance(result, Tensor) or not result.is_meta:
-            return None
-        size, stride = tuple(result.shape), result.stride()
-        storage = result.untyped_storage()
-        whole = torch.empty_strided(size, stride, dtype=result.dtype, device="meta").untyped_storage().nbytes()
-        if storage._cdata in inputs or storage.nbytes() != whole or result.storage_offset():
-            return None
+        if not isinstance(output, Tensor) or not output.is_meta:
+            return _AGAIN
+        size, stride = tuple(output.shape), output.stride()
+        storage = output.untyped_storage()
+        whole = torch.empty_strided(size, stride, dtype=output.dtype, device="meta").untyped_storage().nbytes()
+        if storage._cdata in inputs or storage.nbytes() != whole or output.storage_offset():
+            return _AGAIN
         inputs.add(storage._cdata)
-        recipes.append((size, stride, result.dtype))
-    return alone, recipes
+        results.append((size, stride, output.dtype))
+    return Recipe(results, alone=alone, makes=any(isinstance(result, tuple) for result in results))
 
 
-def _result(recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _result(recipe: Result, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(recipe, tuple):
         size, stride, dtype = recipe
         return torch.empty_strided(size, stride, dtype=dtype, device="meta")

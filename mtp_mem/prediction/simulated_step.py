@@ -115,6 +115,12 @@ class Simulation:
         training = dataclasses.replace(training, micro_batches=min(2, training.micro_batches))
         self._step = TrainingStep(model, optimizer, batch, NoLogits(), workload.clip_norm, training)
 
+    @property
+    def baseline(self) -> int:
+        """Bytes live before a step, in tensors: parameters, optimizer state, the batch; gradients where kept."""
+        trace = self._tracker.trace
+        return sum(trace.storages[key].nbytes for key in trace.resident)
+
     def floor(self) -> Trace:
         """The step without logits."""
         return self.trace(NoLogits())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small import tiny
 
 from mtp_mem import Workload, load_strategy
-from mtp_mem._util import MiB
+from mtp_mem._util import GiB, MiB
 from mtp_mem.cli import main
 from mtp_mem.config.schema import Profile, Sweep, load_gpu
 from mtp_mem.prediction.largest_fit import (
@@ -249,7 +249,14 @@ def test_the_table_fits(folder: Path, columns: int) -> None:
 
 
 def test_says_by_how_much_nothing_fits(folder: Path) -> None:
-    code, out, err = run(folder, "--profile", "large.toml", "--gpu", "l4", "--n", "2", "--strategies", "sequential")
+    asked = ("--profile", "large.toml", "--gpu", "l4", "--n", "2", "--strategies", "sequential")
+    code, out, err = run(folder, *asked, "--json")
+    assert code == 0, err
+    alone = json.loads(out)["before_a_step_bytes"]
+    assert alone > 22 * GiB
+    assert json.loads(out)["largest_batch"] == []
+    assert "Nothing fits: weights and optimizer state alone take" in run(folder, *asked)[1]
+    code, out, err = run(folder, *asked, "--gpu-memory", f"{alone * 11 // 10}B")
     assert code == 0, err
     said = " ".join(out.split())
     assert "none" in said
