@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_mem._util import fingerprint
-from mtp_mem.config.schema import Training
+from mtp_mem.config.schema import ModelConfig, Training
 from mtp_mem.runs.record import Record
 
 CONDITIONS: dict[str, Any] = {
@@ -23,6 +23,10 @@ CONDITIONS: dict[str, Any] = {
     "deterministic": False,
 }
 """Facts of the environment that measured figures depend on, with what held where a record does not name them yet."""
+MODEL_DEFAULTS = {
+    field.name: field.default for field in dataclasses.fields(ModelConfig) if field.default is not dataclasses.MISSING
+}
+"""What a record that is older than a field of the model had."""
 CODE = ("code", "torch", "cuda", "cudnn", "driver", "cpu", "device", "target", "target_bytes")
 
 
@@ -87,12 +91,13 @@ def machine(record: Record) -> str:
 
 def setting(record: Record) -> dict[str, str]:
     """What records must share to stand in one table, as name and value: all but the strategy, n, and the code."""
+    model = {**MODEL_DEFAULTS, **record.model}
     measured = record.exactness != "predicted"
     conditions = {key: record.environment.get(key, usual) for key, usual in CONDITIONS.items()} if measured else {}
     return {
         "machine": machine(record),
         "backend": record.backend,
-        **{f"model.{key}": _text(value) for key, value in record.model.items() if key != "n_future"},
+        **{f"model.{key}": _text(value) for key, value in model.items() if key != "n_future"},
         **{f"workload.{key}": _text(value) for key, value in record.workload.items()},
         **{f"training.{key}": _text(value) for key, value in training_of(record).items()},
         **{key: _text(value) for key, value in conditions.items()},

@@ -7,6 +7,7 @@ import pytest
 from command_line import mtp_mem
 from fixed import ENVIRONMENT, record
 
+from mtp_mem import Training
 from mtp_mem.runs.identity import implementation, key, setting
 from mtp_mem.runs.read_results import groups, read
 from mtp_mem.runs.results_file import ResultsFile
@@ -47,6 +48,19 @@ def test_what_makes_a_case_another_one(changes: dict[str, object]) -> None:
 def test_a_version_of_the_code_makes_no_other_case() -> None:
     newer = record("naive", environment={**ENVIRONMENT, "code": "newer", "torch": "3.0"}, implementation="source 1")
     assert key(newer) == key(record("naive"))
+
+
+def test_an_older_record_lacks_what_was_usual_then() -> None:
+    older = record("naive")
+    newer = record(
+        "naive",
+        model={**older.model, "head_dim": None, "qkv_bias": False},
+        training=Training().facts(older.workload["dtype"]),
+        environment={**ENVIRONMENT, "deterministic": False, "tf32": False},
+    )
+    assert key(older) == key(newer)
+    for training in (Training(micro_batches=2), Training(frozen="trunk"), Training(trunk_checkpointing="full")):
+        assert key(record("naive", training=training.facts("fp32"))) != key(older)
 
 
 def test_thread_counts_are_not_mixed(tmp_path: Path) -> None:
