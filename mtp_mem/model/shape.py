@@ -5,8 +5,10 @@ values, K = C G, F feed-forward width, b bytes of a value, l bytes of a loss val
 parallel heads; for other kinds there is no closed form here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from mtp_mem.config.schema import Training
 
 VALUE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
 
@@ -33,14 +35,24 @@ class Shape:
     value: int
     loss_value: int
     cuda: bool = False
+    training: Training = field(default_factory=Training)
 
     @staticmethod
-    def of(model: dict[str, Any], workload: dict[str, Any], cuda: bool = False) -> "Shape | None":
-        """From a record's `model` and `workload`, and whether CUDA's kernels run or are predicted.
+    def of(
+        model: dict[str, Any], workload: dict[str, Any], cuda: bool = False, training: Training | None = None
+    ) -> "Shape | None":
+        """From a record's `model` and `workload`, its setup, and whether CUDA's kernels run or are predicted.
 
-        None where no formula applies (bf16-mixed, other head kinds).
+        None where no formula applies: bf16-mixed, other head kinds, several micro-batches, frozen parts, fp32 copies,
+        gradients that are kept, repeated keys and values (grouped queries in fp32 on CUDA).
         """
+        training = training or Training()
         if model["head"] != "parallel" or model["unembedding"] == "replicated" or workload["dtype"] not in VALUE_BYTES:
+            return None
+        if training.micro_batches > 1 or training.frozen_parts or training.master_weights or not training.set_to_none:
+            return None
+        grouped = model["n_kv_heads"] not in (None, model["n_attention_heads"])
+        if cuda and grouped and workload["dtype"] == "fp32":
             return None
         D, H = model["dim"], model["n_attention_heads"]
         value, G, C = VALUE_BYTES[workload["dtype"]], model["n_kv_heads"] or H, model.get("head_dim") or D // H
@@ -63,6 +75,7 @@ class Shape:
             value=value,
             loss_value=max(4, value),
             cuda=cuda,
+            training=training,
         )
 
     @property
@@ -107,8 +120,18 @@ class Shape:
     @property
     def trunk(self) -> int:
         """What is live below the cut while the heads run: embedded tokens, every layer's share, rotary tables."""
-        tables = self.S * self.C * self.value  # cosines and sines, (S, C/2) each
-        return self.hidden + self.trunk_layers * self.layer + (2 if self.trunk_layers else 1) * tables
+        return self.below + sum(self.kept)
+
+    @property
+    def kept(self) -> list[int]:
+        """What each trunk layer keeps: all it saves, or where it is checkpointed its output alone."""
+        every = self.training.checkpoint_every
+        return [self.hidden if every and i % every == 0 else self.layer for i in range(self.trunk_layers)]
+
+    @property
+    def below(self) -> int:
+        """What is live below every trunk layer: embedded tokens; cosines and sines, (S, C/2) each, of both passes."""
+        return self.hidden + (2 if self.trunk_layers else 1) * self.S * self.C * self.value
 
     @property
     def head(self) -> int:

@@ -19,24 +19,41 @@ from mtp_mem.strategy import BUILTIN, load_strategy, strategy_class
 def peak_over_baseline(spec: str, shape: Shape) -> int | None:
     """Peak of a step above its parameters, optimizer state and batch; None for a strategy without a formula.
 
-    The largest of three moments: the heads at their worst, the trunk's backward as it begins (everything above the cut
-    has its gradient, nothing of the trunk is freed; two rows of width F are in flight), and all gradients at the end.
+    The largest of these moments: the heads at their worst; each trunk layer's backward as it begins (everything above
+    has its gradient, nothing below is freed, a checkpointed layer is whole again but for its output, two rows of width
+    F are in flight); all gradients at the end; the optimizer's temporaries beside them.
     """
     peak_bytes = getattr(load_strategy(spec), "peak_bytes", None)
     heads: int | None = None if peak_bytes is None else peak_bytes(shape)
     if heads is None:
         return None
     above = shape.n * shape.layer_parameters + shape.shared_gradients
-    trunk_backward = shape.trunk + above + 2 * shape.N * shape.F * shape.value if shape.trunk_layers else 0
-    return max(shape.trunk + heads, trunk_backward, shape.gradients)
+    in_flight = above + 2 * shape.N * shape.F * shape.value
+    moments, live = [shape.trunk + heads, shape.gradients + temporaries(shape)], shape.trunk
+    for done, kept in enumerate(reversed(shape.kept)):
+        whole = shape.layer - shape.hidden if kept == shape.hidden else 0
+        moments.append(live + whole + in_flight + done * shape.layer_parameters)
+        live -= kept
+    return max(moments)
 
 
-def formula_bytes(spec: str, model: dict[str, Any], workload: dict[str, Any], *, cuda: bool) -> int | None:
+def temporaries(shape: Shape) -> int:
+    """What the optimizer's step takes besides its state, at its worst moment (mtp_mem/optimizers.py)."""
+    if shape.training.optimizer == "adamw-foreach":
+        return shape.gradients
+    if shape.training.optimizer == "adamw-loop":
+        return 2 * max(shape.unembedding, shape.D * shape.F * shape.value)
+    return 0
+
+
+def formula_bytes(
+    spec: str, model: dict[str, Any], workload: dict[str, Any], training: Training | None = None, *, cuda: bool
+) -> int | None:
     """`peak_over_baseline` of a record's fields; None where there is no formula.
 
     Nothing is imported for a strategy that is not built in: a results file may come from anywhere.
     """
-    shape = Shape.of(model, workload, cuda)
+    shape = Shape.of(model, workload, cuda, training)
     if shape is None or spec.partition(":")[0] not in BUILTIN:
         return None
     try:
@@ -90,13 +107,17 @@ def slope(points: Sequence[tuple[int, int]]) -> float | None:
     return sum((n - mean_n) * (y - mean_y) for n, y in points) / spread if spread else None
 
 
-def baseline(config: ModelConfig, workload: Workload) -> int:
-    """Bytes live before a step: parameters, AdamW's two moments of each, tokens and n rows of targets."""
-    weights = weight_bytes(sum(parameters(config).values()), workload.dtype)
-    return 3 * weights + 8 * (1 + config.n_future) * workload.tokens
+def baseline(config: ModelConfig, workload: Workload, training: Training | None = None) -> int:
+    """Bytes live before a step: parameters, the optimizer's state, tokens and n rows of targets."""
+    count = sum(parameters(config).values())
+    weights = weight_bytes(count, workload.dtype)
+    state = {"sgd": weights, "adamw-8bit": 2 * count + 8 * count // 256}
+    kept = state.get((training or Training()).optimizer, 2 * weights)
+    return weights + kept + 8 * (1 + config.n_future) * workload.tokens
 
 
-def formula_peak(spec: str, config: ModelConfig, workload: Workload) -> int | None:
+def formula_peak(spec: str, config: ModelConfig, workload: Workload, training: Training | None = None) -> int | None:
     """A step's peak on CUDA in closed form, without what the allocator and kernels add; None without a formula."""
-    over_baseline = formula_bytes(spec, dataclasses.asdict(config), dataclasses.asdict(workload), cuda=True)
-    return None if over_baseline is None else baseline(config, workload) + over_baseline
+    fields = (dataclasses.asdict(config), dataclasses.asdict(workload))
+    over_baseline = formula_bytes(spec, *fields, training, cuda=True)
+    return None if over_baseline is None else baseline(config, workload, training) + over_baseline

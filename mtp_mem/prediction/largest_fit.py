@@ -153,8 +153,14 @@ class Prober:
         return self._simulations[point]
 
     def formula(self, spec: str, point: Point) -> int | None:
-        """The peak at a point in closed form, without what the allocator and kernels add; None without a formula."""
-        return formula_peak(spec, *self._shape(point))
+        """The peak at a point in closed form, without what the allocator and kernels add; None without a formula.
+
+        A search needs no more than a rule of thumb: where the setup has no formula, it is that of a setup that has.
+        """
+        setup, training = self._shape(point), self.profile.training
+        plain = dataclasses.replace(training, micro_batches=1, frozen=(), master_weights=False, set_to_none=True)
+        exact = formula_peak(spec, *setup, training)
+        return formula_peak(spec, *setup, plain) if exact is None else exact
 
     def _shape(self, point: Point) -> tuple[ModelConfig, Workload]:
         workload = dataclasses.replace(self.profile.workload, batch=point.batch, sequence=point.sequence)

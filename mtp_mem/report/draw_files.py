@@ -9,8 +9,11 @@ from mtp_mem.environment import footer
 from mtp_mem.errors import BadInput
 from mtp_mem.report import charts
 from mtp_mem.report.build import draw_group
+from mtp_mem.report.content import gpu_of
 from mtp_mem.report.diff import json_document
+from mtp_mem.runs.identity import setting, training_words
 from mtp_mem.runs.read_results import groups, read
+from mtp_mem.runs.record import Record
 
 
 def draw(paths: Sequence[Path], out: Path, notes: list[str]) -> list[Path]:
@@ -39,12 +42,32 @@ def draw(paths: Sequence[Path], out: Path, notes: list[str]) -> list[Path]:
         if not drawn:
             notes.append(f"{path}: no batch by n in it, nothing to draw")
         files += drawn
+    files += setups_chart(apart, out)
     for i, records in enumerate(apart, 1):
         folder = writable(out / f"group-{i}" if len(apart) > 1 else out)
         files += [path.with_suffix(s) for path in draw_group(records, folder) for s in (".png", ".svg", ".csv")]
     if not files:
         raise BadInput("; ".join([*notes, "nothing to draw"]))
     return files
+
+
+def setups_chart(apart: Sequence[Sequence[Record]], out: Path) -> list[Path]:
+    """One chart of predictions that differ in their training setup alone; none where there are not several."""
+    setups = {training_words(records[0]): records for records in apart if records[0].exactness == "predicted"}
+    alike = [
+        {
+            name: value
+            for name, value in setting(records[0]).items()
+            if not name.startswith(("training.", "workload.dtype"))
+        }
+        for records in setups.values()
+    ]
+    gpu = gpu_of(next(iter(setups.values()))[0]) if setups else None
+    if len(setups) < 2 or gpu is None or any(one != alike[0] for one in alike):
+        return []
+    precision = len({words.partition(", ")[0] for words in setups}) > 1
+    named = {words if precision else words.partition(", ")[2] or "all kept": r for words, r in setups.items()}
+    return charts.memory_of_setups(named, writable(out), gpu)
 
 
 def plan_chart(document: Mapping[str, Any], out: Path) -> list[Path]:

@@ -1,9 +1,15 @@
 """From records to the sentence that tells people what to use."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_mem._util import format_bytes
+from mtp_mem.config.schema import Training
+from mtp_mem.config.toml import from_table
+from mtp_mem.errors import BadInput
+from mtp_mem.prediction.formulas import formula_bytes
+from mtp_mem.runs.identity import training_of
 from mtp_mem.runs.record import Record
 
 SLOWER = 1.10  # a step this much slower than naive's still counts as no slower: timings are noisy
@@ -85,3 +91,14 @@ def _same(record: Record) -> str:
     if record.gradient == "bit-identical" or record.gradient_error is None:
         return record.gradient
     return f"within {record.gradient_error:.0e} of naive's"
+
+
+def record_formula(record: Record) -> int | None:
+    """The closed form of the record's peak over its baseline; None where there is none for its setup."""
+    facts = training_of(record)
+    known = {field.name: facts[field.name] for field in dataclasses.fields(Training) if field.name in facts}
+    try:
+        training = from_table(Training, known)
+    except BadInput:  # a setup of a later version
+        return None
+    return formula_bytes(record.strategy, record.model, record.workload, training, cuda=record.backend != "cpu")

@@ -11,8 +11,8 @@ from mtp_mem._util import format_bytes
 from mtp_mem.config.schema import ALL_DTYPES, GPU
 from mtp_mem.memory.trace import Category
 from mtp_mem.prediction.caching_allocator import fit
-from mtp_mem.prediction.formulas import formula_bytes, slope
-from mtp_mem.report.recommend import peak_bytes
+from mtp_mem.prediction.formulas import slope
+from mtp_mem.report.recommend import peak_bytes, record_formula
 from mtp_mem.runs.record import Record
 from mtp_mem.verification.broken_strategies import Broken
 from mtp_mem.verification.checks import Check, Verification
@@ -176,7 +176,7 @@ def slope_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
     points_by_strategy: dict[str, list[tuple[int, int, int | None]]] = {}
     for r in records:
         if r.status == "ok" and r.peak_over_baseline_bytes is not None:
-            formula = formula_bytes(r.strategy, r.model, r.workload, cuda=r.backend != "cpu")
+            formula = record_formula(r)
             points_by_strategy.setdefault(r.strategy, []).append((r.n, r.peak_over_baseline_bytes, formula))
     rows = []
     for strategy, points in points_by_strategy.items():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mtp_mem._util import Progress, format_bytes
-from mtp_mem.config.schema import ModelConfig, Profile, Workload
+from mtp_mem.config.schema import ModelConfig, Profile, Training, Workload
 from mtp_mem.data import Corpus
 from mtp_mem.environment import environment
 from mtp_mem.model.parameters import parameters
@@ -97,7 +97,7 @@ def run(
             reason = None
             if device.type == "cuda":
                 total_bytes = torch.cuda.get_device_properties(device).total_memory
-                reason = refusal(case.strategy, config, profile.workload, total_bytes)
+                reason = refusal(case.strategy, config, profile.workload, total_bytes, profile.training)
             if reason is None:
                 runnable.append(case)
             else:
@@ -109,9 +109,11 @@ def run(
             free(device)
 
 
-def refusal(spec: str, config: ModelConfig, workload: Workload, total_bytes: int) -> str | None:
+def refusal(
+    spec: str, config: ModelConfig, workload: Workload, total_bytes: int, training: Training | None = None
+) -> str | None:
     """Why a case cannot fit on a CUDA device of `total_bytes`; None where it may, or where no closed form holds."""
-    peak = formula_peak(spec, config, workload)
+    peak = formula_peak(spec, config, workload, training)
     if peak is None or peak <= total_bytes:
         return None
     needs, has = format_bytes(peak), format_bytes(total_bytes)

@@ -7,10 +7,10 @@ import pytest
 from benchmarks.head_phase import HeadPhase, HeadShape
 from small import tiny
 
-from mtp_mem import ModelConfig, Workload, load_strategy
+from mtp_mem import ModelConfig, Training, Workload, load_strategy
 from mtp_mem.model.shape import Shape
 from mtp_mem.prediction.floor import NoLogits
-from mtp_mem.prediction.formulas import peak_over_baseline, slope
+from mtp_mem.prediction.formulas import baseline, formula_bytes, peak_over_baseline, slope
 from mtp_mem.prediction.simulated_step import simulate
 
 WIDE = {"vocab_size": 4099, "n_layers": 6}  # logits larger than all else; no formula's moment is in doubt
@@ -58,6 +58,29 @@ def test_other_attentions(changes: dict[str, Any], dtype: str) -> None:
     assert shape.gradients == sum(s.nbytes for s in trace.storages.values() if s.category == "parameters")
     missing = trace.peak().nbytes - trace.baseline - (peak_over_baseline("sequential", shape) or 0)
     assert 0 <= missing <= 32 * 2 + 32
+
+
+SETUPS = [
+    Training(trunk_checkpointing="full"),
+    Training(trunk_checkpointing=2),
+    Training(optimizer="adamw-foreach"),
+    Training(optimizer="adamw-loop"),
+    Training(optimizer="sgd", trunk_checkpointing="full"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("training", SETUPS, ids=str)
+@pytest.mark.parametrize("shape", [{"batch": 4, "sequence": 128}, {"batch": 1, "sequence": 16}])
+def test_other_setups(shape: dict[str, int], training: Training, dtype: str) -> None:
+    config, workload = tiny(**WIDE, n_future=2), Workload(**shape, dtype=dtype)  # type: ignore[arg-type]
+    trace = simulate(config, workload, load_strategy("sequential"), training, cuda=False)
+    fields = (dataclasses.asdict(config), dataclasses.asdict(workload))
+    formula = formula_bytes("sequential", *fields, training, cuda=False)
+    assert formula is not None
+    missing = trace.peak().nbytes - trace.baseline - formula
+    assert 0 <= missing <= 0.03 * trace.peak().nbytes
+    assert trace.baseline <= baseline(config, workload, training) + 8 * 60  # steps of each parameter
 
 
 def test_gradients_can_set_the_peak() -> None:

@@ -2,7 +2,7 @@
 
 from mtp_mem.report.charts.batch import largest_batch
 from mtp_mem.report.charts.composition import composition
-from mtp_mem.report.charts.memory import memory_small_multiples, memory_vs_n
+from mtp_mem.report.charts.memory import memory_of_setups, memory_small_multiples, memory_vs_n
 from mtp_mem.report.charts.style import RC, save, styles, unit_for
 from mtp_mem.report.charts.time import time_vs_n
 from mtp_mem.report.charts.tradeoff import throughput_vs_memory
@@ -11,6 +11,7 @@ __all__ = [
     "RC",
     "composition",
     "largest_batch",
+    "memory_of_setups",
     "memory_small_multiples",
     "memory_vs_n",
     "save",

@@ -1,5 +1,6 @@
 """Peak memory against the number of heads: one chart, or one panel for each shape or backend."""
 
+import dataclasses
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,6 @@ from matplotlib.axes import Axes
 
 from mtp_mem._util import format_bytes
 from mtp_mem.config.schema import GPU
-from mtp_mem.prediction.formulas import formula_bytes
 from mtp_mem.report.charts.style import (
     HOW,
     End,
@@ -24,7 +24,7 @@ from mtp_mem.report.charts.style import (
     unit_for,
     write_rows,
 )
-from mtp_mem.report.recommend import peak_bytes
+from mtp_mem.report.recommend import peak_bytes, record_formula
 from mtp_mem.runs.record import Record
 
 FORMULA: Any = {"color": "#333333", "linewidth": 0.9, "linestyle": (0, (5, 4))}
@@ -62,8 +62,40 @@ def memory_vs_n(records: Sequence[Record], out: Path, gpu: GPU | None = None) ->
         label_ends(axes, _lines(axes, records, unit, gpu))
         if any(line.get_label() == FORMULA_LABEL for line in axes.lines):
             axes.legend(loc="lower left" if gpu else "best", frameon=False, fontsize=8.5)
-        rows = [[*(getattr(r, column) for column in COLUMNS), _formula(r)] for r in records]
+        rows = [[*(getattr(r, column) for column in COLUMNS), record_formula(r)] for r in records]
         return save(drawing, out, "memory-vs-n", write_rows([*COLUMNS, "formula_over_baseline_bytes"], rows))
+
+
+def memory_of_setups(setups: Mapping[str, Sequence[Record]], out: Path, gpu: GPU) -> list[Path]:
+    """The whole peak below the line of what the GPU holds: a line for each strategy in each training setup.
+
+    Args:
+        setups: what tells a setup from the others -> its records; of one model, step and GPU.
+        out: folder for the files.
+        gpu: the target.
+
+    Returns:
+        The files written under `out`: memory-of-setups.png, .svg and .csv. None without a finished case.
+    """
+    lines = [
+        dataclasses.replace(r, strategy=f"{r.strategy}, {words}", floor_allocated_bytes=None)
+        for words, records in setups.items()
+        for r in records
+    ]
+    done = _done(lines)
+    if not done:
+        return []
+    top = max(*(_height(r, gpu) for r in done), gpu.total_bytes)
+    unit, unit_name = unit_for(top)
+    under = subtitle(done[0], setup=False)
+    with figure(8, 5, "Predicted memory of a training step, by setup", under, foot(done[0])) as drawing:
+        axes = drawing.add_subplot()
+        axes.set_ylim(0, 1.08 * top / unit)
+        heads_axis(axes, sorted({r.n for r in done}))
+        grid(axes, "y", f" {unit_name}")
+        label_ends(axes, _lines(axes, lines, unit, gpu))
+        rows = [[getattr(r, column) for column in COLUMNS] for r in lines]
+        return save(drawing, out, "memory-of-setups", write_rows(COLUMNS, rows))
 
 
 def memory_small_multiples(panels: Mapping[str, Sequence[Record]], out: Path) -> list[Path]:
@@ -149,15 +181,11 @@ def _lines(axes: Axes, records: Sequence[Record], unit: int, gpu: GPU | None) ->
 
 def _draw_formula(axes: Axes, line: Sequence[Record], unit: int, *, whole: bool, label: bool) -> bool:
     """The closed form of one strategy's line, on top of it; whether there is one."""
-    points = [(r.n, formula + (r.baseline_bytes or 0) * whole) for r in line if (formula := _formula(r))]
+    points = [(r.n, formula + (r.baseline_bytes or 0) * whole) for r in line if (formula := record_formula(r))]
     if points:
         name = FORMULA_LABEL if label else None
         axes.plot([n for n, _ in points], [y / unit for _, y in points], **FORMULA, label=name)
     return bool(points)
-
-
-def _formula(record: Record) -> int | None:
-    return formula_bytes(record.strategy, record.model, record.workload, cuda=record.backend != "cpu")
 
 
 def _floor(record: Record, whole: bool) -> int | None:

@@ -102,17 +102,18 @@ def foot(record: Record, how: str = "") -> str:
     return f"{how or HOW[record.exactness]} · {footer(record.environment)}"
 
 
-def subtitle(record: Record) -> str:
-    """The model and the batch in a line."""
+def subtitle(record: Record, *, setup: bool = True) -> str:
+    """The model and the batch in a line, and how it is trained."""
     model, workload = record.model, record.workload
     layers = (
         f"{model['n_layers']} layers (trunk + heads)"
         if model["match_layers"]
         else f"{model['n_layers']} layers + heads"
     )
+    how = training_words(record) if setup else workload["dtype"]
     return (
         f"V = {model['vocab_size']:,}, D = {model['dim']:,}, {layers}, batch {workload['batch']} x"
-        f" {workload['sequence']:,} tokens, {training_words(record)}, {workload['source']}"
+        f" {workload['sequence']:,} tokens, {how}, {workload['source']}"
     )
 
 
