@@ -143,7 +143,7 @@ def test_an_interrupted_run_continues(work: Path, how: signal.Signals) -> None:
         "--profile",
         "small.toml",
         "--rounds",
-        "12",
+        "4",
         "--out",
         out.name,
     ]
@@ -169,7 +169,7 @@ def test_an_interrupted_run_continues(work: Path, how: signal.Signals) -> None:
         assert "the same command runs the others" in err
         assert "Traceback" not in err
     assert finished.count("\n") == 4
-    again = run(work, "compare", "--profile", "small.toml", "--rounds", "12", "--out", out.name)
+    again = run(work, "compare", "--profile", "small.toml", "--rounds", "4", "--out", out.name)
     assert again.returncode == 0
     assert "4 of 8 cases are in" in again.stderr
     assert (out / "results.jsonl").read_text().startswith(finished)

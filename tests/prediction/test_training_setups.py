@@ -17,7 +17,7 @@ from mtp_mem.prediction.peaks import predicted
 from mtp_mem.prediction.simulated_step import simulate
 from mtp_mem.step import clip_gradients, forward_backward
 
-CONFIG = tiny(vocab_size=4099, n_layers=5, n_future=3)
+CONFIG = tiny(vocab_size=1031, n_layers=4, n_future=2)
 SETUPS = {
     "as usual": Training(),
     "checkpointed trunk": Training(trunk_checkpointing="full"),
@@ -38,12 +38,14 @@ MASTER = {
     "fp32 copies": Training(master_weights=True),
     "fp32 copies, foreach": Training(master_weights=True, optimizer="adamw-foreach"),
 }
-CASES = [(name, setup, dtype) for name, setup in SETUPS.items() for dtype in ("fp32", "bf16", "bf16-mixed")]
+CASES = [(name, setup, dtype) for name, setup in SETUPS.items() for dtype in ("fp32", "bf16")]
+# Fake tensors, which take longer.
+CASES += [(name, SETUPS[name], "bf16-mixed") for name in ("as usual", "foreach", "all at once")]
 CASES += [(name, setup, "bf16") for name, setup in MASTER.items()]
 
 
 def real_step(training: Training, dtype: str, spec: str) -> TrainingStep:
-    model, batch = build(CONFIG, dtype, sequence=64)
+    model, batch = build(CONFIG, dtype, sequence=32)
     model.set_up(training)
     optimizer = make_optimizer(model, name=training.optimizer, master=training.master_weights)
     step = TrainingStep(model, optimizer, batch, load_strategy(spec), training=training)
@@ -51,13 +53,13 @@ def real_step(training: Training, dtype: str, spec: str) -> TrainingStep:
     return step
 
 
-@pytest.mark.parametrize("spec", ["naive", "sequential", "chunked_tokens:chunk=40"])
+@pytest.mark.parametrize("spec", ["naive", "chunked_tokens:chunk=24"])
 @pytest.mark.parametrize(
     ("name", "training", "dtype"), CASES, ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_predicted_equals_tracked(name: str, training: Training, dtype: str, spec: str) -> None:
     real = track(real_step(training, dtype, spec))
-    workload = Workload(batch=2, sequence=64, dtype=dtype)  # type: ignore[arg-type]
+    workload = Workload(batch=2, sequence=32, dtype=dtype)  # type: ignore[arg-type]
     simulated = simulate(CONFIG, workload, load_strategy(spec), training, cuda=False)
     assert simulated.baseline == real.baseline
     peak, expected = simulated.peak(), real.peak()
@@ -67,11 +69,10 @@ def test_predicted_equals_tracked(name: str, training: Training, dtype: str, spe
     assert simulated.phase_peaks() == real.phase_peaks()
 
 
-@pytest.mark.parametrize("spec", ["naive", "sequential"])
 @pytest.mark.parametrize("name", SETUPS)
-def test_tracked_equals_the_allocator(name: str, spec: str) -> None:
+def test_tracked_equals_the_allocator(name: str) -> None:
     training = SETUPS[name]
-    step = real_step(training, "fp32", spec)
+    step = real_step(training, "fp32", "sequential")
     step.optimizer.zero_grad(set_to_none=training.set_to_none)
     over_baseline = allocator_peak(step)
     trace = track(step)
@@ -86,7 +87,7 @@ def test_tracked_equals_the_allocator(name: str, spec: str) -> None:
 def test_a_checkpointed_trunk_changes_no_bit(how: object, dtype: str) -> None:
     gradients = {}
     for checkpointing in ("none", how):
-        model, batch = build(CONFIG, dtype, sequence=64)
+        model, batch = build(CONFIG, dtype, sequence=32)
         model.set_up(Training(trunk_checkpointing=checkpointing))  # type: ignore[arg-type]
         forward_backward(model, batch, load_strategy("sequential"))
         gradients[checkpointing] = [parameter.grad for parameter in model.parameters()]
@@ -97,18 +98,18 @@ def test_a_checkpointed_trunk_changes_no_bit(how: object, dtype: str) -> None:
 
 
 def test_a_checkpointed_trunk_keeps_a_layer_s_input_alone() -> None:
-    workload = Workload(batch=2, sequence=64, dtype="bf16")
+    workload = Workload(batch=2, sequence=32, dtype="bf16")
     kept = {}
     for how in ("none", "full"):
         step = simulate(CONFIG, workload, load_strategy("sequential"), Training(trunk_checkpointing=how))  # type: ignore[arg-type]
-        kept[how] = step.phase_peaks()["head 3 forward"]
-    assert kept["none"] - kept["full"] > 1.5 * 2 * 64 * 64 * 2  # two trunk layers' activations, without their inputs
+        kept[how] = step.phase_peaks()["head 2 forward"]
+    assert kept["none"] - kept["full"] > 1.5 * 2 * 64 * 64  # two trunk layers' activations, without their inputs
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw-foreach", "adamw-loop", "sgd"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_state_that_is_made_by_rule_is_the_optimizer_s_own(name: str, dtype: str) -> None:
-    model, batch = build(CONFIG, dtype, sequence=64)
+    model, batch = build(CONFIG, dtype, sequence=32)
     optimizer = make_optimizer(model, name=name)  # type: ignore[arg-type]
     TrainingStep(model, optimizer, batch, load_strategy("naive"))()
     for parameter in model.parameters():
@@ -136,7 +137,7 @@ def test_fp32_copies_take_18_bytes_a_parameter_in_the_optimizer() -> None:
         Training(master_weights=True),
     )
     steps = 4 * len(list(model.parameters()))
-    assert trace.baseline == count * (2 + 4 + 8) + steps + 8 * 8 * 4
+    assert trace.baseline == count * (2 + 4 + 8) + steps + 8 * 8 * 3
     assert trace.phase_peaks()["optimizer"] >= count * 18
 
 
@@ -186,12 +187,12 @@ def test_foreach_takes_a_temporary_as_large_as_all_parameters() -> None:
         trace = simulate(CONFIG, workload, load_strategy("chunked_tokens"), Training(optimizer=name), gpu=gpu)  # type: ignore[arg-type]
         beyond_gradients[name] = trace.phase_peaks().get("optimizer", 0) - trace.baseline - weights
     assert weights <= beyond_gradients["adamw-foreach"] < weights + 4096
-    assert beyond_gradients["adamw-loop"] < 2 * 4099 * 64 * 2 + 4096  # of the largest parameter
+    assert beyond_gradients["adamw-loop"] < 2 * CONFIG.vocab_size * 64 * 2 + 4096  # of the largest parameter
     assert beyond_gradients["adamw"] < 0  # no operator of its step makes a tensor
 
 
 def test_from_the_second_micro_batch_on_all_are_alike() -> None:
-    workload, gpu = Workload(batch=2, sequence=64, dtype="bf16"), load_gpu("h200")
+    workload, gpu = Workload(batch=2, sequence=32, dtype="bf16"), load_gpu("h200")
     figures = [
         predicted(simulate(CONFIG, workload, load_strategy("sequential"), Training(micro_batches=k), gpu=gpu), gpu)
         for k in (1, 2, 9)
@@ -202,7 +203,7 @@ def test_from_the_second_micro_batch_on_all_are_alike() -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16-mixed"])
 def test_other_precisions_are_predicted_for_cuda(dtype: str) -> None:
     gpu = load_gpu("h100-80gb")
-    workload = Workload(batch=2, sequence=64, dtype=dtype)  # type: ignore[arg-type]
+    workload = Workload(batch=2, sequence=32, dtype=dtype)  # type: ignore[arg-type]
     trace = simulate(CONFIG, workload, load_strategy("naive"), gpu=gpu)
     operator = "flash" if dtype == "bf16-mixed" else "efficient"
     assert any(f"_scaled_dot_product_{operator}_attention_backward" in s.op for s in trace.storages.values())
