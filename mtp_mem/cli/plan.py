@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from mtp_mem.report.draw_files import plan_chart
 
     profile, percent = with_setup(load_profile(args.profile), args), headroom(args.headroom)
-    gpu = gpu_of(args.gpu or profile.gpus[0], args)
+    gpu = gpu_of(profile.gpus[0] if args.gpu is None else args.gpu, args)
     limit = int(gpu.total_bytes * (1 - percent / 100))
     check_predictable(profile)
     workload = profile.workload
@@ -109,13 +109,18 @@ def plan_setups(
     from mtp_mem.report.setups import table as setups_table
 
     with progress(None) as begin:
-        rows = try_setups(profile, gpu, n, strategies, args.vary, begin)
+        tries = try_setups(profile, gpu, n, strategies, args.vary, begin)
+    rows, left_out = tries.rows, {**left_out, **tries.left_out}
+    if not rows:
+        error = BrokenContract if tries.failed else BadInput
+        raise error("no strategy can be predicted: " + "; ".join(left_out.values()))
+    code = 1 if tries.failed else 0
     content = {**setups_document(rows, profile, gpu, n, limit), "left_out": _reasons(left_out)}
     if args.out:
         (writable(args.out) / "plan-setups.json").write_text(json.dumps(content, indent=1) + "\n")
     if args.json:
         print(json.dumps(content, indent=1))
-        return 0
+        return code
     screen, sequences = console(), profile.workload.batch * profile.training.micro_batches
     screen.print(
         f"{profile.name}, n = {n}, {sequences} x {profile.workload.sequence} tokens a step, on {gpu.name}:"
@@ -128,7 +133,7 @@ def plan_setups(
         screen.print(f"{spec} is left out: {reason}", markup=False)
     screen.print(setup_advice(rows, limit), markup=False)
     screen.print(f"Predicted for {gpu.name}, not measured on one. FLOPs are those of the products.", markup=False)
-    return 0
+    return code
 
 
 def _reasons(left_out: "Mapping[str, str]") -> list[dict[str, str]]:

@@ -39,7 +39,7 @@ def measure(step: TrainingStep, repeats: int = 3) -> CudaPeaks:
 
 
 def _once(step: TrainingStep) -> CudaPeaks:
-    step.optimizer.zero_grad(set_to_none=True)
+    step.optimizer.zero_grad(set_to_none=step.training.set_to_none)
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -64,6 +64,7 @@ def _once(step: TrainingStep) -> CudaPeaks:
 def _tensor_bytes(step: TrainingStep) -> int:
     """Bytes of the tensors that live between steps, each storage once."""
     tensors = [*step.model.parameters(), step.batch.tokens, step.batch.targets]
+    tensors += [parameter.grad for parameter in step.model.parameters() if parameter.grad is not None]
     tensors += [value for _, value in optimizer_state(step.model, step.optimizer)]
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.is_cuda]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

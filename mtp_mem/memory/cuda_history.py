@@ -64,12 +64,14 @@ def record(step: TrainingStep, snapshot: Path | None = None) -> Trace:
     """
     model, batch = step.model, step.batch
     device = batch.tokens.device.index or torch.cuda.current_device()
-    step.optimizer.zero_grad(set_to_none=True)
+    step.optimizer.zero_grad(set_to_none=step.training.set_to_none)
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     names: dict[int, tuple[Category, str]] = {}
     names |= _named("parameters", model.named_parameters())
+    kept = ((f"{name}.grad", p.grad) for name, p in model.named_parameters() if p.grad is not None)
+    names |= _named("gradients", kept)
     names |= _named("optimizer", optimizer_state(model, step.optimizer))
     names |= _named("other", (("tokens", batch.tokens), ("targets", batch.targets)))
     before = torch.cuda.memory._snapshot()["segments"]

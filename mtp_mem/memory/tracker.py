@@ -30,6 +30,8 @@ _DEVICE = torch.ops.prim.device.default  # what a fake tensor's `.device` become
 # Frames that stand between an operator and whoever issued it, on the way through a dispatch mode.
 _PLUMBING = {"__torch_dispatch__", "_fn", "inner", "wrapper", "handle_torch_function"}
 
+EMPTY = ("empty", "new_empty", "zeros", "new_zeros")
+"""Operators that make a tensor of nothing, for sums."""
 LOOKED_AT = 64
 """Storages of each phase that the heads' code makes whose makers are looked at: what is compiled makes some of them."""
 
@@ -187,7 +189,7 @@ class Tracker(TorchDispatchMode):
         self._live.add(key)
         self.trace.storages[key] = Storage(
             nbytes=nbytes,
-            category=category or self._category(tensor),
+            category=category or self._category(tensor, op),
             phase=self._phase,
             op=op,
             shape=tuple(tensor.shape),
@@ -215,11 +217,13 @@ class Tracker(TorchDispatchMode):
         key = self._keys.get(old.untyped_storage()._cdata)
         return key if key in self._live else None
 
-    def _category(self, tensor: Tensor) -> Category:
+    def _category(self, tensor: Tensor, op: str) -> Category:
         shape, phase = tuple(tensor.shape), self._phase
         in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
         if in_backward and shape in self._parameter_shapes:
             return "gradients"
+        if phase.endswith("loss") and shape == (self._vocab_size, self._dim) and op.startswith(EMPTY):
+            return "gradients"  # what a strategy sums the unembedding's gradient in
         if phase.endswith("loss") or phase == "heads backward":
             # A slab of the vocabulary has neither width, the full logits have V, hidden states and their norms D.
             # Slabs are made by a loss's own code; what autograd's formulas make here is a recomputed layer's gradients.

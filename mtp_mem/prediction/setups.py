@@ -13,7 +13,7 @@ from typing import Any
 
 from mtp_mem._util import Progress, format_bytes
 from mtp_mem.config.schema import GPU, Profile, Training, Workload
-from mtp_mem.errors import BadInput, unknown
+from mtp_mem.errors import BadInput, Missing, one_line, unknown
 from mtp_mem.model.shape import Shape
 from mtp_mem.prediction.auto import resolve_auto
 from mtp_mem.prediction.caching_allocator import Fit, fit
@@ -84,10 +84,25 @@ def variations(profile: Profile, vary: Sequence[str]) -> list[tuple[Training, Wo
     return combined
 
 
+@dataclass(frozen=True)
+class Tries:
+    """All that was tried, the cheapest first, of equal ones the one that needs most.
+
+    Attributes:
+        rows: a setup with a strategy each.
+        left_out: strategies that could not be predicted, each with the reason.
+        failed: those of the left out ones that raised an error of their own.
+    """
+
+    rows: tuple[Tried, ...]
+    left_out: Mapping[str, str]
+    failed: tuple[str, ...]
+
+
 def try_setups(
     profile: Profile, gpu: GPU, n: int, strategies: Mapping[str, Strategy], vary: Sequence[str], progress: Progress
-) -> list[Tried]:
-    """Every variation with every strategy, the cheapest first, of equal ones the one that needs most.
+) -> Tries:
+    """Every variation with every strategy.
 
     Args:
         profile: model, step and setup to vary from.
@@ -99,16 +114,24 @@ def try_setups(
 
     Raises:
         BadInput: an option that cannot be varied.
-        MtpMemError: a strategy cannot be predicted.
     """
     config = profile.model.with_n(n)
-    rows = []
+    rows: list[Tried] = []
+    left_out: dict[str, str] = {}
+    failed: list[str] = []
     for training, workload in variations(profile, vary):
         simulation = Simulation(config, workload, training, gpu=gpu)
         for spec, strategy in strategies.items():
+            if spec in left_out:
+                continue
             progress(f"{spec}: {training.trunk_checkpointing}, {training.micro_batches} x {workload.batch}")
-            chosen, _ = resolve_auto(strategy, config, workload, training, cuda=True, gpu=gpu)
-            facts = predicted(simulation.trace(chosen), gpu)
+            try:
+                chosen, _ = resolve_auto(strategy, config, workload, training, cuda=True, gpu=gpu)
+                facts = predicted(simulation.trace(chosen), gpu)
+            except (Exception, SystemExit) as e:
+                left_out[spec] = one_line(e)
+                failed += [] if isinstance(e, (BadInput, Missing)) else [spec]
+                continue
             rows.append(
                 Tried(
                     strategy=spec,
@@ -119,7 +142,9 @@ def try_setups(
                     flops=_flops(spec, profile, config.with_n(n), training),
                 )
             )
-    return sorted(rows, key=lambda row: (row.flops or Fraction(1), row.training.micro_batches, -row.allocated))
+    kept = [row for row in rows if row.strategy not in left_out]
+    kept.sort(key=lambda row: (row.flops or Fraction(1), row.training.micro_batches, -row.allocated))
+    return Tries(tuple(kept), left_out, tuple(failed))
 
 
 def cheapest(rows: Sequence[Tried], limit: int) -> Tried | None:

@@ -288,3 +288,11 @@ def test_a_step_leaves_nothing_for_the_garbage_collector(spec: str) -> None:
         gc.enable()
     left = trace.live_after(len(trace.events))
     assert len(left) == len(trace.resident) + sum(p.grad is not None for p in model.parameters())
+
+
+def test_the_sum_of_the_unembedding_s_gradient_is_a_gradient() -> None:
+    config = tiny(vocab_size=4099, n_layers=4, n_future=2)
+    workload = Workload(batch=1, sequence=64, dtype="bf16")
+    trace = simulate(config, workload, load_strategy("chunked_tokens:chunk=16"))
+    sums = [s for s in trace.storages.values() if s.shape == (4099, 64) and s.dtype == "float32"]
+    assert [s.category for s in sums] == ["gradients"]

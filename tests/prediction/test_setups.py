@@ -29,7 +29,9 @@ STRATEGIES = {spec: load_strategy(spec) for spec in ("naive", "sequential", "che
 
 @pytest.fixture(scope="module")
 def rows() -> list[Tried]:
-    return try_setups(PROFILE, GPU, 2, STRATEGIES, ("trunk_checkpointing", "micro_batches"), lambda _: None)
+    tries = try_setups(PROFILE, GPU, 2, STRATEGIES, ("trunk_checkpointing", "micro_batches"), lambda _: None)
+    assert not tries.left_out
+    return list(tries.rows)
 
 
 def test_the_step_keeps_its_sequences(rows: list[Tried]) -> None:
@@ -72,6 +74,19 @@ def test_only_what_divides_the_batch_is_tried() -> None:
     assert [(t.micro_batches, w.batch) for t, w in variations(odd, ["micro_batches"])] == [(1, 6), (2, 3)]
     with pytest.raises(BadInput, match="--vary: unknown option 'colour'"):
         variations(odd, ["colour"])
+
+
+class Raises:
+    def backward(self, cut, heads, targets, weights):  # type: ignore[no-untyped-def]
+        raise ValueError("not today")
+
+
+def test_a_strategy_that_raises_is_left_out_and_named() -> None:
+    strategies = {"x:Raises": Raises(), **STRATEGIES}
+    tries = try_setups(PROFILE, GPU, 2, strategies, ["optimizer"], lambda _: None)
+    assert tries.failed == ("x:Raises",)
+    assert tries.left_out["x:Raises"].startswith("ValueError: not today (")
+    assert {row.strategy for row in tries.rows} == set(STRATEGIES)
 
 
 @pytest.mark.parametrize("columns", [80, 120])
