@@ -22,6 +22,11 @@ def type_hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+@cache
+def _fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
+    return {f.name: f for f in dataclasses.fields(cls)}
+
+
 def from_table(cls: type[T], table: Mapping[str, Any], where: str = "", root: type | None = None) -> T:
     """Build the dataclass `cls` from a table.
 
@@ -36,7 +41,7 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str = "", root: ty
     """
     root = root or cls
     hints = type_hints(typing.cast(Any, cls))
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = _fields(typing.cast(Any, cls))
     values = {}
     for key, value in table.items():
         if key not in fields:
@@ -63,33 +68,29 @@ def convert(hint: Any, value: Any, where: str, root: type | None = None) -> Any:
     Raises:
         BadInput: it is of another type.
     """
-    wrong = BadInput(f"{where} = {short(value)}: expected {describe(hint)}")
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
+    if type(value) is hint or hint is Any:  # not isinstance: true is no whole number
         return value
+    origin, args = _parts(hint)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _convert_to_one(args, value, where, root)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise wrong
-        return from_table(typing.cast(type, hint), value, f"{where}.", root)
     if origin is Literal:
         if value not in args:
             raise unknown("value", str(value), map(str, args), where)
         return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise wrong
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_table(typing.cast(type, hint), value, f"{where}.", root)
+    if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(convert(args[0], item, f"{where}[{i}]", root) for i, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise wrong
+    if origin is dict and isinstance(value, dict):
         return {key: convert(args[1], item, f"{where}.{key}", root) for key, item in value.items()}
     if hint is float and type(value) is int and abs(value) < 2**1000:
         return float(value)
-    if type(value) is not hint:  # not isinstance: true is no whole number
-        raise wrong
-    return value
+    raise BadInput(f"{where} = {short(value)}: expected {describe(hint)}")
+
+
+@cache
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    return typing.get_origin(hint), typing.get_args(hint)
 
 
 def _convert_to_one(hints: tuple[Any, ...], value: Any, where: str, root: type | None) -> Any:
