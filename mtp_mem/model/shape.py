@@ -44,15 +44,12 @@ class Shape:
         """From a record's `model` and `workload`, its setup, and whether CUDA's kernels run or are predicted.
 
         None where no formula applies: bf16-mixed, other head kinds, several micro-batches, frozen parts, fp32 copies,
-        gradients that are kept, repeated keys and values (grouped queries in fp32 on CUDA).
+        gradients that are kept.
         """
         training = training or Training()
         if model["head"] != "parallel" or model["unembedding"] == "replicated" or workload["dtype"] not in VALUE_BYTES:
             return None
         if training.micro_batches > 1 or training.frozen_parts or training.master_weights or not training.set_to_none:
-            return None
-        grouped = model["n_kv_heads"] not in (None, model["n_attention_heads"])
-        if cuda and grouped and workload["dtype"] == "fp32":
             return None
         D, H = model["dim"], model["n_attention_heads"]
         value, G, C = VALUE_BYTES[workload["dtype"]], model["n_kv_heads"] or H, model.get("head_dim") or D // H
@@ -99,9 +96,11 @@ class Shape:
 
         In N rows: both residual sums and both normed inputs (D each), q and attention's output (A each), k and v
         (K each), gate, up, silu(gate) and their product (F each); two norms' scales and attention's logsumexp in the
-        loss dtype. Norms of q and k keep both as they were before, and a scale for each of their heads.
+        loss dtype. CUDA's attention in fp32 keeps k and v repeated, A each. Norms of q and k keep both as they were
+        before, and a scale for each of their heads.
         """
-        widths, scales = 4 * self.D + 2 * self.A + 2 * self.K + 4 * self.F, 2 + self.H
+        kept = self.A if self.cuda and self.value == VALUE_BYTES["fp32"] else self.K
+        widths, scales = 4 * self.D + 2 * self.A + 2 * kept + 4 * self.F, 2 + self.H
         if self.qk_norm:
             widths, scales = widths + self.A + self.K, scales + self.H + self.G
         return self.N * (widths * self.value + scales * self.loss_value)

@@ -60,6 +60,15 @@ def test_other_attentions(changes: dict[str, Any], dtype: str) -> None:
     assert 0 <= missing <= 32 * 2 + 32
 
 
+def test_fp32_on_cuda_keeps_keys_and_values_repeated() -> None:
+    config, workload = tiny(**WIDE, n_future=2), Workload(batch=4, sequence=128)
+    trace = simulate(config, workload, load_strategy("sequential"))
+    shape = Shape.of(dataclasses.asdict(config), dataclasses.asdict(workload), cuda=True)
+    assert shape is not None
+    # Besides: the loss weights, and two numbers for the random state of each layer's attention.
+    assert trace.peak().by_category["trunk activations"] == shape.trunk + 4 * 2 + 16 * shape.trunk_layers
+
+
 SETUPS = [
     Training(trunk_checkpointing="full"),
     Training(trunk_checkpointing=2),
