@@ -44,8 +44,10 @@ def implementation(strategy: object) -> str:
     module = type(strategy).__module__
     if module.startswith("mtp_mem."):
         return ""
-    top = module.partition(".")[0]
-    spec = importlib.util.find_spec(top)
+    try:
+        spec = importlib.util.find_spec(module.partition(".")[0])
+    except ValueError:  # a module without a file, an interactive session's say
+        spec = None
     roots = [Path(root) for root in (spec and spec.submodule_search_locations) or ()]
     files = [path for root in roots for path in sorted(root.rglob("*.py"))]
     if not files and spec and spec.origin:
