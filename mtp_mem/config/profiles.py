@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import textwrap
-import tomllib
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from mtp_mem._util import atomic_write
 from mtp_mem.config.schema import MASTER, PRECISIONS, Dtype, Profile, builtin_folder
-from mtp_mem.config.toml import from_table, short
+from mtp_mem.config.toml import from_table, read_toml, short
 from mtp_mem.errors import BadInput, unknown
 
 
@@ -33,12 +32,7 @@ def load_profile(name: str) -> Profile:
         path = Path(name)
     else:
         raise unknown("profile", name, shipped)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise BadInput(f"{path}: is not valid TOML: {e}") from None
+    table = read_toml(path)
     try:
         return from_table(Profile, _named_precision({"name": path.stem, **table}))
     except BadInput as e:

@@ -6,7 +6,6 @@ Symbols used throughout: B sequences of S tokens (N = B*S), D model width, V voc
 import dataclasses
 import math
 import re
-import tomllib
 import typing
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from mtp_mem.config.toml import convert
+from mtp_mem.config.toml import convert, read_toml
 from mtp_mem.errors import BadInput, unknown
 
 HeadKind = Literal["parallel", "causal", "anticausal", "linear", "deepseek", "medusa"]
@@ -297,13 +296,7 @@ def load_gpu(name: str) -> GPU:
 
 
 def _gpus_of(path: Path) -> dict[str, GPU]:
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise BadInput(f"{path}: is not valid TOML: {e}") from None
-    return {name.lower(): convert(GPU, row, f"{path}: {name}") for name, row in table.items()}
+    return {name.lower(): convert(GPU, row, f"{path}: {name}") for name, row in read_toml(path).items()}
 
 
 def _one_of(where: str, value: str, literal: Any) -> None:

@@ -1,19 +1,35 @@
-"""The one typed converter: values of a TOML table, a JSON document or a strategy's options become a dataclass's fields.
+"""TOML files, and the one typed converter: values of a TOML table, a JSON document or a strategy's options become a dataclass's fields.
 
 Every error names what is wrong, where it stands, and what is valid.
 """
 
 import dataclasses
+import tomllib
 import types
 import typing
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mtp_mem.errors import BadInput, unknown
 
 T = TypeVar("T")
 WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table that a file holds.
+
+    Raises:
+        BadInput: it cannot be read, or is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise BadInput(f"{path}: is not valid TOML: {e}") from None
 
 
 @cache
