@@ -5,8 +5,6 @@ import dataclasses
 import re
 from typing import TYPE_CHECKING, Any
 
-from mtp_mem.errors import BadInput
-
 if TYPE_CHECKING:
     from mtp_mem.config.schema import GPU, Profile
 
@@ -27,7 +25,7 @@ def training_options(sub: argparse.ArgumentParser) -> None:
         "--trunk-checkpointing", metavar="HOW", help="none, full, or k: every k-th trunk layer runs again"
     )
     group.add_argument("--optimizer", metavar="NAME", help="adamw, adamw-foreach, adamw-loop, adamw-8bit or sgd")
-    group.add_argument("--micro-batches", type=count, metavar="K", help="whose gradients one optimizer step sums")
+    group.add_argument("--micro-batches", metavar="K", help="whose gradients one optimizer step sums")
     group.add_argument("--frozen", metavar="PARTS", help="trunk, 'all but heads', or parts like embedding,norm")
     group.add_argument("--set-to-none", metavar="true|false", help="whether gradients are freed between steps")
 
@@ -48,26 +46,16 @@ def with_setup(profile: "Profile", args: argparse.Namespace) -> "Profile":
     """The profile with the command line's changes of model, step and training."""
     from mtp_mem.config.profiles import with_precision
     from mtp_mem.config.schema import Training
-    from mtp_mem.config.toml import convert, type_hints
+    from mtp_mem.config.toml import parse, type_hints
 
     def given(**options: str) -> dict[str, Any]:
         return {name: value for name, option in options.items() if (value := getattr(args, option, None)) is not None}
 
     model = given(vocab_size="vocab", n_layers="layers")
     workload = given(batch="batch", sequence="sequence")
-    training = given(
-        trunk_checkpointing="trunk_checkpointing", optimizer="optimizer", micro_batches="micro_batches"
-    ) | given(frozen="frozen", set_to_none="set_to_none")
-    if "trunk_checkpointing" in training and training["trunk_checkpointing"].isdecimal():
-        training["trunk_checkpointing"] = int(training["trunk_checkpointing"])
-    if "frozen" in training:
-        training["frozen"] = names(training["frozen"])
-    if "set_to_none" in training:
-        if training["set_to_none"] not in ("true", "false"):
-            raise BadInput(f"--set-to-none {training['set_to_none']}: expected true or false")
-        training["set_to_none"] = training["set_to_none"] == "true"
     hints = type_hints(Training)
-    training = {name: convert(hints[name], value, f"training.{name}") for name, value in training.items()}
+    asked = given(**{field.name: field.name for field in dataclasses.fields(Training)})
+    training = {name: parse(hints[name], text, f"training.{name}") for name, text in asked.items()}
     if args.dtype is not None:
         profile = with_precision(profile, args.dtype)
     return dataclasses.replace(

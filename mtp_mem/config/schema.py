@@ -165,8 +165,8 @@ class Training:
         optimizer: see mtp_mem/optimizers.py.
         master_weights: the optimizer steps fp32 copies of the bf16 parameters (precision "bf16 + fp32 master").
         micro_batches: forward and backward passes whose gradients one optimizer step sums; each of batch B.
-        frozen: parts without a gradient. "trunk": all below the cut, the embedding too; "all but heads": of everything
-            only the heads' own layers are trained.
+        frozen: parts without a gradient, a list or a text with commas. "trunk": all below the cut, the embedding too;
+            "all but heads": of everything only the heads' own layers are trained.
         set_to_none: whether gradients are freed between steps, or set to zero.
     """
 
@@ -186,14 +186,17 @@ class Training:
         if self.micro_batches < 1:
             raise BadInput(f"training.micro_batches = {self.micro_batches}: must be at least 1")
         _one_of("training.optimizer", self.optimizer, OptimizerName)
+        if isinstance(self.frozen, str) and not self.frozen_parts:
+            raise BadInput(f"training.frozen = {self.frozen!r}: names no part; valid: {', '.join(FROZEN_PARTS)}")
         for part in self.frozen_parts:
             if part not in FROZEN_PARTS and not re.fullmatch(r"(head|unembedding) [1-9]\d*", part):
                 raise unknown("part", part, [*FROZEN_PARTS, "head 1", "head 2, ..."], "training.frozen")
 
     @property
     def frozen_parts(self) -> tuple[str, ...]:
-        """`frozen` as a tuple."""
-        return (self.frozen,) if isinstance(self.frozen, str) else self.frozen
+        """`frozen` as a sorted tuple."""
+        parts = self.frozen.split(",") if isinstance(self.frozen, str) else self.frozen
+        return tuple(sorted({part.strip() for part in parts if part.strip()}))
 
     @property
     def checkpoint_every(self) -> int:
@@ -203,8 +206,28 @@ class Training:
         return int(self.trunk_checkpointing == "full")
 
     def facts(self, dtype: Dtype) -> dict[str, Any]:
-        """As a record names it."""
-        return {"precision": self.precision(dtype), **dataclasses.asdict(self)}
+        """As a record names it: equal setups have equal facts, however they were written."""
+        every = self.checkpoint_every
+        alike = {"trunk_checkpointing": ("none", "full")[every] if every < 2 else every, "frozen": [*self.frozen_parts]}
+        return {"precision": self.precision(dtype), **dataclasses.asdict(self), **alike}
+
+    @property
+    def trunk_words(self) -> str:
+        """What becomes of the trunk's activations."""
+        every = self.checkpoint_every
+        return ("all kept", "checkpointed trunk")[every] if every < 2 else f"1 of {every} layers checkpointed"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What is not as usual."""
+        words = {
+            self.trunk_words: self.checkpoint_every > 0,
+            self.optimizer: self.optimizer != "adamw",
+            f"{self.micro_batches} micro-batches": self.micro_batches > 1,
+            f"frozen: {', '.join(self.frozen_parts)}": bool(self.frozen_parts),
+            "gradients kept between steps": not self.set_to_none,
+        }
+        return tuple(text for text, said in words.items() if said)
 
     def precision(self, dtype: Dtype) -> str:
         """The name of the workload's dtype and `master_weights` together; one of PRECISIONS."""

@@ -1,4 +1,4 @@
-"""TOML files, and the one typed converter: values of a TOML table, a JSON document or a strategy's options become a dataclass's fields.
+"""TOML files, and the one typed converter: a table's, a document's or an option's values become a dataclass's fields.
 
 Every error names what is wrong, where it stands, and what is valid.
 """
@@ -122,22 +122,25 @@ def _convert_to_one(hints: tuple[Any, ...], value: Any, where: str, root: type |
 
 
 def parse(hint: Any, text: str, where: str) -> Any:
-    """The value that a text stands for, where only texts can be given.
+    """The value that a text stands for, where only texts can be given; of several types the first that it is one of.
 
     Raises:
         BadInput: it stands for no value of this type.
     """
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(one for one in typing.get_args(hint) if one is not type(None))
-    value: Any = text
-    try:
-        if hint is bool:
-            value = {"true": True, "false": False}[text.lower()]
-        elif hint in (int, float):
-            value = hint(text)
-    except (ValueError, KeyError):
-        raise BadInput(f"{where} = {text!r}: expected {describe(hint)}") from None
-    return convert(hint, value, where)
+    origin, args = _parts(hint)
+    hints = [one for one in args if one is not type(None)] if origin in (types.UnionType, typing.Union) else [hint]
+    for one in hints:
+        value: Any = text
+        try:
+            if one is bool:
+                value = {"true": True, "false": False}[text.lower()]
+            elif one in (int, float):
+                value = one(text)
+            return convert(one, value, where)
+        except (ValueError, KeyError, BadInput) as e:
+            if len(hints) == 1 and isinstance(e, BadInput):
+                raise
+    raise BadInput(f"{where} = {text!r}: expected {describe(hint)}")
 
 
 def describe(hint: Any) -> str:

@@ -57,10 +57,8 @@ class Tried:
     @property
     def words(self) -> str:
         """The setup in few words."""
-        how = self.training.trunk_checkpointing
-        trunk = {"none": "all kept", "full": "trunk checkpointed"}.get(str(how), f"1 of {how} layers checkpointed")
-        micro = f"{self.training.micro_batches} x {self.workload.batch}"
-        return f"{trunk}, {micro}, {self.training.optimizer}"
+        training = self.training
+        return f"{training.trunk_words}, {training.micro_batches} x {self.workload.batch}, {training.optimizer}"
 
 
 def variations(profile: Profile, vary: Sequence[str]) -> list[tuple[Training, Workload]]:

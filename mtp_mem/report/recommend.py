@@ -1,13 +1,9 @@
 """From records to the sentence that tells people what to use."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_mem._util import format_bytes
-from mtp_mem.config.schema import Training
-from mtp_mem.config.toml import from_table
-from mtp_mem.errors import BadInput
 from mtp_mem.prediction.formulas import formula_bytes
 from mtp_mem.runs.identity import training_of
 from mtp_mem.runs.record import Record
@@ -95,10 +91,7 @@ def _same(record: Record) -> str:
 
 def record_formula(record: Record) -> int | None:
     """The closed form of the record's peak over its baseline; None where there is none for its setup."""
-    facts = training_of(record)
-    known = {field.name: facts[field.name] for field in dataclasses.fields(Training) if field.name in facts}
-    try:
-        training = from_table(Training, known)
-    except BadInput:  # a setup of a later version
+    training = training_of(record)
+    if training is None:
         return None
     return formula_bytes(record.strategy, record.model, record.workload, training, cuda=record.backend != "cpu")

@@ -8,7 +8,7 @@ from typing import Any
 
 from mtp_mem.config.profiles import builtin_profiles, load_profile
 from mtp_mem.config.schema import ModelConfig, Profile, Training, Workload, load_gpus
-from mtp_mem.runs.identity import training_of
+from mtp_mem.runs.identity import training_facts
 from mtp_mem.runs.record import Record
 
 DEFAULT_TEXT = "CPython's pydoc_data.topics"
@@ -53,7 +53,7 @@ def command(records: Sequence[Record]) -> str:
 
 def _setup(record: Record, profile: Profile) -> list[str]:
     """Options for what the record's training setup has otherwise than the profile."""
-    facts, usual = training_of(record), profile.training.facts(profile.workload.dtype)
+    facts, usual = training_facts(record), profile.training.facts(profile.workload.dtype)
     words = []
     for name, value in facts.items():
         if name in usual and name != "master_weights" and _value(value) != _value(usual[name]):

@@ -12,6 +12,8 @@ from typing import Any
 
 from mtp_mem._util import fingerprint
 from mtp_mem.config.schema import ModelConfig, Training
+from mtp_mem.config.toml import from_table
+from mtp_mem.errors import BadInput
 from mtp_mem.runs.record import Record
 
 CONDITIONS: dict[str, Any] = {
@@ -101,31 +103,30 @@ def setting(record: Record) -> dict[str, str]:
         "backend": record.backend,
         **{f"model.{key}": _text(value) for key, value in model.items() if key != "n_future"},
         **{f"workload.{key}": _text(value) for key, value in record.workload.items()},
-        **{f"training.{key}": _text(value) for key, value in training_of(record).items()},
+        **{f"training.{key}": _text(value) for key, value in training_facts(record).items()},
         **{key: _text(value) for key, value in conditions.items()},
     }
 
 
-def training_of(record: Record) -> dict[str, Any]:
+def training_facts(record: Record) -> dict[str, Any]:
     """The record's training setup; of a record that is older than the field, the only one there was."""
-    return {"precision": record.workload["dtype"], **dataclasses.asdict(Training()), **record.training}
+    return {**Training().facts(record.workload["dtype"]), **record.training}
+
+
+def training_of(record: Record) -> Training | None:
+    """The record's training setup; None where it is none that this version knows."""
+    facts, names = training_facts(record), [field.name for field in dataclasses.fields(Training)]
+    try:
+        return from_table(Training, {name: facts[name] for name in names})
+    except BadInput:
+        return None
 
 
 def training_words(record: Record) -> str:
-    """The training setup for people: what is not as usual, precision first."""
-    usual, facts = dataclasses.asdict(Training()), training_of(record)
-    checkpointing, frozen = facts["trunk_checkpointing"], facts["frozen"]
-    every = {"full": "checkpointed trunk"}.get(str(checkpointing), f"every {checkpointing}. trunk layer checkpointed")
-    parts = frozen if isinstance(frozen, str) else ", ".join(map(str, frozen))
-    words = {
-        "trunk_checkpointing": every,
-        "optimizer": str(facts["optimizer"]),
-        "micro_batches": f"{facts['micro_batches']} micro-batches",
-        "frozen": f"frozen: {parts}",
-        "set_to_none": "gradients kept between steps",
-    }
-    changed = [text for name, text in words.items() if _text(facts[name]) != _text(usual[name])]
-    return ", ".join([str(facts["precision"]), *changed])
+    """The training setup for people: precision, and what is not as usual."""
+    training = training_of(record)
+    words = ("another version's setup",) if training is None else training.words
+    return ", ".join([_text(training_facts(record)["precision"]), *words])
 
 
 def key(record: Record) -> tuple[str, ...]:

@@ -103,6 +103,9 @@ def test_a_gpu_that_is_not_in_the_catalogue(folder: Path, options: tuple[str, ..
         (("--optimizer", "adam"), "did you mean 'adamw'?"),
         (("--frozen", "tronk"), "did you mean 'trunk'?"),
         (("--frozen", "head 7"), "unknown part 'head 7'"),
+        (("--frozen", ","), "training.frozen = ',': names no part"),
+        (("--micro-batches", "0"), "training.micro_batches = 0: must be at least 1"),
+        (("--micro-batches", "two"), "training.micro_batches = 'two': expected a whole number"),
         (("--set-to-none", "maybe"), "expected true or false"),
         (("--gpu-memory", "much"), "expected a size like 24GiB"),
         (("--gpu", "gpus.toml:yours"), "unknown GPU 'yours'"),
@@ -139,4 +142,14 @@ def test_precision_may_stand_in_the_training_table(folder: Path) -> None:
     ended = mtp_mem(folder, "predict", "--profile", "own.toml", "--json")
     training = json.loads(ended.stdout)["records"][0]["training"]
     assert (training["precision"], training["trunk_checkpointing"]) == ("bf16 + fp32 master", 2)
-    assert training["frozen"] == "all but heads"
+    assert training["frozen"] == ["all but heads"]
+
+
+def test_one_setup_has_one_name_however_it_is_written(folder: Path) -> None:
+    setups = ((), ("--frozen", "norm,embedding"), ("--frozen", " embedding, norm,embedding"))
+    full = ("--trunk-checkpointing", "full"), ("--trunk-checkpointing", "1")
+    cases = []
+    for options in (*setups, *full):
+        ended = mtp_mem(folder, "predict", "--profile", "small.toml", "--json", *options)
+        cases.append(json.loads(ended.stdout)["records"][0]["case"])
+    assert cases[1] == cases[2] != cases[0] != cases[3] == cases[4]

@@ -109,7 +109,7 @@ def test_the_command(tmp_path: Path, columns: int) -> None:
     ended = mtp_mem(tmp_path, *shared, columns=columns)
     assert ended.returncode == 0, ended.stderr
     assert max(map(len, ended.stdout.splitlines())) <= columns
-    assert "trunk checkpointed, 1 x 2, adamw" in " ".join(ended.stdout.split())
+    assert "checkpointed trunk, 1 x 2, adamw" in " ".join(ended.stdout.split())
     document = json.loads(mtp_mem(tmp_path, *shared, "--json").stdout)
     assert len(document["setups"]) == 6
     assert document["recommended"]["flops"] == 1.0
