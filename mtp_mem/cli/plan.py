@@ -3,24 +3,20 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtp_mem.cli.common import AddCommand, console, progress
 from mtp_mem.cli.setup import gpu_of, gpu_options, names, training_options, with_setup
-from mtp_mem.errors import BadInput, BrokenContract, Missing
+from mtp_mem.errors import BadInput, BrokenContract, Missing, MtpMemError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from mtp_mem.config.schema import GPU, Profile
     from mtp_mem.prediction.largest_fit import Answer, Plan
     from mtp_mem.strategy import Strategy
 
-TIGHT = "*"
 LARGEST_HEADROOM = 90  # per cent; beyond that no model is left to plan for
 
 
@@ -52,9 +48,10 @@ def run(args: argparse.Namespace) -> int:
     """What of the profile fits on the GPU, strategy by strategy."""
     from mtp_mem._util import writable
     from mtp_mem.config.profiles import load_profile
-    from mtp_mem.prediction.largest_fit import Point, Prober, plan
+    from mtp_mem.prediction.largest_fit import LeftOut, Point, Prober, plan
     from mtp_mem.prediction.peaks import check_predictable
     from mtp_mem.report.draw_files import plan_chart
+    from mtp_mem.report.plan import plan_document
 
     profile, percent = with_setup(load_profile(args.profile), args), headroom(args.headroom)
     gpu = gpu_of(profile.gpus[0] if args.gpu is None else args.gpu, args)
@@ -74,23 +71,21 @@ def run(args: argparse.Namespace) -> int:
         result = plan(prober, base, limit)
         for n in profile.sweep.n if out else ():
             batches += plan(prober, dataclasses.replace(base, n=n), limit, ["batch"]).answers
-    result = dataclasses.replace(result, left_out={**left_out, **result.left_out})
+    unable = result.left_out
+    result = dataclasses.replace(result, left_out=LeftOut({**left_out, **unable.reasons}, unable.failed))
     if not result.answers and result.before_a_step is None:
-        error = BrokenContract if result.failed else BadInput
-        raise error("no strategy can be predicted: " + "; ".join(result.left_out.values()))
-    content = document(result, batches, profile, gpu, float(percent))
+        raise nothing(bool(unable.failed), result.left_out.reasons)
+    content = plan_document(result, batches, profile, gpu, float(percent))
     files = []
     if out:
-        kept = out / "plan.json"
-        kept.write_text(json.dumps(content, indent=1) + "\n")
-        files = [kept, *plan_chart(content, out)]
+        files = [keep(content, out / "plan.json"), *plan_chart(content, out)]
     if args.json:
         print(json.dumps({**content, "files": [str(path) for path in files]}, indent=1))
     else:
         show(result, profile, gpu, float(percent))
         if files:
             print(f"plan {files[0]}, chart {files[1]} (.svg, .csv)")
-    return 1 if result.failed else 0
+    return 1 if unable.failed else 0
 
 
 def plan_setups(
@@ -105,19 +100,17 @@ def plan_setups(
     """Training setups side by side: what each costs and needs, and which is the cheapest that fits."""
     from mtp_mem._util import format_bytes, writable
     from mtp_mem.prediction.setups import setup_advice, try_setups
-    from mtp_mem.report.setups import document as setups_document
-    from mtp_mem.report.setups import table as setups_table
+    from mtp_mem.report.plan import setups_document, setups_table
 
     with progress(None) as begin:
-        tries = try_setups(profile, gpu, n, strategies, args.vary, begin)
-    rows, left_out = tries.rows, {**left_out, **tries.left_out}
+        rows, unable = try_setups(profile, gpu, n, strategies, args.vary, begin)
+    left_out = {**left_out, **unable.reasons}
     if not rows:
-        error = BrokenContract if tries.failed else BadInput
-        raise error("no strategy can be predicted: " + "; ".join(left_out.values()))
-    code = 1 if tries.failed else 0
-    content = {**setups_document(rows, profile, gpu, n, limit), "left_out": _reasons(left_out)}
+        raise nothing(bool(unable.failed), left_out)
+    code = 1 if unable.failed else 0
+    content = setups_document(rows, left_out, profile, gpu, n, limit)
     if args.out:
-        (writable(args.out) / "plan-setups.json").write_text(json.dumps(content, indent=1) + "\n")
+        keep(content, writable(args.out) / "plan-setups.json")
     if args.json:
         print(json.dumps(content, indent=1))
         return code
@@ -136,8 +129,21 @@ def plan_setups(
     return code
 
 
-def _reasons(left_out: "Mapping[str, str]") -> list[dict[str, str]]:
-    return [{"strategy": spec, "reason": reason} for spec, reason in left_out.items()]
+def keep(content: dict[str, Any], path: Path) -> Path:
+    """Write the plan, whole or not at all."""
+    from mtp_mem._util import atomic_write
+
+    try:
+        with atomic_write(path) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written: {e.strerror}") from None
+    return path
+
+
+def nothing(failed: bool, left_out: "Mapping[str, str]") -> MtpMemError:
+    """The error where no strategy is left to plan with."""
+    return (BrokenContract if failed else BadInput)("no strategy can be predicted: " + "; ".join(left_out.values()))
 
 
 def headroom(text: str) -> Fraction:
@@ -189,61 +195,11 @@ def loaded(specs: tuple[str, ...]) -> "tuple[dict[str, Strategy], dict[str, str]
     return strategies, left_out
 
 
-def document(
-    result: "Plan", batches: "Sequence[Answer]", profile: "Profile", gpu: "GPU", percent: float
-) -> dict[str, Any]:
-    """The plan as JSON: one list a question, a row a strategy; bytes are integers.
-
-    `batches` are the largest batches at several n, for the chart; none are asked for without --out.
-    """
-    from mtp_mem.environment import environment
-    from mtp_mem.prediction.largest_fit import AXES, advice
-
-    def row(answer: "Answer") -> dict[str, Any]:
-        figures, beyond = answer.figures, answer.next_figures
-        return {
-            "strategy": answer.strategy,
-            **dataclasses.asdict(answer.point),
-            "fits": result.fit(figures),
-            "peak_allocated_bytes": figures.allocated,
-            "peak_reserved_bytes": figures.reserved,
-            "left_bytes": result.left(answer),
-            "next": None
-            if beyond is None or answer.next_point is None
-            else {
-                **dataclasses.asdict(answer.next_point),
-                "fits": result.fit(beyond),
-                "peak_allocated_bytes": beyond.allocated,
-                "peak_reserved_bytes": beyond.reserved,
-            },
-        }
-
-    best = result.recommended()
-    return {
-        "schema": 1,
-        "exactness": "predicted",
-        "profile": profile.name,
-        "model": dataclasses.asdict(profile.model.with_n(result.base.n)),
-        "workload": dataclasses.asdict(profile.workload),
-        "training": profile.training.facts(profile.workload.dtype),
-        "gpu": dataclasses.asdict(gpu),
-        "headroom_percent": percent,
-        "limit_bytes": result.limit,
-        "model_limit_n": profile.model.largest_n,
-        **{f"largest_{axis}": [row(answer) for answer in result.of(axis)] for axis in AXES},
-        "largest_batch_by_n": [row(answer) for answer in batches],
-        "before_a_step_bytes": result.before_a_step,
-        "recommended": best and {"strategy": best.strategy, "axis": best.axis},
-        "advice": advice(result),
-        "left_out": _reasons(result.left_out),
-        "environment": environment("cpu"),
-    }
-
-
 def show(result: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None:
     """The plan for a terminal."""
     from mtp_mem._util import format_bytes
     from mtp_mem.prediction.largest_fit import AXES, advice
+    from mtp_mem.report.plan import TIGHT, plan_table
 
     screen, base = console(), result.base
     screen.print(
@@ -253,7 +209,7 @@ def show(result: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None
         markup=False,
     )
     if result.answers:
-        screen.print(table(result, screen))
+        screen.print(plan_table(result, screen))
         screen.print()
     for axis in AXES:
         if misses := [answer for answer in result.of(axis) if not answer.fits]:
@@ -267,7 +223,7 @@ def show(result: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None
             " have to give segments back and try again.",
             markup=False,
         )
-    for spec, reason in result.left_out.items():
+    for spec, reason in result.left_out.reasons.items():
         screen.print(f"{spec} is left out: {reason}", markup=False)
     screen.print(advice(result), markup=False)
     screen.print(
@@ -275,30 +231,3 @@ def show(result: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None
         " for them. No time is predicted.",
         markup=False,
     )
-
-
-def table(result: "Plan", screen: "Console") -> "Table":
-    """One row a strategy; for each axis the answer, the bytes left and, where there is room, what the next misses."""
-    from rich.table import Table
-
-    from mtp_mem._util import format_bytes
-    from mtp_mem.prediction.largest_fit import AXES
-
-    wide = screen.width >= 110
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    grid.add_column("strategy", overflow="fold")
-    for axis in AXES:
-        for title in (axis, "left", "next misses")[: 3 if wide else 2]:
-            grid.add_column(title, justify="right", no_wrap=True)
-    rows: dict[str, list[str]] = {}
-    for answer in result.answers:
-        beyond = answer.next_figures
-        cells = [
-            f"{answer.value}{TIGHT * (result.fit(answer.figures) == 'tight')}" if answer.fits else "none",
-            format_bytes(result.left(answer)),
-            "-" if beyond is None else format_bytes(beyond.allocated - result.limit),
-        ]
-        rows.setdefault(answer.strategy, []).extend(cells[: 3 if wide else 2])
-    for spec, cells in rows.items():
-        grid.add_row(spec, *cells)
-    return grid

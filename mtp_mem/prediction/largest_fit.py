@@ -8,8 +8,9 @@ Every answer has been predicted, and so has the next larger one, which does not 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mtp_mem._util import Progress, format_bytes
@@ -77,8 +78,7 @@ class Plan:
         limit: bytes that the allocated peak may not exceed.
         base: the batch, sequence and n from which each axis is varied.
         answers: of the strategies that can be predicted.
-        left_out: the others, each with the reason.
-        failed: those of the left out ones that raised an error of their own.
+        left_out: the others.
         before_a_step: bytes of weights and optimizer state alone, where they are over the limit already: there are no
             answers then, and nothing was tried.
     """
@@ -86,8 +86,7 @@ class Plan:
     limit: int
     base: Point
     answers: tuple[Answer, ...]
-    left_out: Mapping[str, str]
-    failed: tuple[str, ...] = ()
+    left_out: "LeftOut"
     before_a_step: int | None = None
 
     def of(self, axis: Axis) -> list[Answer]:
@@ -111,6 +110,29 @@ class Plan:
             if fitting := [answer for answer in self.of(axis) if answer.fits]:
                 return max(fitting, key=lambda a: (a.value, flops_factor(a.strategy) == 1, self.left(a)))
         return None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Strategies that no answer is given for.
+
+    Attributes:
+        reasons: by spec.
+        failed: those that raised an error of their own; the others cannot be predicted.
+    """
+
+    reasons: dict[str, str] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def unless_it_raises(self, spec: str) -> Iterator[None]:
+        """A block that runs the strategy: what it raises is its reason."""
+        try:
+            yield
+        except (Exception, SystemExit) as e:
+            self.reasons[spec] = one_line(e)
+            if not isinstance(e, (BadInput, Missing)):
+                self.failed.append(spec)
 
 
 class Prober:
@@ -178,20 +200,16 @@ def plan(prober: Prober, base: Point, limit: int, axes: Sequence[Axis] = AXES) -
     """
     least = prober.simulation(Point(batch=1, sequence=1, n=1)).baseline
     if least > limit:
-        return Plan(limit=limit, base=base, answers=(), left_out={}, before_a_step=least)
+        return Plan(limit=limit, base=base, answers=(), left_out=LeftOut(), before_a_step=least)
     answers: dict[tuple[str, Axis], Answer] = {}
-    left_out: dict[str, str] = {}
-    failed: list[str] = []
+    left_out = LeftOut()
     for axis in axes:
-        for spec in (spec for spec in prober.strategies if spec not in left_out):
-            try:
-                answers[spec, axis] = _answer(prober, spec, axis, base, limit)
-            except (Exception, SystemExit) as e:
-                left_out[spec] = one_line(e)
-                if not isinstance(e, (BadInput, Missing)):
-                    failed.append(spec)
-    kept = tuple(answers[spec, axis] for spec in prober.strategies if spec not in left_out for axis in axes)
-    return Plan(limit=limit, base=base, answers=kept, left_out=left_out, failed=tuple(failed))
+        for spec in prober.strategies:
+            if spec not in left_out.reasons:
+                with left_out.unless_it_raises(spec):
+                    answers[spec, axis] = _answer(prober, spec, axis, base, limit)
+    kept = tuple(answers[spec, axis] for spec in prober.strategies if spec not in left_out.reasons for axis in axes)
+    return Plan(limit=limit, base=base, answers=kept, left_out=left_out)
 
 
 def _answer(prober: Prober, spec: str, axis: Axis, base: Point, limit: int) -> Answer:

@@ -13,13 +13,11 @@ from typing import Any
 
 from mtp_mem._util import Progress, format_bytes
 from mtp_mem.config.schema import GPU, Profile, Training, Workload
-from mtp_mem.errors import BadInput, Missing, one_line, unknown
+from mtp_mem.errors import unknown
 from mtp_mem.model.shape import Shape
-from mtp_mem.prediction.auto import resolve_auto
 from mtp_mem.prediction.caching_allocator import Fit, fit
 from mtp_mem.prediction.formulas import step_flops, trunk_recompute_flops
-from mtp_mem.prediction.peaks import predicted
-from mtp_mem.prediction.simulated_step import Simulation
+from mtp_mem.prediction.largest_fit import LeftOut, Point, ProbedBytes, Prober
 from mtp_mem.strategy import Strategy
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -38,21 +36,19 @@ class Tried:
         strategy: the spec.
         training: the setup.
         workload: the micro-batch.
-        allocated: the allocator's predicted peak in bytes.
-        reserved: likewise, of its segments.
+        figures: the allocator's predicted peaks.
         flops: of the step's products over those without recomputation; None without a closed form.
     """
 
     strategy: str
     training: Training
     workload: Workload
-    allocated: int
-    reserved: int
+    figures: ProbedBytes
     flops: Fraction | None
 
     def fit(self, limit: int) -> Fit:
         """Whether it fits into so many bytes."""
-        return fit(self.allocated, self.reserved, limit)
+        return fit(self.figures.allocated, self.figures.reserved, limit)
 
     @property
     def words(self) -> str:
@@ -82,25 +78,10 @@ def variations(profile: Profile, vary: Sequence[str]) -> list[tuple[Training, Wo
     return combined
 
 
-@dataclass(frozen=True)
-class Tries:
-    """All that was tried, the cheapest first, of equal ones the one that needs most.
-
-    Attributes:
-        rows: a setup with a strategy each.
-        left_out: strategies that could not be predicted, each with the reason.
-        failed: those of the left out ones that raised an error of their own.
-    """
-
-    rows: tuple[Tried, ...]
-    left_out: Mapping[str, str]
-    failed: tuple[str, ...]
-
-
 def try_setups(
     profile: Profile, gpu: GPU, n: int, strategies: Mapping[str, Strategy], vary: Sequence[str], progress: Progress
-) -> Tries:
-    """Every variation with every strategy.
+) -> tuple[tuple[Tried, ...], LeftOut]:
+    """Every variation with every strategy, the cheapest first, of equal ones the one that needs most.
 
     Args:
         profile: model, step and setup to vary from.
@@ -113,36 +94,22 @@ def try_setups(
     Raises:
         BadInput: an option that cannot be varied.
     """
-    config = profile.model.with_n(n)
     rows: list[Tried] = []
-    left_out: dict[str, str] = {}
-    failed: list[str] = []
+    left_out = LeftOut()
     for training, workload in variations(profile, vary):
-        simulation = Simulation(config, workload, training, gpu=gpu)
-        for spec, strategy in strategies.items():
-            if spec in left_out:
-                continue
-            progress(f"{spec}: {training.trunk_checkpointing}, {training.micro_batches} x {workload.batch}")
-            try:
-                chosen, _ = resolve_auto(strategy, config, workload, training, cuda=True, gpu=gpu)
-                facts = predicted(simulation.trace(chosen), gpu)
-            except (Exception, SystemExit) as e:
-                left_out[spec] = one_line(e)
-                failed += [] if isinstance(e, (BadInput, Missing)) else [spec]
-                continue
-            rows.append(
-                Tried(
-                    strategy=spec,
-                    training=training,
-                    workload=workload,
-                    allocated=facts["peak_allocated_bytes"],
-                    reserved=facts["peak_reserved_bytes"],
-                    flops=_flops(spec, profile, config.with_n(n), training),
-                )
-            )
-    kept = [row for row in rows if row.strategy not in left_out]
-    kept.sort(key=lambda row: (row.flops or Fraction(1), row.training.micro_batches, -row.allocated))
-    return Tries(tuple(kept), left_out, tuple(failed))
+        varied = dataclasses.replace(profile, training=training, workload=workload)
+        prober = Prober(varied, gpu, strategies, progress)
+        point = Point(batch=workload.batch, sequence=workload.sequence, n=n)
+        for spec in strategies:
+            if spec not in left_out.reasons:
+                with left_out.unless_it_raises(spec):
+                    figures, flops = prober.probe(spec, point), _flops(spec, varied, n)
+                    rows.append(
+                        Tried(strategy=spec, training=training, workload=workload, figures=figures, flops=flops)
+                    )
+    kept = [row for row in rows if row.strategy not in left_out.reasons]
+    kept.sort(key=lambda row: (row.flops or Fraction(1), row.training.micro_batches, -row.figures.allocated))
+    return tuple(kept), left_out
 
 
 def cheapest(rows: Sequence[Tried], limit: int) -> Tried | None:
@@ -151,38 +118,33 @@ def cheapest(rows: Sequence[Tried], limit: int) -> Tried | None:
     if not fitting:
         return None
     cost = (fitting[0].flops, fitting[0].training.micro_batches)
-    return min((row for row in fitting if (row.flops, row.training.micro_batches) == cost), key=lambda r: r.allocated)
+    equal = (row for row in fitting if (row.flops, row.training.micro_batches) == cost)
+    return min(equal, key=lambda row: row.figures.allocated)
 
 
 def setup_advice(rows: Sequence[Tried], limit: int) -> str:
     """The setup to use and what it costs, in one sentence."""
     best = cheapest(rows, limit)
     if best is None:
-        least = min(rows, key=lambda row: row.allocated)
-        over = format_bytes(least.allocated - limit)
+        least = min(rows, key=lambda row: row.figures.allocated)
+        over = format_bytes(least.figures.allocated - limit)
         return f"Nothing fits: {least.strategy} with {least.words} needs least, and {over} too much."
     cost = (
-        "no FLOP more"
-        if best.flops == 1
-        else "FLOPs not known"
-        if best.flops is None
-        else f"{_share(best.flops)} FLOPs"
+        "FLOPs not known" if best.flops is None else f"{share(best.flops)} FLOPs" if best.flops > 1 else "no FLOP more"
     )
-    left = format_bytes(limit - best.allocated)
+    left = format_bytes(limit - best.figures.allocated)
     return f"Use {best.strategy} with {best.words}: the cheapest that fits, {cost}; {left} are left."
 
 
-def _share(flops: Fraction) -> str:
-    return f"{float(flops - 1):+.0%}"
+def share(flops: Fraction | None) -> str:
+    """FLOPs over those without recomputation, as what they are more."""
+    return "?" if flops is None else f"{float(flops - 1):+.0%}"
 
 
-def _flops(spec: str, profile: Profile, config: Any, training: Training) -> Fraction | None:
-    workload = {**dataclasses.asdict(profile.workload), "dtype": "bf16"}
-    shape = Shape.of(dataclasses.asdict(config), workload, cuda=True)
+def _flops(spec: str, profile: Profile, n: int) -> Fraction | None:
+    model, workload = dataclasses.asdict(profile.model.with_n(n)), dataclasses.asdict(profile.workload)
+    shape = Shape.of(model, workload | {"dtype": "bf16"}, cuda=True)  # products are counted, whatever they are in
     if shape is None:
         return None
-    try:
-        own = step_flops(spec, shape) + trunk_recompute_flops(shape, training)
-    except BadInput:
-        return None
+    own = step_flops(spec, shape) + trunk_recompute_flops(shape, profile.training)
     return Fraction(own, step_flops("sequential", shape))

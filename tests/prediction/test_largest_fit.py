@@ -116,10 +116,10 @@ def test_strategies_from_elsewhere(found: Plan) -> None:
     strategies = {"x:ReadsBack": ReadsBack(), "x:Mine": Mine(), "x:Raises": Raises()}
     asked: list[str] = []
     own = plan(Prober(PROFILE, GPU, strategies, asked.append), BASE, LIMIT)
-    assert list(own.left_out) == ["x:ReadsBack", "x:Raises"]
-    assert own.left_out["x:Raises"].startswith("ValueError: not today (")
-    assert own.failed == ("x:Raises",)  # what cannot be predicted is no failure
-    assert "it needs real data or a GPU kernel" in own.left_out["x:ReadsBack"]
+    assert list(own.left_out.reasons) == ["x:ReadsBack", "x:Raises"]
+    assert own.left_out.reasons["x:Raises"].startswith("ValueError: not today (")
+    assert own.left_out.failed == ["x:Raises"]  # what cannot be predicted is no failure
+    assert "it needs real data or a GPU kernel" in own.left_out.reasons["x:ReadsBack"]
     assert [a.figures for a in own.answers] == [a.figures for a in found.answers if a.strategy == "naive"]
     assert len(asked) == len(set(asked))  # each step is simulated once
 

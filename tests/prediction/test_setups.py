@@ -29,9 +29,10 @@ STRATEGIES = {spec: load_strategy(spec) for spec in ("naive", "sequential", "che
 
 @pytest.fixture(scope="module")
 def rows() -> list[Tried]:
-    tries = try_setups(PROFILE, GPU, 2, STRATEGIES, ("trunk_checkpointing", "micro_batches"), lambda _: None)
-    assert not tries.left_out
-    return list(tries.rows)
+    vary = ("trunk_checkpointing", "micro_batches")
+    rows, left_out = try_setups(PROFILE, GPU, 2, STRATEGIES, vary, lambda _: None)
+    assert not left_out.reasons
+    return list(rows)
 
 
 def test_the_step_keeps_its_sequences(rows: list[Tried]) -> None:
@@ -43,7 +44,7 @@ def test_the_step_keeps_its_sequences(rows: list[Tried]) -> None:
 def test_bytes_are_those_of_the_prediction(rows: list[Tried]) -> None:
     for row in rows[::4]:
         trace = simulate(PROFILE.model.with_n(2), row.workload, load_strategy(row.strategy), row.training, gpu=GPU)
-        assert row.allocated == predicted(trace, GPU)["peak_allocated_bytes"]
+        assert row.figures.allocated == predicted(trace, GPU)["peak_allocated_bytes"]
 
 
 def test_recomputation_is_the_cost(rows: list[Tried]) -> None:
@@ -55,13 +56,13 @@ def test_recomputation_is_the_cost(rows: list[Tried]) -> None:
 
 
 def test_the_cheapest_that_fits(rows: list[Tried]) -> None:
-    for limit in sorted({row.allocated for row in rows}):
+    for limit in sorted({row.figures.allocated for row in rows}):
         best = cheapest(rows, limit)
         assert best is not None
-        assert best.allocated <= limit
-        assert not [r for r in rows if r.flops < best.flops and r.allocated <= limit]  # type: ignore[operator]
+        assert best.figures.allocated <= limit
+        assert not [r for r in rows if r.flops < best.flops and r.figures.allocated <= limit]  # type: ignore[operator]
         assert f"Use {best.strategy} with {best.words}" in setup_advice(rows, limit)
-    least = min(row.allocated for row in rows)
+    least = min(row.figures.allocated for row in rows)
     assert cheapest(rows, least - 1) is None
     assert "Nothing fits" in setup_advice(rows, least - 1)
     assert "no FLOP more" in setup_advice(rows, 100 * GiB)
@@ -83,10 +84,10 @@ class Raises:
 
 def test_a_strategy_that_raises_is_left_out_and_named() -> None:
     strategies = {"x:Raises": Raises(), **STRATEGIES}
-    tries = try_setups(PROFILE, GPU, 2, strategies, ["optimizer"], lambda _: None)
-    assert tries.failed == ("x:Raises",)
-    assert tries.left_out["x:Raises"].startswith("ValueError: not today (")
-    assert {row.strategy for row in tries.rows} == set(STRATEGIES)
+    rows, left_out = try_setups(PROFILE, GPU, 2, strategies, ["optimizer"], lambda _: None)
+    assert left_out.failed == ["x:Raises"]
+    assert left_out.reasons["x:Raises"].startswith("ValueError: not today (")
+    assert {row.strategy for row in rows} == set(STRATEGIES)
 
 
 @pytest.mark.parametrize("columns", [80, 120])
