@@ -13,7 +13,7 @@ place of the bf16 ones, and the parameters are rounded from them: as Megatron-LM
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,9 +30,6 @@ class Optimizer(Protocol):
     """What a training step asks of an optimizer; every `torch.optim.Optimizer` fulfils it."""
 
     state: Any
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, or set them to zero."""
 
     def step(self) -> Any:
         """Change the parameters by their gradients."""
@@ -84,7 +81,7 @@ def simulated_optimizer(
                 parameters, betas=BETAS, weight_decay=WEIGHT_DECAY, foreach=foreach
             )
         else:
-            optimizer = _Still(parameters)
+            optimizer = _Still()
         for parameter in parameters:
             if parameter.requires_grad:
                 optimizer.state[parameter] = state_by_rule(parameter, name, host)
@@ -138,20 +135,11 @@ class WithMaster:
     """
 
     def __init__(self, parameters: Sequence[Tensor], make: Callable[[Sequence[Tensor]], Optimizer]) -> None:
-        self.parameters = list(parameters)
-        self.copies = {p: p.detach().to(torch.float32, copy=True) for p in self.parameters if p.requires_grad}
+        self.copies = {p: p.detach().to(torch.float32, copy=True) for p in parameters if p.requires_grad}
         for copy in self.copies.values():
             copy.requires_grad_(True)
         self.inner = make(list(self.copies.values()))
         self.state = self.inner.state
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Of the parameters."""
-        for parameter in self.parameters:
-            if set_to_none:
-                parameter.grad = None
-            elif parameter.grad is not None:
-                parameter.grad.zero_()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -170,14 +158,8 @@ class WithMaster:
 class _Still:
     """Of an optimizer whose step takes no memory, only what it keeps."""
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self.parameters = list(parameters)
+    def __init__(self) -> None:
         self.state: dict[Tensor, dict[str, Tensor]] = {}
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for parameter in self.parameters:
-            if set_to_none:
-                parameter.grad = None
 
     def step(self) -> None:
         pass

@@ -66,7 +66,7 @@ class TrainingStep:
 
     def __call__(self, phase: Phase = no_phase) -> Tensor:
         """Returns the n losses of the last micro-batch, detached; every micro-batch is the batch once more."""
-        self.optimizer.zero_grad(set_to_none=self.training.set_to_none)
+        self.model.zero_grad(set_to_none=self.training.set_to_none)
         count = self.training.micro_batches
         for _ in range(count):
             losses = forward_backward(self.model, self.batch, self.strategy, scale=1 / count, phase=phase)

@@ -71,6 +71,8 @@ def _predict(args: argparse.Namespace) -> int:
 
     profile = profile_of(args)
     gpus = {gpu_folder(name): gpu_of(name, args) for name in args.gpu or profile.gpus}
+    if len(gpus) < len(args.gpu or profile.gpus):
+        raise BadInput(f"--gpu {','.join(args.gpu or profile.gpus)}: two of these would share a folder; name each once")
     peaks.check_predictable(profile)
     alone = args.out if len(gpus) == 1 else None
     folder = args.out or Path("results")

@@ -19,7 +19,7 @@ def track(step: TrainingStep) -> Trace:
     """
     model, optimizer, batch = step.model, step.optimizer, step.batch
     freed = step.training.set_to_none
-    optimizer.zero_grad(set_to_none=freed)
+    model.zero_grad(set_to_none=freed)
     parameters = list(model.named_parameters())
     tracker = Tracker(model.config.vocab_size, model.config.dim, parameters)
     tracker.resident("parameters", parameters)
@@ -32,7 +32,7 @@ def track(step: TrainingStep) -> Trace:
     try:
         with tracker, all_seen():
             step(tracker.phase)
-            optimizer.zero_grad(set_to_none=freed)
+            model.zero_grad(set_to_none=freed)
             gc.collect()
             tracker.begin_step()
             step(tracker.phase)

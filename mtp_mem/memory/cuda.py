@@ -39,7 +39,7 @@ def measure(step: TrainingStep, repeats: int = 3) -> CudaPeaks:
 
 
 def _once(step: TrainingStep) -> CudaPeaks:
-    step.optimizer.zero_grad(set_to_none=step.training.set_to_none)
+    step.model.zero_grad(set_to_none=step.training.set_to_none)
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()

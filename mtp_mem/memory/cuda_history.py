@@ -64,7 +64,7 @@ def record(step: TrainingStep, snapshot: Path | None = None) -> Trace:
     """
     model, batch = step.model, step.batch
     device = batch.tokens.device.index or torch.cuda.current_device()
-    step.optimizer.zero_grad(set_to_none=step.training.set_to_none)
+    step.model.zero_grad(set_to_none=step.training.set_to_none)
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()

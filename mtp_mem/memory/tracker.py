@@ -98,12 +98,6 @@ class Tracker(TorchDispatchMode):
             self._parameters.append((name, weakref.ref(parameter)))
             self._parameter_shapes.add(tuple(parameter.shape))
 
-    def mark(self, category: Category, tensors: Named) -> None:
-        """Say what storages that were made under the tracker are for."""
-        for name, tensor in tensors:
-            storage = self.trace.storages[self._keys[tensor.untyped_storage()._cdata]]
-            storage.category, storage.name = category, name
-
     def begin_step(self) -> None:
         """The measured step begins; what came before built the model and warmed it up."""
         self.trace.start = len(self.trace.events)

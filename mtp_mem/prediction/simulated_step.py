@@ -163,7 +163,7 @@ class Simulation:
             raise _unpredictable(strategy, e) from None
 
     def _forget_gradients(self) -> None:
-        self._step.optimizer.zero_grad(set_to_none=self._step.training.set_to_none)
+        self._step.model.zero_grad(set_to_none=self._step.training.set_to_none)
 
 
 def _without_data(tensor: torch.Tensor) -> bool:

@@ -186,7 +186,7 @@ class Bench:
 
     def recover(self) -> None:
         """Drop what a failed case left behind."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         free(self.device)
 
     def _reference(self) -> tuple[Gradients | None, str]:
@@ -204,7 +204,7 @@ class Bench:
 
     def _gradients(self, strategy: Strategy) -> dict[str, list[Tensor | None]]:
         """Of one step, by part of the model, and its losses."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         losses = forward_backward(self.model, self.batch, strategy)
         if not isinstance(losses, Tensor) or losses.shape != (self.model.config.n_future,):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__

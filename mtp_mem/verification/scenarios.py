@@ -342,4 +342,4 @@ def _train(model: MTPModel, batch: Batch, steps: int) -> None:
     step = TrainingStep(model, make_optimizer(model, lr=0.01), on_device, load_strategy("naive"))
     for _ in range(steps):
         step()
-    step.optimizer.zero_grad(set_to_none=True)
+    step.model.zero_grad(set_to_none=True)

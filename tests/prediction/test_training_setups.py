@@ -73,7 +73,7 @@ def test_predicted_equals_tracked(name: str, training: Training, dtype: str, spe
 def test_tracked_equals_the_allocator(name: str) -> None:
     training = SETUPS[name]
     step = real_step(training, "fp32", "sequential")
-    step.optimizer.zero_grad(set_to_none=training.set_to_none)
+    step.model.zero_grad(set_to_none=training.set_to_none)
     over_baseline = allocator_peak(step)
     trace = track(step)
     # On a CPU an unfused AdamW makes scalars that no operator returns: 8 bytes, and 4 as they are cast.

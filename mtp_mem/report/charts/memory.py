@@ -25,6 +25,7 @@ from mtp_mem.report.charts.style import (
     write_rows,
 )
 from mtp_mem.report.recommend import peak_bytes, record_formula
+from mtp_mem.runs.identity import training_words
 from mtp_mem.runs.record import Record
 
 FORMULA: Any = {"color": "#333333", "linewidth": 0.9, "linestyle": (0, (5, 4))}
@@ -47,23 +48,9 @@ def memory_vs_n(records: Sequence[Record], out: Path, gpu: GPU | None = None) ->
     Returns:
         The files written under `out`: memory-vs-n.png, .svg and .csv. None without a finished case.
     """
-    done = _done(records)
-    if not done:
-        return []
-    top = max(*(_height(r, gpu) for r in done), gpu.total_bytes if gpu else 0)
-    unit, unit_name = unit_for(top)
     what = "all of it" if gpu else "on top of weights, optimizer and batch"
     title = f"{'Predicted memory' if gpu else 'Memory'} of a training step, {what}"
-    with figure(8, 5, title, subtitle(done[0]), foot(done[0])) as drawing:
-        axes = drawing.add_subplot()
-        axes.set_ylim(0, 1.08 * top / unit)
-        heads_axis(axes, sorted({r.n for r in records}))
-        grid(axes, "y", f" {unit_name}")
-        label_ends(axes, _lines(axes, records, unit, gpu))
-        if any(line.get_label() == FORMULA_LABEL for line in axes.lines):
-            axes.legend(loc="lower left" if gpu else "best", frameon=False, fontsize=8.5)
-        rows = [[*(getattr(r, column) for column in COLUMNS), record_formula(r)] for r in records]
-        return save(drawing, out, "memory-vs-n", write_rows([*COLUMNS, "formula_over_baseline_bytes"], rows))
+    return _lines_against_n(records, out, gpu, "memory-vs-n", title)
 
 
 def memory_of_setups(setups: Mapping[str, Sequence[Record]], out: Path, gpu: GPU) -> list[Path]:
@@ -82,20 +69,7 @@ def memory_of_setups(setups: Mapping[str, Sequence[Record]], out: Path, gpu: GPU
         for words, records in setups.items()
         for r in records
     ]
-    done = _done(lines)
-    if not done:
-        return []
-    top = max(*(_height(r, gpu) for r in done), gpu.total_bytes)
-    unit, unit_name = unit_for(top)
-    under = subtitle(done[0], setup=False)
-    with figure(8, 5, "Predicted memory of a training step, by setup", under, foot(done[0])) as drawing:
-        axes = drawing.add_subplot()
-        axes.set_ylim(0, 1.08 * top / unit)
-        heads_axis(axes, sorted({r.n for r in done}))
-        grid(axes, "y", f" {unit_name}")
-        label_ends(axes, _lines(axes, lines, unit, gpu))
-        rows = [[getattr(r, column) for column in COLUMNS] for r in lines]
-        return save(drawing, out, "memory-of-setups", write_rows(COLUMNS, rows))
+    return _lines_against_n(lines, out, gpu, "memory-of-setups", "Predicted memory of a training step, by setup")
 
 
 def memory_small_multiples(panels: Mapping[str, Sequence[Record]], out: Path) -> list[Path]:
@@ -133,6 +107,26 @@ def memory_small_multiples(panels: Mapping[str, Sequence[Record]], out: Path) ->
             axes.set_visible(False)
         rows = [[name, *(getattr(r, c) for c in COLUMNS)] for name, records in panels.items() for r in records]
         return save(drawing, out, "memory-vs-n-panels", write_rows(["panel", *COLUMNS], rows))
+
+
+def _lines_against_n(records: Sequence[Record], out: Path, gpu: GPU | None, name: str, title: str) -> list[Path]:
+    """One chart of `_lines` as NAME.png, .svg and .csv; none without a finished case."""
+    done = _done(records)
+    if not done:
+        return []
+    top = max(*(_height(r, gpu) for r in done), gpu.total_bytes if gpu else 0)
+    unit, unit_name = unit_for(top)
+    one_setup = len({training_words(r) for r in done}) == 1
+    with figure(8, 5, title, subtitle(done[0], setup=one_setup), foot(done[0])) as drawing:
+        axes = drawing.add_subplot()
+        axes.set_ylim(0, 1.08 * top / unit)
+        heads_axis(axes, sorted({r.n for r in records}))
+        grid(axes, "y", f" {unit_name}")
+        label_ends(axes, _lines(axes, records, unit, gpu))
+        if any(line.get_label() == FORMULA_LABEL for line in axes.lines):
+            axes.legend(loc="lower left" if gpu else "best", frameon=False, fontsize=8.5)
+        rows = [[*(getattr(r, column) for column in COLUMNS), record_formula(r)] for r in records]
+        return save(drawing, out, name, write_rows([*COLUMNS, "formula_over_baseline_bytes"], rows))
 
 
 FORMULA_LABEL = "closed-form formula"
