@@ -51,10 +51,20 @@ def make_batch(tokens: Tensor, n_future: int) -> Batch:
         tokens: (B, S) int64.
         n_future: n, the number of heads.
     """
-    targets = tokens.new_full((n_future, *tokens.shape), IGNORE)  # (n, B, S)
-    for i in range(min(n_future, tokens.shape[1] - 1)):
-        targets[i, :, : -(i + 1)] = tokens[:, i + 1 :]
-    return Batch(tokens, targets)
+    return Batch(tokens, future_targets(tokens, n_future))
+
+
+def future_targets(labels: Tensor, n: int) -> Tensor:
+    """Targets (n, B, S) of n heads: row i is the labels i + 1 places on, IGNORE where that runs past the sequence.
+
+    Args:
+        labels: (B, S) int64, as transformers takes them: the tokens, IGNORE where there is nothing to learn.
+        n: number of heads.
+    """
+    targets = labels.new_full((n, *labels.shape), IGNORE)  # (n, B, S)
+    for i in range(min(n, labels.shape[1] - 1)):
+        targets[i, :, : -(i + 1)] = labels[:, i + 1 :]
+    return targets
 
 
 def check_vocabulary(workload: Workload, vocab_size: int) -> None:

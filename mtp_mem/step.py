@@ -16,13 +16,13 @@ from mtp_mem.data import Batch
 from mtp_mem.errors import BadInput
 from mtp_mem.model.head_tree import Phase, no_phase
 from mtp_mem.model.losses import loss_dtype
-from mtp_mem.model.mtp_model import MTPModel
-from mtp_mem.optimizers import Optimizer
+from mtp_mem.model.optimizers import Optimizer
+from mtp_mem.model.own import Model
 from mtp_mem.strategy import Strategy
 
 
 def forward_backward(
-    model: MTPModel,
+    model: Model,
     batch: Batch,
     strategy: Strategy,
     weights: Sequence[float] | Tensor | None = None,
@@ -32,7 +32,7 @@ def forward_backward(
     """Add the gradient of scale * sum_i weights[i] * L_i to every trainable parameter's `.grad`.
 
     Args:
-        model: the model.
+        model: `MTPModel`, what `from_hf` made, or your own (mtp_mem/model/own.py).
         batch: tokens (B, S) and targets (n, B, S).
         strategy: how the heads' forward and backward passes are ordered.
         weights: n loss weights; ones by default, the plain sum of Gloeckle et al. 2024, section 2.
@@ -46,7 +46,7 @@ def forward_backward(
     upstream = _upstream(model, batch, weights, scale)
     z = model.trunk(batch.tokens)  # (B, S, D)
     cut = z.detach().requires_grad_(z.requires_grad)
-    losses = strategy.backward(cut, model.heads(batch.tokens, phase), batch.targets, upstream)
+    losses = strategy.backward(cut, model.heads(z, phase), batch.targets, upstream)
     if z.requires_grad:
         phase("trunk backward")
         torch.autograd.backward(z, cut.grad)
@@ -57,7 +57,7 @@ def forward_backward(
 class TrainingStep:
     """Forward, backward, clipping and optimizer step on one batch; call it with a `Phase` to be told where it is."""
 
-    model: MTPModel
+    model: Model
     optimizer: Optimizer
     batch: Batch
     strategy: Strategy
@@ -91,9 +91,9 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> None:
         torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
 
 
-def _upstream(model: MTPModel, batch: Batch, weights: Sequence[float] | Tensor | None, scale: float) -> Tensor:
+def _upstream(model: Model, batch: Batch, weights: Sequence[float] | Tensor | None, scale: float) -> Tensor:
     parameter = next(model.parameters())
-    n, dtype = model.config.n_future, loss_dtype(parameter.dtype)
+    n, dtype = model.n_future, loss_dtype(parameter.dtype)
     if batch.targets.shape != (n, *batch.tokens.shape):
         raise BadInput(
             f"targets have shape {tuple(batch.targets.shape)}, expected (n, B, S) = {(n, *batch.tokens.shape)}"

@@ -19,7 +19,7 @@ from mtp_mem.config.schema import Dtype, ModelConfig, Workload
 from mtp_mem.config.toml import parse
 from mtp_mem.errors import BadInput, Missing, MtpMemError, one_line, unknown
 from mtp_mem.model.head_tree import Heads
-from mtp_mem.model.mtp_model import PRODUCT_DTYPES
+from mtp_mem.model.layers import PRODUCT_DTYPES
 
 BUILTIN = {
     "naive": "mtp_mem.strategies.naive:Naive",

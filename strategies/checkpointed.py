@@ -52,7 +52,6 @@ class Checkpointed:
             targets: (n, B, S).
             losses: by head index; this head's and its children's are added.
         """
-        # Heads draw no random numbers, so there is no generator state to keep.
         hidden, losses[head.index] = checkpoint(
             hidden_and_loss,
             heads,
@@ -60,7 +59,7 @@ class Checkpointed:
             parent,
             targets[head.index],
             use_reentrant=False,
-            preserve_rng_state=False,
+            preserve_rng_state=heads.draws,
         )
         for child in head.children:
             self.head_forward(heads, child, hidden, targets, losses)

@@ -116,6 +116,7 @@ class _Step(Sequential):
                 gradient,
                 chunk=self.chunk or default_chunk(N, D, V, dtype.itemsize, heads.cuda),
                 keep_rows=not normed.requires_grad,
+                softcap=heads.softcap,
             )
         heads.backward([normed], [rows.view_as(normed).to(normed.dtype)])
         return loss
@@ -214,6 +215,7 @@ def head_loss(
     *,
     chunk: int,
     keep_rows: bool,
+    softcap: float | None = None,
 ) -> Tensor:
     """Mean cross entropy of one head; `rows` become their own gradient.
 
@@ -225,6 +227,7 @@ def head_loss(
         gradient: what sums the unembedding's gradient; None where it is frozen.
         chunk: tokens per chunk.
         keep_rows: leave `rows` alone: nothing below needs a gradient.
+        softcap: c where logits are c tanh(logits / c).
 
     Returns:
         The loss, 0-dim, in the loss dtype; 0 where no target is valid.
@@ -242,7 +245,7 @@ def head_loss(
         x, weight = rows[part], (share[part] * upstream)[:, None]  # (c, D), (c, 1)
         z = logits[: x.shape[0]]
         torch.mm(x, unembedding.T, out=z)
-        total += _softmax_minus_onehot(z, column[part], share[part])
+        total += _softmax_minus_onehot(z, column[part], share[part], softcap)
         if gradient is not None:  # the rows are needed no more, unless they are kept
             gradient.add(z, (x * weight).to(x.dtype) if keep_rows else x.mul_(weight))
         if not keep_rows:
@@ -251,11 +254,11 @@ def head_loss(
     return total
 
 
-def _softmax_minus_onehot(z: Tensor, column: Tensor, share: Tensor) -> Tensor:
+def _softmax_minus_onehot(z: Tensor, column: Tensor, share: Tensor, softcap: float | None) -> Tensor:
     """Logits z (c, V) become dL_row/dlogits in place; returns the sum of the rows' losses, each times its share."""
     acc = loss_dtype(z.dtype)
     if z.dtype == acc:
-        return _rows(z, column, share)
+        return _rows(z, column, share, softcap)
     height = max(1, min(z.shape[0], SOFTMAX_BLOCK // (z.shape[1] * acc.itemsize)))
     wide = z.new_empty(height, z.shape[1], dtype=acc)  # (r, V)
     total = z.new_zeros((), dtype=acc)
@@ -263,12 +266,16 @@ def _softmax_minus_onehot(z: Tensor, column: Tensor, share: Tensor) -> Tensor:
         part = slice(start, min(start + height, z.shape[0]))
         block = wide[: part.stop - part.start]
         block.copy_(z[part])
-        total += _rows(block, column[part], share[part])
+        total += _rows(block, column[part], share[part], softcap)
         z[part] = block
     return total
 
 
-def _rows(z: Tensor, column: Tensor, share: Tensor) -> Tensor:
+def _rows(z: Tensor, column: Tensor, share: Tensor, softcap: float | None) -> Tensor:
+    slope = None
+    if softcap is not None:
+        slope = 1 - z.div_(softcap).tanh_().square()  # (rows, V), of the cap
+        z.mul_(softcap)
     # In place: documented for neither operator, and held by tests/strategies/test_chunked_tokens.py on every dtype.
     top, wanted = z.amax(dim=1), z.gather(1, column)[:, 0]  # (c,), (c,)
     torch.ops.aten._softmax.out(z, 1, False, out=z)
@@ -276,6 +283,8 @@ def _rows(z: Tensor, column: Tensor, share: Tensor) -> Tensor:
     # The target's logit goes first: a large offset that all logits share then costs no digits.
     losses = (top - wanted) - z.amax(dim=1).log()  # (c,)
     z.scatter_add_(1, column, torch.full_like(column, -1, dtype=z.dtype))
+    if slope is not None:
+        z.mul_(slope)
     return torch.where(share > 0, losses * share, 0.0).sum()
 
 

@@ -57,26 +57,30 @@ class ChunkedVocab(Sequential):
         return slab + shape.N * shape.D * shape.loss_value + shape.hidden + product + shape.unembedding
 
 
-def vocabulary_slabs(hidden: Tensor, unembedding: Tensor, targets: Tensor, *, chunk: int) -> Tensor:
+def vocabulary_slabs(
+    hidden: Tensor, unembedding: Tensor, targets: Tensor, *, chunk: int, softcap: float | None = None
+) -> Tensor:
     """Slabs of `chunk` vocabulary entries: online logsumexp forward, logits recomputed slab by slab in backward.
 
     Holds (N, chunk) instead of (N, V) and runs four projections instead of three (4/3 of the FLOPs). The normaliser of
     a row is only known after its last slab, which is why vocabulary chunks cannot do without recomputation.
     """
     rows = hidden.flatten(0, -2).to(compute_dtype(hidden))  # (N, D)
-    return _VocabularySlabs.apply(rows, unembedding, targets.flatten(), chunk)  # type: ignore[no-any-return,no-untyped-call]
+    return _VocabularySlabs.apply(rows, unembedding, targets.flatten(), chunk, softcap)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _VocabularySlabs(torch.autograd.Function):
     """Cross entropy over vocabulary slabs; saves of the logits only each row's maximum and log-sum, (N,)."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, unembedding: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, hidden: Tensor, unembedding: Tensor, targets: Tensor, chunk: int, softcap: float | None
+    ) -> Tensor:
         acc = loss_dtype(hidden.dtype)
         top = hidden.new_full(targets.shape, -torch.inf, dtype=acc)  # (N,) running maximum
         total = hidden.new_zeros(targets.shape, dtype=acc)  # (N,) sum of exp(logit - top)
         target_logit = hidden.new_zeros(targets.shape, dtype=acc)  # (N,)
-        slabs = _Slabs(hidden, min(chunk, unembedding.shape[0]))
+        slabs = _Slabs(hidden, min(chunk, unembedding.shape[0]), softcap)
         for start in range(0, unembedding.shape[0], chunk):
             slab = slabs.logits(unembedding[start : start + chunk].to(hidden.dtype))  # (N, chunk)
             inside, column = _place(targets, start, slab.shape[1])
@@ -88,27 +92,32 @@ class _VocabularySlabs(torch.autograd.Function):
         valid = targets != IGNORE
         count = valid.sum().clamp(min=1)
         ctx.save_for_backward(hidden, unembedding, targets, top, log_total, valid.to(acc) / count)
-        ctx.chunk = chunk  # type: ignore[attr-defined]
+        ctx.chunk, ctx.softcap = chunk, softcap  # type: ignore[attr-defined]
         return torch.where(valid, (top - target_logit) + log_total, 0).sum() / count
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden, unembedding, targets, top, log_total, row_share = ctx.saved_tensors  # type: ignore[attr-defined]
         want_hidden, want_unembedding = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
         chunk: int = ctx.chunk  # type: ignore[attr-defined]
+        softcap: float | None = ctx.softcap  # type: ignore[attr-defined]
         acc = top.dtype
         # Row weights go onto the (N, D) sides of the products, never onto the (N, chunk) slab.
         row = (row_share * grad)[:, None]  # (N, 1)
         weighted = (hidden * row).to(hidden.dtype) if want_unembedding else None  # (N, D)
         d_hidden = torch.zeros_like(hidden, dtype=acc) if want_hidden else None  # (N, D)
         d_unembedding = torch.empty_like(unembedding) if want_unembedding else None  # (V, D)
-        slabs = _Slabs(hidden, min(chunk, unembedding.shape[0]))
+        slabs = _Slabs(hidden, min(chunk, unembedding.shape[0]), softcap)
         for start in range(0, unembedding.shape[0], chunk):
             weight = unembedding[start : start + chunk].to(hidden.dtype)  # (chunk, D)
-            slab = slabs.logits(weight).sub_(top[:, None]).sub_(log_total[:, None]).exp_()  # (N, chunk), probabilities
+            slab = slabs.logits(weight)  # (N, chunk)
+            slope = None if softcap is None else 1 - (slab / softcap).square_()  # of the cap
+            slab = slab.sub_(top[:, None]).sub_(log_total[:, None]).exp_()  # probabilities
             inside, column = _place(targets, start, slab.shape[1])
             slab.scatter_add_(1, column[:, None], -inside[:, None].to(acc))  # probabilities - onehot
+            if slope is not None:
+                slab.mul_(slope)
             slab = slabs.narrow(slab)
             if d_hidden is not None:
                 if acc == hidden.dtype:
@@ -121,14 +130,14 @@ class _VocabularySlabs(torch.autograd.Function):
                     torch.mm(slab.T, weighted, out=part)
                 else:  # under autocast the gradient is wider than the product
                     part.copy_(slab.T @ weighted)
-        return None if d_hidden is None else d_hidden.mul_(row).to(hidden.dtype), d_unembedding, None, None
+        return None if d_hidden is None else d_hidden.mul_(row).to(hidden.dtype), d_unembedding, None, None, None
 
 
 class _Slabs:
     """The buffers (N, chunk) that every slab uses again: in the model's dtype and, where it differs, the loss's."""
 
-    def __init__(self, hidden: Tensor, chunk: int) -> None:
-        self._hidden = hidden
+    def __init__(self, hidden: Tensor, chunk: int, softcap: float | None) -> None:
+        self._hidden, self._softcap = hidden, softcap
         self._product = hidden.new_empty(hidden.shape[0], chunk)
         acc = loss_dtype(hidden.dtype)
         self._wide = None if acc == hidden.dtype else hidden.new_empty(hidden.shape[0], chunk, dtype=acc)
@@ -137,7 +146,8 @@ class _Slabs:
         """(N, D) x (C, D) -> logits (N, C) in the loss dtype, in a buffer that may be overwritten."""
         product = self._view(self._product, weight.shape[0])
         torch.mm(self._hidden, weight.T, out=product)
-        return product if self._wide is None else self._view(self._wide, weight.shape[0]).copy_(product)
+        wide = product if self._wide is None else self._view(self._wide, weight.shape[0]).copy_(product)
+        return wide if self._softcap is None else wide.div_(self._softcap).tanh_().mul_(self._softcap)
 
     def narrow(self, slab: Tensor) -> Tensor:
         """The slab in the model's dtype."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mtp_mem.cli.setup import names, training_options, with_setup
+from mtp_mem.cli.setup import chosen_profile, model_options, names, training_options
 
 if TYPE_CHECKING:
     from mtp_mem.config.schema import Profile
@@ -25,9 +25,7 @@ AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.
 
 def case_options(sub: argparse.ArgumentParser, profile: str) -> None:
     """The options that choose cases."""
-    sub.add_argument(
-        "--profile", default=profile, help=f"a shipped profile (see list) or a TOML file; default {profile}"
-    )
+    model_options(sub, profile)
     sub.add_argument("--strategies", type=names, metavar="A,B", help="instead of the profile's; name[:option=value]...")
     sub.add_argument("--strategy", action="append", metavar="SPEC", help="one more: a name or package.module:Class")
     sub.add_argument("--n", type=numbers, metavar="1,2,4", help="numbers of heads, instead of the profile's")
@@ -70,16 +68,15 @@ def settle_numerics(args: argparse.Namespace) -> None:
 
 def profile_of(args: argparse.Namespace) -> "Profile":
     """The profile with the command line's changes; every strategy in it can be loaded."""
-    from mtp_mem.config.profiles import load_profile
     from mtp_mem.strategy import load_strategy
 
-    profile = load_profile(args.profile)
+    profile = chosen_profile(args)
     changes = {key: value for key in ("n", "rounds") if (value := getattr(args, key, None)) is not None}
     specs = tuple(args.strategies or profile.sweep.strategies) + tuple(args.strategy or ())
     for spec in specs:
         load_strategy(spec)
     changes["strategies"] = tuple(dict.fromkeys(specs))
-    return with_setup(dataclasses.replace(profile, sweep=dataclasses.replace(profile.sweep, **changes)), args)
+    return dataclasses.replace(profile, sweep=dataclasses.replace(profile.sweep, **changes))
 
 
 def note(line: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtp_mem.cli.common import AddCommand, console, progress
-from mtp_mem.cli.setup import gpu_of, gpu_options, names, training_options, with_setup
+from mtp_mem.cli.setup import chosen_profile, gpu_of, gpu_options, model_options, names, training_options
 from mtp_mem.errors import BadInput, BrokenContract, Missing, MtpMemError
 
 if TYPE_CHECKING:
@@ -23,9 +23,7 @@ LARGEST_HEADROOM = 90  # per cent; beyond that no model is left to plan for
 def add(command: AddCommand) -> None:
     """Register the command."""
     sub = command("plan", run, "the largest batch, sequence and n that fit on a GPU that need not be here")
-    sub.add_argument(
-        "--profile", default="llama3-8b", help="a shipped one (see list) or a TOML file; default llama3-8b"
-    )
+    model_options(sub, "llama3-8b")
     gpu_options(sub, several=False)
     sub.add_argument(
         "--headroom", default="5%", help="share of the GPU to leave for the CUDA context and libraries; default 5%%"
@@ -47,13 +45,12 @@ def add(command: AddCommand) -> None:
 def run(args: argparse.Namespace) -> int:
     """What of the profile fits on the GPU, strategy by strategy."""
     from mtp_mem._util import writable
-    from mtp_mem.config.profiles import load_profile
     from mtp_mem.prediction.largest_fit import LeftOut, Point, Prober, plan
     from mtp_mem.prediction.peaks import check_predictable
     from mtp_mem.report.draw_files import plan_chart
     from mtp_mem.report.plan import plan_document
 
-    profile, percent = with_setup(load_profile(args.profile), args), headroom(args.headroom)
+    profile, percent = chosen_profile(args), headroom(args.headroom)
     gpu = gpu_of(profile.gpus[0] if args.gpu is None else args.gpu, args)
     limit = int(gpu.total_bytes * (1 - percent / 100))
     check_predictable(profile)

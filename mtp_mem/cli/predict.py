@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from mtp_mem.runs import check_prediction
 
-    if args.profile != PROFILE or args.strategies or args.strategy or args.n or args.dtype:
-        raise BadInput("--check has its own cases: no --profile, --strategies, --strategy, --n or --dtype")
+    if args.profile or args.hf or args.model or args.strategies or args.strategy or args.n or args.dtype:
+        raise BadInput("--check has its own cases: no --profile, --hf, --model, --strategies, --strategy, --n, --dtype")
     if args.gpu and len(args.gpu) > 1:
         raise BadInput(f"--gpu {','.join(args.gpu)}: --check predicts for one GPU")
     document, right = check_prediction.run(

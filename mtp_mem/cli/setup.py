@@ -3,12 +3,52 @@
 import argparse
 import dataclasses
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mtp_mem.errors import BadInput
 
 if TYPE_CHECKING:
     from mtp_mem.config.schema import GPU, Profile
 
+HF_KINDS = ("parallel", "causal", "anticausal", "deepseek", "medusa", "linear")
 UNITS = {"": 1, "b": 1, "mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def model_options(sub: argparse.ArgumentParser, profile: str | None) -> None:
+    """`--profile`, `--hf` or `--model`: what is run.
+
+    Args:
+        sub: the command's parser.
+        profile: the profile where nothing is asked for; None: nothing.
+    """
+    default = f"; default {profile}" if profile else ""
+    group = sub.add_mutually_exclusive_group()
+    group.add_argument("--profile", help=f"a shipped profile (see list) or a TOML file{default}")
+    group.add_argument(
+        "--hf", type=Path, metavar="CONFIG", help="a Hugging Face config.json, or a folder that holds one"
+    )
+    group.add_argument("--model", metavar="PACKAGE.MODULE:FUNCTION", help="your own model: what the function returns")
+    sub.add_argument("--kind", choices=HF_KINDS, help="of the heads of --hf; default parallel, or deepseek for MTP")
+    sub.set_defaults(default_profile=profile)
+
+
+def chosen_profile(args: argparse.Namespace) -> "Profile":
+    """The profile of `--profile`, `--hf` or `--model`, with the command line's changes."""
+    from mtp_mem.config.other_models import factory_profile, huggingface_profile
+    from mtp_mem.config.profiles import load_profile
+
+    if args.kind and not args.hf:
+        raise BadInput("--kind is an option of --hf; a profile says it as model.head, a function of yours makes it")
+    if args.hf:
+        profile = huggingface_profile(args.hf, args.kind)
+    elif args.model:
+        from mtp_mem.model.build import make_model
+
+        profile = factory_profile(args.model, make_model)
+    else:
+        profile = load_profile(args.profile or args.default_profile)
+    return with_setup(profile, args)
 
 
 def training_options(sub: argparse.ArgumentParser) -> None:

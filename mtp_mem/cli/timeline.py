@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mtp_mem.cli.common import AddCommand, device_option
-from mtp_mem.cli.setup import count, gpu_of, gpu_options, training_options, with_setup
+from mtp_mem.cli.setup import chosen_profile, count, gpu_of, gpu_options, model_options, training_options
 from mtp_mem.errors import BrokenContract, MtpMemError, one_line
 
 
 def add(command: AddCommand) -> None:
     """Register the command."""
     sub = command("timeline", run, "one step's live bytes by category, and what its peak consists of")
-    sub.add_argument("--profile", default="quick", help="a shipped one (see list) or a TOML file; default quick")
+    model_options(sub, "quick")
     sub.add_argument("--strategy", default="sequential", metavar="SPEC", help="default sequential")
     sub.add_argument("--n", type=count, help="number of heads; default the profile's largest")
     gpu_options(sub, several=False)
@@ -30,7 +30,6 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from mtp_mem._util import format_bytes, writable
-    from mtp_mem.config.profiles import load_profile
     from mtp_mem.environment import environment, footer
     from mtp_mem.memory import cpu, cuda_history
     from mtp_mem.prediction import peaks, simulated_step
@@ -39,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from mtp_mem.runs import bench
     from mtp_mem.strategy import load_strategy
 
-    profile, strategy = with_setup(load_profile(args.profile), args), load_strategy(args.strategy)
+    profile, strategy = chosen_profile(args), load_strategy(args.strategy)
     config = profile.model.with_n(args.n or max(profile.sweep.n))
     out = writable(args.out or Path("results") / f"timeline-{profile.name}")
     device = torch.device("cpu")

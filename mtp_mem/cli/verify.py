@@ -12,10 +12,11 @@ from mtp_mem.cli.common import (
     console,
     deterministic_option,
     device_option,
+    numbers,
     progress,
     settle_numerics,
 )
-from mtp_mem.cli.setup import names
+from mtp_mem.cli.setup import chosen_profile, model_options, names, training_options
 from mtp_mem.errors import BadInput
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from mtp_mem.verification.checks import Check, Verification
 
+ONLY_OWN = ("n", "batch", "sequence", "layers", "vocab", "trunk_checkpointing", "micro_batches", "optimizer", "frozen")
+"""Options that change a model of one's own."""
 SHOWN = 20  # failures in the terminal; --json has all
 
 
@@ -33,8 +36,9 @@ def add(command: AddCommand) -> None:
     sub = command("verify", run, "every strategy's gradients against an fp64 oracle, in every way that has caught bugs")
     sub.add_argument("--strategies", type=names, metavar="A,B", help="default: all that are available here")
     sub.add_argument("--strategy", action="append", metavar="SPEC", help="one more: a name or package.module:Class")
-    sub.add_argument("--profile", help="verify on this profile's model and text instead (the oracle needs it in fp64)")
-    sub.add_argument("--dtype", help="fp64, fp32, bf16 or bf16-mixed; default: all, or the profile's")
+    model_options(sub, None)
+    sub.add_argument("--n", type=numbers, metavar="1,2,4", help="numbers of heads, instead of the profile's")
+    training_options(sub)
     sub.add_argument("--prove", action="store_true", help="run the shipped broken strategies: each must be caught")
     device_option(sub)
     deterministic_option(sub)
@@ -50,17 +54,21 @@ def run(args: argparse.Namespace) -> int:
 
     settle_numerics(args)
     device = resolve_device(args.device)
-    if args.dtype and args.dtype not in ALL_DTYPES:
-        raise unknown("dtype", args.dtype, ALL_DTYPES)
+    own = args.profile or args.hf or args.model
+    if not own:
+        if args.dtype and args.dtype not in ALL_DTYPES:
+            raise unknown("dtype", args.dtype, ALL_DTYPES)
+        if idle := [name for name in ONLY_OWN if getattr(args, name) is not None]:
+            raise BadInput(f"--{idle[0].replace('_', '-')} needs --profile, --hf or --model: scenarios have their own")
     if args.prove:
-        if args.profile or args.strategies or args.strategy:
+        if own or args.strategies or args.strategy:
             raise BadInput("--prove runs the shipped broken strategies on the scenarios: no --profile, no --strategies")
         return _prove(args, device)
     asked = _asked(args)
     checks: list[Check] = []
     remarks: tuple[str, ...] | None = None
     with contextlib.suppress(KeyboardInterrupt):
-        if args.profile:
+        if own:
             remarks = _on_profile(args, asked, device, checks.append)
         else:
             dtypes: tuple[Dtype, ...] = (args.dtype,) if args.dtype else ALL_DTYPES
@@ -109,16 +117,16 @@ def _on_profile(
     """Every check to `each`; returns what was left out, a line each."""
     import torch
 
-    from mtp_mem.config.profiles import load_profile
     from mtp_mem.data import load_corpus
+    from mtp_mem.model.own import moved
     from mtp_mem.runs.bench import Bench
     from mtp_mem.strategy import load_strategy, loadable, refusal, require
     from mtp_mem.verification.scenarios import Problem, Scenario
     from mtp_mem.verification.verify import verify_problem
 
-    profile = load_profile(args.profile)
-    if args.dtype:
-        profile = dataclasses.replace(profile, workload=dataclasses.replace(profile.workload, dtype=args.dtype))
+    profile = chosen_profile(args)
+    if args.n:
+        profile = dataclasses.replace(profile, sweep=dataclasses.replace(profile.sweep, n=args.n))
     corpus = load_corpus(profile.workload, profile.model.vocab_size)
     strategies = {spec: load_strategy(spec) for spec in asked or loadable()}
     if asked:
@@ -131,7 +139,7 @@ def _on_profile(
             begin(f"{profile.name}, n = {n}")
             bench = Bench(profile, profile.model.with_n(n), corpus, device)
             scenario = Scenario(name=f"{profile.name}, n = {n}", n=n, chunk=None)
-            problem = Problem(scenario, bench.model, bench.model.moved("fp64", cpu), (bench.batch,), {})
+            problem = Problem(scenario, bench.model, moved(bench.model, "fp64", cpu), (bench.batch,), {})
             for check in verify_problem(problem, profile.workload.dtype, able):
                 each(check)
     return tuple(f"{spec} is left out: it {why}" for spec, why in unable.items())

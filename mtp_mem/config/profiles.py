@@ -1,16 +1,13 @@
-"""Profiles as TOML files: the shipped ones, reading one, writing one."""
+"""Profiles as TOML files: the shipped ones, and reading one."""
 
 import dataclasses
-import json
-import textwrap
 import typing
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mtp_mem._util import atomic_write
-from mtp_mem.config.schema import MASTER, PRECISIONS, Dtype, Profile, builtin_folder
-from mtp_mem.config.toml import from_table, read_toml, short
+from mtp_mem.config.other_models import huggingface_profile
+from mtp_mem.config.schema import MASTER, PRECISIONS, Dtype, HeadKind, Profile, builtin_folder
+from mtp_mem.config.toml import convert, from_table, read_toml, short
 from mtp_mem.errors import BadInput, unknown
 
 
@@ -34,9 +31,28 @@ def load_profile(name: str) -> Profile:
         raise unknown("profile", name, shipped)
     table = read_toml(path)
     try:
+        if "hf" in table:
+            table = _with_huggingface(table, path)
         return from_table(Profile, _named_precision({"name": path.stem, **table}))
     except BadInput as e:
         raise BadInput(f"{path}: {e}") from None
+
+
+def _with_huggingface(table: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A file that says `hf = "config.json"`, a path from the file's own folder: the config's model in it."""
+    hf, model = table["hf"], table.get("model", {})
+    if not isinstance(hf, str):
+        raise BadInput(f"hf = {short(hf)}: expected the path of a config.json")
+    if not isinstance(model, dict) or set(model) - {"head"}:
+        raise BadInput("[model] beside hf: the config says what the model is; valid: head, the kind of heads")
+    kind = convert(HeadKind | None, model.get("head"), "model.head")
+    profile = huggingface_profile(path.parent / hf, kind)
+    usual = {"model": profile.model, "workload": profile.workload, "sweep": profile.sweep}
+    rest = {key: value for key, value in table.items() if key not in ("hf", "model")}
+    workload = rest.get("workload")
+    if isinstance(workload, dict):
+        rest["workload"] = dataclasses.asdict(profile.workload) | workload
+    return usual | rest
 
 
 def with_precision(profile: Profile, precision: str) -> Profile:
@@ -75,51 +91,3 @@ def _named_precision(table: dict[str, Any]) -> dict[str, Any]:
     if precision == MASTER:
         precision, training["master_weights"] = "bf16", True
     return {**table, "workload": {**workload, "dtype": precision}, "training": training}
-
-
-def to_toml(profile: Profile, comments: Iterable[str] = ()) -> str:
-    """The file's text: the comments, a paragraph each, then n and every field that is not at its default.
-
-    The name is left out: a profile is called as its file is.
-    """
-    lines = []
-    for comment in comments:
-        lines += textwrap.wrap(comment, 118, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)
-    lines += _entries({"description": profile.description, "gpus": profile.gpus})
-    for table in ("model", "workload", "training", "sweep"):
-        if entries := _entries(_changed(getattr(profile, table))):
-            lines += ["", f"[{table}]", *entries]
-    return "\n".join(lines) + "\n"
-
-
-def write_new(path: Path, text: str, *, force: bool = False) -> None:
-    """Write a profile, whole or not at all.
-
-    Args:
-        path: must end in .toml, by which a profile's file is told from a shipped profile's name.
-        text: what it holds.
-        force: replace a file that is there.
-
-    Raises:
-        BadInput: the file is there, cannot be written, or is not called .toml.
-    """
-    if path.suffix != ".toml":
-        raise BadInput(f"{path}: a profile's file must end in .toml")
-    if path.exists() and not force:
-        raise BadInput(f"{path}: is there already; force replaces it")
-    try:
-        with atomic_write(path) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be written: {e.strerror}") from None
-
-
-def _changed(table: Any) -> dict[str, Any]:
-    values = {field.name: (getattr(table, field.name), field.default) for field in dataclasses.fields(table)}
-    return {name: value for name, (value, default) in values.items() if value != default or name == "n"}
-
-
-def _entries(values: dict[str, Any]) -> list[str]:
-    # What JSON writes of a string, a number, a boolean or a list of them is TOML too, but for one unescaped character.
-    dumped = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
-    return [f"{key} = {text}".replace("\x7f", "\\u007f") for key, text in dumped.items()]

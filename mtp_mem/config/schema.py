@@ -92,6 +92,10 @@ class ModelConfig:
                 f" (trunk and heads together); valid: n from 1 to {self.n_layers}, or match_layers = false"
             )
 
+    def facts(self) -> dict[str, Any]:
+        """As a record names it."""
+        return dataclasses.asdict(self)
+
     @property
     def kv_heads(self) -> int:
         """Number of key and value heads (grouped-query attention)."""
@@ -162,7 +166,7 @@ class Training:
     Attributes:
         trunk_checkpointing: "none"; "full": every trunk layer keeps its input alone and is run again in the backward;
             k: so does every k-th one.
-        optimizer: see mtp_mem/optimizers.py.
+        optimizer: see mtp_mem/model/optimizers.py.
         master_weights: the optimizer steps fp32 copies of the bf16 parameters (precision "bf16 + fp32 master").
         micro_batches: forward and backward passes whose gradients one optimizer step sums; each of batch B.
         frozen: parts without a gradient, a list or a text with commas. "trunk": all below the cut, the embedding too;

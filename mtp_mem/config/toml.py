@@ -93,6 +93,8 @@ def convert(hint: Any, value: Any, where: str, root: type | None = None) -> Any:
         if value not in args:
             raise unknown("value", str(value), map(str, args), where)
         return value
+    if dataclasses.is_dataclass(hint) and isinstance(value, typing.cast(type, hint)):
+        return value
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_table(typing.cast(type, hint), value, f"{where}.", root)
     if origin is tuple and isinstance(value, (list, tuple)):

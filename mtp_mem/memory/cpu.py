@@ -5,7 +5,7 @@ import gc
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.memory.unseen import all_seen
-from mtp_mem.optimizers import optimizer_state
+from mtp_mem.model.optimizers import optimizer_state
 from mtp_mem.step import TrainingStep
 
 
@@ -21,11 +21,11 @@ def track(step: TrainingStep) -> Trace:
     freed = step.training.set_to_none
     model.zero_grad(set_to_none=freed)
     parameters = list(model.named_parameters())
-    tracker = Tracker(model.config.vocab_size, model.config.dim, parameters)
+    tracker = Tracker(model.vocab_size, model.dim, parameters)
     tracker.resident("parameters", parameters)
     tracker.resident("gradients", ((f"{name}.grad", p.grad) for name, p in parameters if p.grad is not None))
     tracker.resident("optimizer", optimizer_state(model, optimizer))
-    tracker.resident("other", (("tokens", batch.tokens), ("targets", batch.targets)))
+    tracker.resident("other", (("tokens", batch.tokens), ("targets", batch.targets), *model.named_buffers()))
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()  # a collection in mid-step would free what a reference cycle still held

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mtp_mem.environment import process_bytes
-from mtp_mem.optimizers import optimizer_state
+from mtp_mem.model.optimizers import optimizer_state
 from mtp_mem.step import TrainingStep
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mtp_mem.memory.trace import Category, Event, Storage, Trace
-from mtp_mem.optimizers import optimizer_state
+from mtp_mem.model.optimizers import optimizer_state
 from mtp_mem.step import TrainingStep
 
 MAX_ENTRIES = 1_000_000
@@ -73,7 +73,7 @@ def record(step: TrainingStep, snapshot: Path | None = None) -> Trace:
     kept = ((f"{name}.grad", p.grad) for name, p in model.named_parameters() if p.grad is not None)
     names |= _named("gradients", kept)
     names |= _named("optimizer", optimizer_state(model, step.optimizer))
-    names |= _named("other", (("tokens", batch.tokens), ("targets", batch.targets)))
+    names |= _named("other", (("tokens", batch.tokens), ("targets", batch.targets), *model.named_buffers()))
     before = torch.cuda.memory._snapshot()["segments"]
     marks: list[tuple[int, str]] = []
     begun = _allocations()
@@ -87,7 +87,7 @@ def record(step: TrainingStep, snapshot: Path | None = None) -> Trace:
     finally:
         torch.cuda.memory._record_memory_history(None)
     N = batch.tokens.numel()
-    sizes = Sizes(N, model.config.vocab_size, model.config.dim, frozenset(p.nbytes for p in model.parameters()))
+    sizes = Sizes(N, model.vocab_size, model.dim, frozenset(p.nbytes for p in model.parameters()))
     gradients = {
         parameter.grad.untyped_storage().data_ptr(): f"{name}.grad"
         for name, parameter in model.named_parameters()

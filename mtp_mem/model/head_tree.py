@@ -18,10 +18,14 @@ Heads are counted from 1 in names ("head 1" predicts the next token) and from 0 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mtp_mem.config.schema import HeadKind
+from mtp_mem.errors import BadInput
 from mtp_mem.model.losses import Loss
 
 Phase = Callable[[str], None]
@@ -65,6 +69,8 @@ class Heads:
         phase: told the name of each phase as it begins.
         n: number of heads.
         cuda: whether CUDA's kernels run, or are predicted.
+        draws: whether a head's forward pass draws random numbers, which a second run of it must draw again.
+        softcap: c where logits are c tanh(logits / c) (Gemma 2, section 2), else None; losses get it as an argument.
     """
 
     roots: tuple[Head, ...]
@@ -73,6 +79,8 @@ class Heads:
     phase: Phase
     n: int
     cuda: bool = False
+    draws: bool = False
+    softcap: float | None = None
 
     def hidden(self, head: Head, parent: Tensor) -> Tensor:
         """The head's hidden states (B, S, D) from its parent's."""
@@ -89,6 +97,8 @@ class Heads:
     def loss(self, head: Head, hidden: Tensor, targets: Tensor, loss_fn: Loss) -> Tensor:
         """The head's loss, 0-dim, from its hidden states and its targets (B, S)."""
         self.phase(f"{head.name} loss")
+        if self.softcap is not None:  # a loss that knows no such argument refuses, and is not wrong in silence
+            loss_fn = partial(loss_fn, softcap=self.softcap)
         with self.autocast():
             return loss_fn(self.norm(hidden.view_as(hidden)), head.unembedding, targets)
 
@@ -97,3 +107,34 @@ class Heads:
         pairs = [(t, g) for t, g in zip(tensors, gradients, strict=True) if t.requires_grad]
         if pairs:
             torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+
+
+def tree(kind: HeadKind, layers: Sequence[Callable[[Tensor], Tensor]], unembeddings: Sequence[Tensor]) -> list[Head]:
+    """The heads that hang on the trunk, with those that hang on them."""
+    n = len(layers)
+    if kind in ("causal", "anticausal", "deepseek"):
+        below: tuple[Head, ...] = ()
+        for i in range(n) if kind == "anticausal" else reversed(range(n)):  # from the far end towards the trunk
+            below = (Head(i, layers[i], unembeddings[i], below),)
+        return list(below)
+    return [Head(i, layers[i], unembeddings[i]) for i in range(n)]
+
+
+def keep_inputs(z: Tensor, inputs: object) -> Tensor:
+    """The trunk's output, with what the heads of the same step need of the trunk's inputs kept on it."""
+    z.mtp_inputs = inputs  # type: ignore[attr-defined]
+    return z
+
+
+def kept_inputs(z: Tensor) -> Any:
+    """What `keep_inputs` kept.
+
+    Raises:
+        BadInput: it is another tensor.
+    """
+    try:
+        return z.mtp_inputs  # type: ignore[attr-defined]
+    except AttributeError:
+        raise BadInput(
+            "heads(z): z is not the tensor that this step's trunk(...) returned; expected that tensor itself"
+        ) from None

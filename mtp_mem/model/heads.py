@@ -25,15 +25,14 @@ every earlier position has its token t + k too. DeepSeek's loss is sum_k lambda 
 model's: weights (1, lambda / D, ...).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_mem.config.schema import HeadKind, ModelConfig
-from mtp_mem.model.head_tree import Head
+from mtp_mem.config.schema import ModelConfig
 from mtp_mem.model.layers import Attention, Factory, Layer, RMSNorm, Rotation
 
 NO_TOKEN = 0
@@ -99,14 +98,3 @@ def tokens_ahead(tokens: Tensor, k: int) -> Tensor:
     """Token t + k at every position t of `tokens` (B, S); `NO_TOKEN` where there is none."""
     k = min(k, tokens.shape[1])
     return F.pad(tokens[:, k:], (0, k), value=NO_TOKEN)  # (B, S)
-
-
-def tree(kind: HeadKind, layers: Sequence[Callable[[Tensor], Tensor]], unembeddings: Sequence[Tensor]) -> list[Head]:
-    """The heads that hang on the trunk, with those that hang on them."""
-    n = len(layers)
-    if kind in ("causal", "anticausal", "deepseek"):
-        below: tuple[Head, ...] = ()
-        for i in range(n) if kind == "anticausal" else reversed(range(n)):  # from the far end towards the trunk
-            below = (Head(i, layers[i], unembeddings[i], below),)
-        return list(below)
-    return [Head(i, layers[i], unembeddings[i]) for i in range(n)]

@@ -11,10 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from mtp_mem.config.schema import ModelConfig
+from mtp_mem.config.schema import Dtype, ModelConfig
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of the rotary angles, each (S, D/H/2), computed once per step and shared by all layers."""
+
+
+PARAMETER_DTYPES: dict[Dtype, torch.dtype] = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bf16-mixed": torch.float32,
+}
+
+PRODUCT_DTYPES: dict[Dtype, torch.dtype] = PARAMETER_DTYPES | {"bf16-mixed": torch.bfloat16}
+"""What the matrix products are in, under autocast too: the rows and the unembedding that a head's loss gets."""
 
 
 class Factory(TypedDict):
@@ -72,16 +83,32 @@ class Layer(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *turn).transpose(1, 2), rotate(k, *turn).transpose(1, 2)  # (B, H, S, D/H)
         v = self.v(x).view(B, S, kv_heads, -1).transpose(1, 2)
-        if self.attention_kind == "flash" and q.dtype in (torch.bfloat16, torch.float16):  # it knows no other
-            y = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
-        elif self.attention_kind != "sdpa" and q.dtype != torch.float64:
-            k, v = (t.repeat_interleave(heads // kv_heads, dim=1) if heads != kv_heads else t for t in (k, v))
-            y = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)[0]
-        elif q.is_meta:  # where torch's own choice would be the chain of operators that no device runs
-            y = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0]
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
+        y = causal_attention(q, k, v, self.attention_kind)
         return self.o(y.transpose(1, 2).reshape(B, S, -1))  # type: ignore[no-any-return]
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, kind: Attention, scale: float | None = None) -> Tensor:
+    """Causal attention by one fused operator.
+
+    Args:
+        q: queries (B, H, S, C).
+        k: keys (B, G, S, C), G dividing H.
+        v: values (B, G, S, C).
+        kind: which operator.
+        scale: of the scores; by default 1 / sqrt(C).
+
+    Returns:
+        (B, H, S, C).
+    """
+    aten, repeats = torch.ops.aten, q.shape[1] // k.shape[1]
+    if kind == "flash" and q.dtype in (torch.bfloat16, torch.float16):  # it knows no other
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[0]  # type: ignore[no-any-return]
+    if kind != "sdpa" and q.dtype != torch.float64:
+        k, v = (t.repeat_interleave(repeats, dim=1) if repeats > 1 else t for t in (k, v))
+        return aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)[0]  # type: ignore[no-any-return]
+    if q.is_meta:  # where torch's own choice would be the chain of operators that no device runs
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)[0]  # type: ignore[no-any-return]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=repeats > 1)
 
 
 class RMSNorm(nn.Module):

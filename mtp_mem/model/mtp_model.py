@@ -14,21 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mtp_mem.config.schema import Dtype, ModelConfig, Training
-from mtp_mem.errors import BadInput, unknown
-from mtp_mem.model.head_tree import Heads, Phase, no_phase
-from mtp_mem.model.heads import NO_TOKEN, make_head, on_parent, tree
-from mtp_mem.model.layers import Attention, Factory, Layer, RMSNorm, Rotation, rotation
-
-PARAMETER_DTYPES: dict[Dtype, torch.dtype] = {
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bf16-mixed": torch.float32,
-}
-
-PRODUCT_DTYPES: dict[Dtype, torch.dtype] = PARAMETER_DTYPES | {"bf16-mixed": torch.bfloat16}
-"""What the matrix products are in, under autocast too: the rows and the unembedding that a head's loss gets."""
+from mtp_mem.config.schema import Dtype, ModelConfig
+from mtp_mem.model.head_tree import Heads, Phase, keep_inputs, kept_inputs, no_phase, tree
+from mtp_mem.model.heads import NO_TOKEN, make_head, on_parent
+from mtp_mem.model.layers import PARAMETER_DTYPES, Attention, Factory, Layer, RMSNorm, Rotation, rotation
 
 
 def default_attention(dtype: Dtype, device: torch.device) -> Attention:
@@ -61,6 +50,7 @@ class MTPModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.mixed = config, dtype == "bf16-mixed"
+        self.n_future, self.vocab_size, self.dim = config.n_future, config.vocab_size, config.dim
         self.checkpoint_every = 0
         self.attention = attention or default_attention(dtype, torch.device(device))
         make: Factory = {"device": torch.device(device), "dtype": PARAMETER_DTYPES[dtype]}
@@ -81,30 +71,9 @@ class MTPModel(nn.Module):
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
 
-    def set_up(self, training: Training) -> None:
-        """Freeze what the training setup freezes, and recompute what it recomputes.
-
-        Raises:
-            BadInput: a part that this model has not, or nothing is left to train.
-        """
-        self.checkpoint_every = training.checkpoint_every
-        groups = self.groups()
-        heads = [name for name in groups if name.startswith("head ")]
-        parts = {name: [name] for name in groups} | {
-            "trunk": ["embedding", "trunk"],
-            "trunk layers": ["trunk"],
-            "heads": heads,
-            "all but heads": [name for name in groups if name not in heads],
-            "unembedding": [name for name in groups if name.startswith("unembedding")],
-        }
-        for part in training.frozen_parts:
-            if part not in parts:
-                raise unknown("part", part, parts, "training.frozen")
-            for name in parts[part]:
-                for parameter in groups.get(name, []):
-                    parameter.requires_grad_(False)
-        if not any(parameter.requires_grad for parameter in self.parameters()):
-            raise BadInput(f"training.frozen = {', '.join(training.frozen_parts)}: nothing is left to train")
+    def checkpoint_trunk(self, every: int) -> None:
+        """Recompute every so many of the trunk's layers in the backward, the first one among them."""
+        self.checkpoint_every = every
 
     def moved(self, dtype: Dtype, device: torch.device) -> "MTPModel":
         """A copy in another dtype on another device, with the attention that runs there; tied weights stay tied."""
@@ -125,10 +94,16 @@ class MTPModel(nn.Module):
                     x = checkpoint(layer, x, turn, use_reentrant=False, preserve_rng_state=False)  # no layer draws
                 else:
                     x = layer(x, turn)
-            return x
+            return keep_inputs(x, tokens)
 
-    def heads(self, tokens: Tensor, phase: Phase = no_phase) -> Heads:
-        """The heads of one step over `tokens` (B, S) as a tree, for a strategy."""
+    def heads(self, z: Tensor, phase: Phase = no_phase) -> Heads:
+        """The heads of one step as a tree, for a strategy.
+
+        Args:
+            z: what `trunk` returned; or the step's tokens (B, S).
+            phase: told the name of each phase as it begins.
+        """
+        tokens = kept_inputs(z) if z.is_floating_point() else z
         turn = self.rotation(tokens)
         layers = [on_parent(head, i, self.embedding, tokens, turn) for i, head in enumerate(self.head_layers)]
         weights = [unembedding.weight for unembedding in self.unembeddings()]

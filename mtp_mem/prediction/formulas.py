@@ -11,7 +11,7 @@ from typing import Any
 
 from mtp_mem.config.schema import ModelConfig, Training, Workload
 from mtp_mem.errors import MtpMemError
-from mtp_mem.model.parameters import parameters, weight_bytes
+from mtp_mem.model.build import parameters, weight_bytes
 from mtp_mem.model.shape import Shape
 from mtp_mem.strategy import BUILTIN, load_strategy, strategy_class
 
@@ -38,7 +38,7 @@ def peak_over_baseline(spec: str, shape: Shape) -> int | None:
 
 
 def temporaries(shape: Shape) -> int:
-    """What the optimizer's step takes besides its state, at its worst moment (mtp_mem/optimizers.py)."""
+    """What the optimizer's step takes besides its state, at its worst moment (mtp_mem/model/optimizers.py)."""
     if shape.training.optimizer == "adamw-foreach":
         return shape.gradients
     if shape.training.optimizer == "adamw-loop":
@@ -118,6 +118,6 @@ def baseline(config: ModelConfig, workload: Workload, training: Training | None 
 
 def formula_peak(spec: str, config: ModelConfig, workload: Workload, training: Training | None = None) -> int | None:
     """A step's peak on CUDA in closed form, without what the allocator and kernels add; None without a formula."""
-    fields = (dataclasses.asdict(config), dataclasses.asdict(workload))
+    fields = (config.facts(), dataclasses.asdict(workload))
     over_baseline = formula_bytes(spec, *fields, training, cuda=True)
     return None if over_baseline is None else baseline(config, workload, training) + over_baseline

@@ -142,7 +142,7 @@ def share(flops: Fraction | None) -> str:
 
 
 def _flops(spec: str, profile: Profile, n: int) -> Fraction | None:
-    model, workload = dataclasses.asdict(profile.model.with_n(n)), dataclasses.asdict(profile.workload)
+    model, workload = profile.model.with_n(n).facts(), dataclasses.asdict(profile.workload)
     shape = Shape.of(model, workload | {"dtype": "bf16"}, cuda=True)  # products are counted, whatever they are in
     if shape is None:
         return None

@@ -8,6 +8,7 @@ flash-attention operator, the fused optimizer, the buffers inside kernels.
 import contextlib
 import dataclasses
 import gc
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -29,9 +30,11 @@ from mtp_mem.errors import BadInput
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.memory.unseen import all_seen
+from mtp_mem.model.build import make_model
 from mtp_mem.model.layers import Attention
 from mtp_mem.model.mtp_model import MTPModel, cuda_attention
-from mtp_mem.optimizers import optimizer_state, simulated_optimizer
+from mtp_mem.model.optimizers import optimizer_state, simulated_optimizer
+from mtp_mem.model.own import set_up
 from mtp_mem.prediction.floor import NoLogits
 from mtp_mem.prediction.kernel_buffers import KERNELS
 from mtp_mem.prediction.meta_results import MetaResults
@@ -47,6 +50,9 @@ class _Mode(FakeTensorMode):
 
     A product that torch 2.11 and 2.12 get wrong is put right: they take its `out_dtype` for `beta`.
     """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)  # a family's own constants have data
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -91,8 +97,8 @@ class Simulation:
         self._mode: AbstractContextManager[object] = _Mode() if mixed else contextlib.nullcontext()
         device = "cpu" if mixed else "meta"
         with without_collections(), self._mode if mixed else results:
-            model = MTPModel(config, dtype=workload.dtype, attention=attention, device=device)
-            model.set_up(training)
+            model = make_model(config, dtype=workload.dtype, attention=attention, device=device)
+            set_up(model, training)
             tokens = torch.empty(workload.batch, workload.sequence, dtype=torch.long, device=device)
             batch = make_batch(tokens, config.n_future)
             optimizer = simulated_optimizer(
@@ -103,7 +109,7 @@ class Simulation:
                     parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         tracker.watch(model.named_parameters())
         tracker.resident("parameters", model.named_parameters())
-        tracker.resident("other", (("tokens", batch.tokens), ("targets", batch.targets)))
+        tracker.resident("other", (("tokens", batch.tokens), ("targets", batch.targets), *model.named_buffers()))
         built = len(tracker.trace.resident)
         gradients = ((f"{name}.grad", p.grad) for name, p in model.named_parameters() if p.grad is not None)
         tracker.resident("gradients", gradients)
@@ -156,11 +162,24 @@ class Simulation:
                 finally:
                     self._forget_gradients()
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as e:
-            raise _unpredictable(strategy, e) from None
+            raise self._unpredictable(strategy, e) from None
         except (RuntimeError, NotImplementedError) as e:
-            if "meta" not in str(e):
+            if "meta" not in str(e) and isinstance(self._step.model, MTPModel):
                 raise
-            raise _unpredictable(strategy, e) from None
+            raise self._unpredictable(strategy, e) from None
+
+    def _unpredictable(self, strategy: Strategy, error: Exception) -> BadInput:
+        """It is the strategy's operator that has no result without data, or a module's of the model."""
+        culprit, operator = type(strategy).__name__, ""
+        names = {id(module): name for name, module in self._step.model.named_modules() if name}
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            module, func = frame.f_locals.get("self"), frame.f_locals.get("func")
+            if isinstance(func, torch._ops.OpOverload):
+                operator = f"{func}: "
+            if id(module) in names:
+                culprit = f"{names[id(module)]} ({type(module).__name__})"
+        why = f"it needs real data or a GPU kernel ({operator}{error})".split("\n")[0]
+        return BadInput(f"{culprit} cannot be predicted: {why}")
 
     def _forget_gradients(self) -> None:
         self._step.model.zero_grad(set_to_none=self._step.training.set_to_none)
@@ -168,11 +187,6 @@ class Simulation:
 
 def _without_data(tensor: torch.Tensor) -> bool:
     return tensor.is_meta or isinstance(tensor, FakeTensor)
-
-
-def _unpredictable(strategy: Strategy, error: Exception) -> BadInput:
-    why = f"it needs real data or a GPU kernel ({error})".split("\n")[0]
-    return BadInput(f"{type(strategy).__name__} cannot be predicted: {why}")
 
 
 def simulate(

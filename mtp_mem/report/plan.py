@@ -129,7 +129,7 @@ def _what(profile: Profile, gpu: GPU, n: int, limit: int) -> dict[str, Any]:
         "schema": 1,
         "exactness": "predicted",
         "profile": profile.name,
-        "model": dataclasses.asdict(profile.model.with_n(n)),
+        "model": profile.model.with_n(n).facts(),
         "workload": dataclasses.asdict(profile.workload),
         "training": profile.training.facts(profile.workload.dtype),
         "gpu": dataclasses.asdict(gpu),

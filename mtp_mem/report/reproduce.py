@@ -69,7 +69,7 @@ def _value(value: Any) -> str:
 
 def _same(profile: Profile, record: Record) -> bool:
     """Whether the record could come from this profile, at any n, with any strategy and dtype."""
-    model, workload = dataclasses.asdict(profile.model), dataclasses.asdict(profile.workload)
+    model, workload = profile.model.facts(), dataclasses.asdict(profile.workload)
     defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}  # a record may be older than a field
     return all(record.model.get(k, defaults[k]) == v for k, v in model.items() if k != "n_future") and all(
         record.workload.get(k, v) == v for k, v in workload.items() if k != "dtype"

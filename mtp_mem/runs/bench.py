@@ -17,8 +17,9 @@ from mtp_mem.memory import cuda, cuda_history
 from mtp_mem.memory.cpu import track
 from mtp_mem.memory.rss import sampled_rss
 from mtp_mem.memory.trace import Trace
-from mtp_mem.model.mtp_model import MTPModel
-from mtp_mem.optimizers import make_optimizer
+from mtp_mem.model.build import make_model
+from mtp_mem.model.optimizers import make_optimizer
+from mtp_mem.model.own import groups, set_up
 from mtp_mem.prediction.auto import resolve_auto
 from mtp_mem.step import TrainingStep, forward_backward
 from mtp_mem.strategy import Strategy, kernel_limits, load_strategy
@@ -35,11 +36,11 @@ class Bench:
     """One model with its optimizer and batch, on which strategies take turns."""
 
     def __init__(self, profile: Profile, config: ModelConfig, corpus: Corpus, device: torch.device) -> None:
-        self.profile, self.device = profile, device
+        self.profile, self.config, self.device = profile, config, device
         with torch.random.fork_rng():
             torch.manual_seed(profile.workload.seed)
-            self.model = MTPModel(config, dtype=profile.workload.dtype, device=device)
-        self.model.set_up(profile.training)
+            self.model = make_model(config, dtype=profile.workload.dtype, device=device)
+        set_up(self.model, profile.training)
         batch = corpus_batch(corpus, config, profile.workload)
         self.batch = dataclasses.replace(batch, tokens=batch.tokens.to(device), targets=batch.targets.to(device))
         training = profile.training
@@ -206,10 +207,10 @@ class Bench:
         """Of one step, by part of the model, and its losses."""
         self.model.zero_grad(set_to_none=True)
         losses = forward_backward(self.model, self.batch, strategy)
-        if not isinstance(losses, Tensor) or losses.shape != (self.model.config.n_future,):
+        if not isinstance(losses, Tensor) or losses.shape != (self.model.n_future,):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise BrokenContract(f"returns {shape}, not the n losses ({self.model.config.n_future},)")
-        return {**take(self.model.groups()), "losses": [losses]}
+            raise BrokenContract(f"returns {shape}, not the n losses ({self.model.n_future},)")
+        return {**take(groups(self.model)), "losses": [losses]}
 
     def step(self, strategy: Strategy) -> TrainingStep:
         """The training step with this strategy."""
@@ -219,7 +220,7 @@ class Bench:
 
     def resolve_auto(self, strategy: Strategy) -> tuple[Strategy, str | None]:
         """The strategy that runs, and what was chosen and why where it depends on the step."""
-        setup = (self.model.config, self.profile.workload, self.profile.training)
+        setup = (self.config, self.profile.workload, self.profile.training)
         return resolve_auto(strategy, *setup, cuda=self.device.type == "cuda")
 
     def _synchronise(self) -> None:

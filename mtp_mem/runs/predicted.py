@@ -8,7 +8,7 @@ from mtp_mem._util import Progress
 from mtp_mem.config.schema import GPU, Profile
 from mtp_mem.environment import environment
 from mtp_mem.errors import one_line
-from mtp_mem.model.parameters import parameters
+from mtp_mem.model.build import parameters
 from mtp_mem.prediction import simulated_step
 from mtp_mem.prediction.auto import resolve_auto
 from mtp_mem.prediction.peaks import predicted
@@ -40,7 +40,7 @@ def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
                 except (Exception, SystemExit) as e:
                     facts |= {"status": "error", "error": one_line(e)}
                 yield new_record(
-                    case_id(spec, version, dataclasses.asdict(config), named, training, env),
+                    case_id(spec, version, config.facts(), named, training, env),
                     spec,
                     version,
                     config,

@@ -159,7 +159,7 @@ def new_record(
         implementation=implementation,
         n=config.n_future,
         parameters=parameters,
-        model=dataclasses.asdict(config),
+        model=config.facts(),
         workload=workload,
         training=training,
         environment=environment,

@@ -17,7 +17,7 @@ from mtp_mem._util import Progress, format_bytes
 from mtp_mem.config.schema import ModelConfig, Profile, Training, Workload
 from mtp_mem.data import Corpus
 from mtp_mem.environment import environment
-from mtp_mem.model.parameters import parameters
+from mtp_mem.model.build import parameters
 from mtp_mem.prediction.floor import NoLogits
 from mtp_mem.prediction.formulas import formula_peak
 from mtp_mem.runs import isolated
@@ -45,7 +45,7 @@ def cases(profile: Profile, corpus: Corpus, device: torch.device) -> list[Case]:
     versions = {spec: implementation(load_strategy(spec)) for spec in profile.sweep.strategies}
 
     def case(spec: str, n: int) -> Case:
-        model, workload = dataclasses.asdict(profile.model.with_n(n)), _workload(profile, corpus)
+        model, workload = profile.model.with_n(n).facts(), _workload(profile, corpus)
         training = profile.training.facts(profile.workload.dtype)
         facts = (model, workload, training, environment(device.type), profile.sweep.rounds)
         return Case(spec, n, case_id(spec, versions[spec], *facts), versions[spec])

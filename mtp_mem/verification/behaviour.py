@@ -10,7 +10,7 @@ from torch import Tensor
 from mtp_mem.config.schema import Dtype
 from mtp_mem.errors import BrokenContract, one_line
 from mtp_mem.memory.tracker import Tracker
-from mtp_mem.model.mtp_model import MTPModel
+from mtp_mem.model.own import Model, moved
 from mtp_mem.step import forward_backward
 from mtp_mem.strategy import Strategy, kernel_limits, load_strategy
 from mtp_mem.verification.checks import Check
@@ -79,11 +79,11 @@ def across_steps(name: str, strategy: Strategy, scenario: Scenario, dtype: Dtype
     """
     scenario = replace(scenario, name=f"{STEPS} optimizer steps", batches=tuple(range(STEPS)))
     problem = build(scenario, dtype, device)
-    exact, naive = problem.model.moved("fp64", torch.device("cpu")), problem.model.moved(dtype, device)
+    exact, naive = moved(problem.model, "fp64", torch.device("cpu")), moved(problem.model, dtype, device)
     start = _values(exact)
     models = {"strategy": problem.model, "naive": naive, "exact": exact}
     optimizers = {key: torch.optim.SGD(model.parameters(), lr=LEARNING_RATE) for key, model in models.items()}
-    tracker = Tracker(problem.model.config.vocab_size, problem.model.config.dim, [])
+    tracker = Tracker(problem.model.vocab_size, problem.model.dim, [])
     tracker.resident("parameters", problem.model.named_parameters())
     for number, batch in enumerate(problem.batches):
         tracker.resident("other", ((f"tokens {number}", batch.tokens), (f"targets {number}", batch.targets)))
@@ -154,5 +154,5 @@ def raised(error: BaseException) -> str:
     return one_line(error) if isinstance(error, (BrokenContract, SystemExit)) else f"raised {one_line(error)}"
 
 
-def _values(model: MTPModel) -> list[Tensor]:
+def _values(model: Model) -> list[Tensor]:
     return [parameter.detach().to("cpu", torch.float64, copy=True) for parameter in model.parameters()]

@@ -19,9 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from mtp_mem.config.schema import ALL_DTYPES, Dtype, HeadKind, ModelConfig, Unembedding
 from mtp_mem.data import Batch, make_batch
 from mtp_mem.errors import BadInput
+from mtp_mem.model.head_tree import keep_inputs
+from mtp_mem.model.layers import PARAMETER_DTYPES
 from mtp_mem.model.losses import IGNORE
-from mtp_mem.model.mtp_model import PARAMETER_DTYPES, MTPModel
-from mtp_mem.optimizers import make_optimizer
+from mtp_mem.model.mtp_model import MTPModel
+from mtp_mem.model.optimizers import make_optimizer
+from mtp_mem.model.own import Model, plain_logits
 from mtp_mem.step import TrainingStep
 from mtp_mem.strategy import Strategy, load_strategy
 from mtp_mem.verification.gradient_error import Reference
@@ -168,7 +171,7 @@ class _Trunk(MTPModel):
         z = super().trunk(tokens)
         if self.kind == "dropout":
             keep = torch.rand(z.shape) >= DROPOUT  # on the host, where the oracle draws too
-            z = z * keep.to(z.device) / (1 - DROPOUT)
+            z = keep_inputs(z * keep.to(z.device) / (1 - DROPOUT), tokens)
         return z
 
 
@@ -177,8 +180,8 @@ class Problem:
     """A scenario made real in one dtype: the model, its batches, and what `.grad` holds at first."""
 
     scenario: Scenario
-    model: MTPModel
-    drawn: MTPModel  # the same on the CPU in fp64, for the oracle's use
+    model: Model
+    drawn: Model  # the same on the CPU in fp64, for the oracle's use
     batches: tuple[Batch, ...]
     gradients: dict[str, Tensor]  # before the first batch, by parameter name; empty unless prefilled
 
@@ -220,7 +223,7 @@ def build(scenario: Scenario, dtype: Dtype, device: torch.device) -> Problem:
     return Problem(scenario, model, drawn, on_device, before)
 
 
-def run(problem: Problem, step: Callable[[MTPModel, Batch], Tensor]) -> Outcome:
+def run(problem: Problem, step: Callable[[Model, Batch], Tensor]) -> Outcome:
     """Every batch through `step`, which accumulates into `.grad` and returns the losses (n,)."""
     model = problem.model
     for name, parameter in model.named_parameters():
@@ -250,9 +253,9 @@ def oracle(problem: Problem) -> Outcome:
     return run(exact, lambda m, batch: plain_step(m, batch, problem.scenario.weights, problem.scenario.scale))
 
 
-def plain_step(model: MTPModel, batch: Batch, weights: Sequence[float] | None, scale: float) -> Tensor:
+def plain_step(model: Model, batch: Batch, weights: Sequence[float] | None, scale: float) -> Tensor:
     """scale * sum_i weights[i] * L_i by plain autograd on the logits of `model(tokens)`; returns the L_i (n,)."""
-    logits = model(batch.tokens)  # (n, B, S, V)
+    logits = plain_logits(model, batch.tokens)  # (n, B, S, V)
     shares = torch.log_softmax(logits, dim=-1)
     valid = batch.targets != IGNORE  # (n, B, S)
     picked = shares.gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0]  # (n, B, S)
@@ -327,7 +330,7 @@ def _offset(model: MTPModel, offset: float) -> None:
     """Make every logit `offset` exactly: losses are log(V), and the second column of dW is that of p = 1 / V."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    model.norm = _Constant(model.config.dim)  # type: ignore[assignment]
+    model.norm = _Constant(model.dim)  # type: ignore[assignment]
     model.norm.weight.requires_grad_(False)
     with torch.no_grad():
         for unembedding in model.unembeddings():

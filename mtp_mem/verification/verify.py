@@ -14,6 +14,7 @@ from torch import Tensor
 from mtp_mem._util import Progress
 from mtp_mem.config.schema import ALL_DTYPES, Dtype
 from mtp_mem.errors import BadInput
+from mtp_mem.model.own import groups as parts
 from mtp_mem.step import forward_backward
 from mtp_mem.strategy import KernelLimits, Strategy, kernel_limits, load_strategy, loadable
 from mtp_mem.verification.behaviour import across_steps, protocol, raised, watched
@@ -161,7 +162,7 @@ def _parts(problem: Problem, dtype: Dtype, outcome: Outcome, truth: _Truth, limi
     scenario, model = problem.scenario, problem.model
     names = {parameter: name for name, parameter in model.named_parameters()}
     tokens = problem.batches[0].tokens.numel()
-    groups = {f"gradient of {group}": [names[p] for p in own] for group, own in model.groups().items()}
+    groups = {f"gradient of {group}": [names[p] for p in own] for group, own in parts(model).items()}
     for title, own in (*groups.items(), ("losses", [])):
         part = judge(
             title,

@@ -12,7 +12,8 @@ from mtp_mem import ModelConfig, MTPModel, Training, TrainingStep, Workload, loa
 from mtp_mem.config.schema import load_gpu
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.cpu import track
-from mtp_mem.optimizers import make_optimizer, optimizer_state, state_by_rule
+from mtp_mem.model.optimizers import make_optimizer, optimizer_state, state_by_rule
+from mtp_mem.model.own import set_up
 from mtp_mem.prediction.peaks import predicted
 from mtp_mem.prediction.simulated_step import simulate
 from mtp_mem.step import clip_gradients, forward_backward
@@ -46,7 +47,7 @@ CASES += [(name, setup, "bf16") for name, setup in MASTER.items()]
 
 def real_step(training: Training, dtype: str, spec: str) -> TrainingStep:
     model, batch = build(CONFIG, dtype, sequence=32)
-    model.set_up(training)
+    set_up(model, training)
     optimizer = make_optimizer(model, name=training.optimizer, master=training.master_weights)
     step = TrainingStep(model, optimizer, batch, load_strategy(spec), training=training)
     step()
@@ -88,7 +89,7 @@ def test_a_checkpointed_trunk_changes_no_bit(how: object, dtype: str) -> None:
     gradients = {}
     for checkpointing in ("none", how):
         model, batch = build(CONFIG, dtype, sequence=32)
-        model.set_up(Training(trunk_checkpointing=checkpointing))  # type: ignore[arg-type]
+        set_up(model, Training(trunk_checkpointing=checkpointing))  # type: ignore[arg-type]
         forward_backward(model, batch, load_strategy("sequential"))
         gradients[checkpointing] = [parameter.grad for parameter in model.parameters()]
     for one, other in zip(gradients["none"], gradients[how], strict=True):
@@ -232,4 +233,4 @@ def test_what_no_setup_is(changes: dict[str, object], words: str) -> None:
 )
 def test_what_this_model_cannot_freeze(frozen: tuple[str, ...], words: str) -> None:
     with pytest.raises(BadInput, match=words):
-        MTPModel(CONFIG).set_up(Training(frozen=frozen))
+        set_up(MTPModel(CONFIG), Training(frozen=frozen))

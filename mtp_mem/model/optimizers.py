@@ -26,6 +26,13 @@ BETAS, WEIGHT_DECAY, MOMENTUM = (0.9, 0.95), 0.1, 0.9
 BLOCK_8BIT, SMALLEST_8BIT = 256, 4096  # bitsandbytes: values that share a scale; fewer values are kept in fp32
 
 
+class Parametrised(Protocol):
+    """What is asked of a model here."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As every module's."""
+
+
 class Optimizer(Protocol):
     """What a training step asks of an optimizer; every `torch.optim.Optimizer` fulfils it."""
 
@@ -36,7 +43,7 @@ class Optimizer(Protocol):
 
 
 def make_optimizer(
-    model: nn.Module, lr: float = 3e-4, *, name: OptimizerName = "adamw", master: bool = False
+    model: Parametrised, lr: float = 3e-4, *, name: OptimizerName = "adamw", master: bool = False
 ) -> Optimizer:
     """The optimizer of a model that has data: by default AdamW as in the paper (appendix M: betas 0.9, 0.95; 0.1).
 
@@ -58,12 +65,12 @@ def make_optimizer(
         how = {"adamw": {"fused": True}, "adamw-foreach": {"foreach": True}, "adamw-loop": {"foreach": False}}[name]
         return torch.optim.AdamW(parameters, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY, **how)
 
-    parameters = list(model.parameters())
+    parameters = [parameter for _, parameter in model.named_parameters()]
     return WithMaster(parameters, make) if master else make(parameters)
 
 
 def simulated_optimizer(
-    model: nn.Module, *, name: OptimizerName = "adamw", master: bool = False, host: Callable[[], Any]
+    model: Parametrised, *, name: OptimizerName = "adamw", master: bool = False, host: Callable[[], Any]
 ) -> Optimizer:
     """The optimizer of a model without data, with the state of one that has stepped before, made by rule.
 
@@ -87,7 +94,7 @@ def simulated_optimizer(
                 optimizer.state[parameter] = state_by_rule(parameter, name, host)
         return optimizer
 
-    parameters = list(model.parameters())
+    parameters = [parameter for _, parameter in model.named_parameters()]
     return WithMaster(parameters, make) if master else make(parameters)
 
 
@@ -114,7 +121,7 @@ def state_by_rule(parameter: Tensor, name: OptimizerName, host: Callable[[], Any
     return {"step": step, "exp_avg": torch.empty_like(parameter), "exp_avg_sq": torch.empty_like(parameter)}
 
 
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+def optimizer_state(model: Parametrised, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """The optimizer's tensors, each named after its parameter."""
     inner, copies = (optimizer.inner, optimizer.copies) if isinstance(optimizer, WithMaster) else (optimizer, {})
     for name, parameter in model.named_parameters():

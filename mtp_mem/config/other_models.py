@@ -1,0 +1,206 @@
+"""Models that are not this package's own, as what to run: a Hugging Face config, or a factory of the user's.
+
+Both are `ModelConfig`s, so that sweeps, records, tables and charts take them as they take any; what a shape leaves open
+(which family, which code) is in their own fields. mtp_mem/model/build.py makes the model.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtp_mem.config.schema import Dtype, HeadKind, ModelConfig, Profile, Sweep, Workload
+from mtp_mem.errors import BadInput, Missing, one_line
+
+CONTEXT = 4096
+"""Tokens of a sequence where nothing is asked for, or as many as the model has positions."""
+MOST_LAYERS, LARGEST_SIZE = 10_000, 2**31
+"""Beyond any model there is: a config with more is refused before anything is built."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceConfig(ModelConfig):
+    """A transformers decoder with n heads (mtp_mem/model/huggingface.py); `n_layers` are the config's own.
+
+    Attributes:
+        architecture: its class, a ...ForCausalLM.
+        settings: its config as JSON; `n_layers` and `vocab_size` take precedence.
+    """
+
+    architecture: str
+    settings: str
+
+    def __post_init__(self) -> None:
+        check_sizes(self)
+
+    def facts(self) -> dict[str, Any]:
+        """As a record names it: a digest in the place of the config."""
+        facts = dataclasses.asdict(self)
+        return facts | {"settings": hashlib.sha256(facts["settings"].encode()).hexdigest()[:16]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactoryConfig(ModelConfig):
+    """A user's own model (mtp_mem/model/own.py), made by calling `factory(n)`.
+
+    Attributes:
+        factory: package.module:function.
+        source: a digest of the module's source.
+    """
+
+    factory: str
+    source: str
+
+    def __post_init__(self) -> None:
+        check_sizes(self)
+
+
+def check_sizes(config: ModelConfig) -> None:
+    """Raises BadInput for sizes below one, or that no model has."""
+    for name in ("vocab_size", "dim", "n_layers", "n_attention_heads", "n_future"):
+        most = MOST_LAYERS if name in ("n_layers", "n_future") else LARGEST_SIZE
+        if not 1 <= getattr(config, name) <= most:
+            raise BadInput(f"model.{name} = {getattr(config, name)}: must be from 1 to {most}")
+
+
+def huggingface_profile(path: Path, kind: HeadKind | None = None) -> Profile:
+    """A profile of the model that a Hugging Face `config.json` describes.
+
+    Args:
+        path: the file, or a folder that holds one.
+        kind: of heads; by default deepseek where the config has `num_nextn_predict_layers`, else parallel.
+
+    Raises:
+        BadInput: it is no config of a decoder that transformers knows.
+        Missing: transformers is not installed.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    table = _read(path)
+    config, architecture = _decoder_config(table, path)
+    depths = int(getattr(config, "num_nextn_predict_layers", None) or 0)
+    heads, width = getattr(config, "num_attention_heads", 1), getattr(config, "intermediate_size", None)
+    try:
+        model = HuggingFaceConfig(
+            vocab_size=config.vocab_size,
+            dim=config.hidden_size,
+            n_layers=config.num_hidden_layers,
+            n_attention_heads=heads,
+            n_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            ffn_dim=width if type(width) is int else None,
+            head=kind or ("deepseek" if depths else "parallel"),
+            unembedding="tied" if getattr(config, "tie_word_embeddings", False) else "shared",
+            match_layers=False,
+            architecture=architecture,
+            settings=json.dumps(config.to_dict(), sort_keys=True, default=str),
+        )
+    except (BadInput, TypeError) as e:
+        raise BadInput(f"{path}: {e}") from None
+    positions = getattr(config, "max_position_embeddings", None) or CONTEXT
+    dtype: Dtype = "fp32" if "float32" in str(table.get("torch_dtype", table.get("dtype"))) else "bf16"
+    return Profile(
+        name=_name(path, config.model_type),
+        description=f"{architecture} of {path}",
+        model=model,
+        workload=Workload(batch=1, sequence=min(CONTEXT, positions), dtype=dtype, tokenizer="uniform"),
+        sweep=Sweep(n=(1, 1 + depths) if depths else (1, 2, 4)),
+    )
+
+
+def factory_profile(spec: str, load: Any) -> Profile:
+    """A profile of the model that a user's function makes.
+
+    Args:
+        spec: package.module:function; called with n, it returns the model.
+        load: makes the model with n = 1 on device meta, from a config: `mtp_mem.model.build.make_model`.
+
+    Raises:
+        BadInput: there is no such function, or it returns no model.
+    """
+    module_name, colon, name = spec.partition(":")
+    if not colon or not name:
+        raise BadInput(f"--model {spec}: expected package.module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as e:
+        raise BadInput(f"--model {spec}: no module {e.name!r} (looked in the installed packages and here)") from None
+    except (Exception, SystemExit) as e:
+        raise BadInput(f"--model {spec}: importing {module_name!r}: {one_line(e)}") from None
+    if not callable(getattr(module, name, None)):
+        raise BadInput(f"--model {spec}: module {module_name!r} has no function {name!r}")
+    source = hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:16]
+    unknown = FactoryConfig(
+        vocab_size=1, dim=1, n_layers=1, n_attention_heads=1, match_layers=False, factory=spec, source=source
+    )
+    model = load(unknown, device="meta")
+    known = dataclasses.replace(unknown, vocab_size=model.vocab_size, dim=model.dim)
+    workload = Workload(batch=1, sequence=CONTEXT, dtype="bf16", tokenizer="uniform")
+    return Profile(
+        name=f"{module_name.rpartition('.')[2]}-{name}", model=known, workload=workload, sweep=Sweep(n=(1, 2, 4))
+    )
+
+
+def transformers() -> Any:
+    """The library.
+
+    Raises:
+        Missing: it is not installed.
+    """
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as e:
+        raise Missing(f"Hugging Face models need the package transformers: pip install 'mtp-mem[hf]' ({e})") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
+        raise BadInput(f"{path}: is no JSON: {one_line(e)}") from None
+    expected = "expected the config.json of a transformers ...ForCausalLM"
+    if not isinstance(table, dict):
+        raise BadInput(f"{path}: {expected}, not a JSON {type(table).__name__}")
+    if "peft_type" in table:
+        base = table.get("base_model_name_or_path")
+        raise BadInput(f"{path}: is an adapter's config; {expected}, here that of its base model {base!r}")
+    if not isinstance(table.get("model_type"), str):
+        raise BadInput(f"{path}: has no model_type; {expected}")
+    return table
+
+
+def _decoder_config(table: dict[str, Any], path: Path) -> tuple[Any, str]:
+    """The config object of the decoder, nested or not, and the class that is trained."""
+    library = transformers()
+    kind = table["model_type"]
+    named = [name for name in table.get("architectures") or [] if isinstance(name, str)]
+    expected = "expected a decoder's, of a ...ForCausalLM"
+    if named and not any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in named):
+        raise BadInput(f"{path}: is the config of a {named[0]}; {expected}")
+    try:
+        cls = library.CONFIG_MAPPING[kind]
+    except KeyError:
+        version = library.__version__
+        raise BadInput(f"{path}: model_type {kind!r} is unknown to transformers {version}; {expected}") from None
+    try:
+        config = cls.from_dict(table)
+        text = config.get_text_config(decoder=True)
+    except Exception as e:
+        raise BadInput(f"{path}: transformers cannot read it: {one_line(e)}") from None
+    if getattr(config, "is_encoder_decoder", False):
+        raise BadInput(f"{path}: is the config of an encoder with a decoder ({kind}); {expected}")
+    try:
+        made = library.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
+    except KeyError:
+        raise BadInput(f"{path}: model_type {kind!r} has no ...ForCausalLM; {expected}") from None
+    return text, made.__name__
+
+
+def _name(path: Path, model_type: str) -> str:
+    folder = path.resolve().parent.name if path.name == "config.json" else path.stem
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in folder).strip(".-")
+    return name or model_type

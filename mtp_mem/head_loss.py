@@ -1,0 +1,202 @@
+"""A strategy in a user's own trainer: a loss whose `backward()` needs nothing special.
+
+    z = model.trunk(input_ids=ids, attention_mask=mask)          # (B, S, D), with its graph
+    loss, losses = mtp_mem.head_loss(model, z, targets, strategy="sequential")
+    loss.backward()
+
+The strategy runs in the forward pass of an autograd node, on shadows of the model's parameters: detached leaves that
+share their storage. It fills the shadows' `.grad`, never the user's; the node's backward hands them on, times the
+upstream gradient. So no hook fires early, gradients are accumulated, reduced, scaled and clipped as they always are,
+and every parameter gets its gradient once.
+
+Memory beside `forward_backward`: none where `.grad` is empty, for autograd takes the shadows' gradients over; one copy
+of the heads' gradients where gradients are accumulated.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.func import functional_call
+
+from mtp_mem.config.schema import HeadKind
+from mtp_mem.data import IGNORE, future_targets
+from mtp_mem.errors import BadInput
+from mtp_mem.model.head_tree import Heads
+from mtp_mem.model.losses import loss_dtype
+from mtp_mem.model.own import Model
+from mtp_mem.strategy import Strategy, load_strategy
+
+
+def head_loss(
+    model: Model,
+    z: Tensor,
+    targets: Tensor,
+    strategy: str | Strategy = "sequential",
+    weights: Sequence[float] | Tensor | None = None,
+    num_items: int | Tensor | None = None,
+    scale: float | Tensor = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The loss of all heads, and each head's.
+
+    Args:
+        model: `MTPModel`, what `from_hf` made, or your own (mtp_mem/model/own.py).
+        z: what `model.trunk(...)` returned in this step (B, S, D).
+        targets: (n, B, S) int64, IGNORE where there is no target; `future_targets(labels, n)` makes them.
+        strategy: a spec, or a strategy.
+        weights: n loss weights; ones by default.
+        num_items: L_i is the sum over head i's targets divided by this, in the place of its own mean: what the Hugging
+            Face Trainer calls `num_items_in_batch`.
+        scale: the upstream gradient to expect, a `GradScaler`'s `get_scale()` say. The heads' backward runs at this
+            scale, which is what keeps fp16 from underflow; any other upstream gradient is right up to rounding.
+
+    Returns:
+        sum_i weights[i] * L_i, 0-dim, with its graph; and the n means L_i, (n,), detached; both in the loss dtype.
+
+    Raises:
+        BadInput: targets or weights of another shape, a z that is not the trunk's, an unknown strategy.
+    """
+    n, dtype = model.n_future, loss_dtype(z.dtype)
+    if targets.shape != (n, *z.shape[:-1]):
+        raise BadInput(f"targets have shape {tuple(targets.shape)}, expected (n, B, S) = {(n, *z.shape[:-1])}")
+    upstream = torch.ones(n, dtype=dtype, device=z.device)
+    if weights is not None:
+        upstream = torch.as_tensor(weights, dtype=dtype, device=z.device)
+        if upstream.shape != (n,):
+            raise BadInput(f"weights have shape {tuple(upstream.shape)}, expected ({n},), one for each head")
+    if num_items is not None:
+        upstream = upstream * (targets != IGNORE).flatten(1).sum(1) / num_items
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    run = _Run(
+        model=model,
+        strategy=load_strategy(strategy) if isinstance(strategy, str) else strategy,
+        z=z,
+        targets=targets,
+        names=names,
+        train=torch.is_grad_enabled(),
+    )
+    loss, losses = _HeadLoss.apply(z, run, upstream, scale, *parameters)  # type: ignore[no-untyped-call]
+    return loss, losses
+
+
+class MTPForCausalLM(nn.Module):
+    """A Hugging Face model with n heads whose forward returns the loss, for trainers that want that.
+
+    Args:
+        lm: any transformers `...ForCausalLM`; see `from_hf`, which it is given to.
+        n: number of heads.
+        strategy: a spec, or a strategy.
+        kind: of heads.
+        weights: n loss weights; ones by default.
+    """
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        n: int | None = None,
+        strategy: str | Strategy = "sequential",
+        kind: HeadKind | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        from mtp_mem.model.huggingface import from_hf
+
+        super().__init__()
+        self.model = from_hf(lm, n, kind)
+        self.strategy = load_strategy(strategy) if isinstance(strategy, str) else strategy
+        self.weights = weights
+        self.config = lm.config  # trainers read it
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **inputs: Any,
+    ) -> dict[str, Tensor]:
+        """The loss of all heads; without labels the logits.
+
+        Args:
+            input_ids: (B, S) int64.
+            labels: (B, S) int64, as transformers takes them: `input_ids` with IGNORE where there is nothing to learn.
+            num_items_in_batch: see `head_loss`; trainers that accumulate pass it.
+            inputs: what else the model takes: attention_mask, position_ids, ...
+
+        Returns:
+            loss (0-dim) and losses (n,), or logits (n, B, S, V).
+        """
+        if labels is None:
+            return {"logits": self.model(input_ids, **inputs)}
+        z = self.model.trunk(input_ids, **inputs)  # (B, S, D)
+        targets = future_targets(labels, self.model.n_future)
+        loss, losses = head_loss(self.model, z, targets, self.strategy, self.weights, num_items_in_batch)
+        return {"loss": loss, "losses": losses}
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The trunk's own switch, for trainers that turn it on."""
+        self.model.lm.gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The trunk's own switch."""
+        self.model.lm.gradient_checkpointing_disable()  # type: ignore[operator]
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """One run of the strategy on shadows of the parameters."""
+
+    model: Model
+    strategy: Strategy
+    z: Tensor
+    targets: Tensor
+    names: tuple[str, ...]
+    train: bool
+
+    def __call__(self, cut: Tensor, shadows: Sequence[Tensor], upstream: Tensor) -> Tensor:
+        """The n losses (n,); the shadows' and the cut's `.grad` are filled."""
+        shadowed = {f"model.{name}": shadow for name, shadow in zip(self.names, shadows, strict=True)}
+        with torch.set_grad_enabled(self.train):
+            return functional_call(_Above(self.model), shadowed, (self._backward, self.z, cut, upstream))  # type: ignore[no-any-return]
+
+    def _backward(self, heads: Heads, cut: Tensor, upstream: Tensor) -> Tensor:
+        return self.strategy.backward(cut, heads, self.targets, upstream)
+
+
+class _Above(nn.Module):
+    """The model under a module whose call is the strategy's run, so that its parameters can be swapped for it."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, backward: Callable[[Heads, Tensor, Tensor], Tensor], z: Tensor, cut: Tensor, upstream: Tensor
+    ) -> Tensor:
+        return backward(self.model.heads(z), cut, upstream)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, z: Tensor, run: _Run, upstream: Tensor, scale: float | Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        cut = z.detach().requires_grad_(run.train and z.requires_grad)
+        shadows = [p.detach().requires_grad_(run.train and p.requires_grad) for p in parameters]
+        losses = run(cut, shadows, upstream * scale)
+        ctx.gradients = [cut.grad, *(shadow.grad for shadow in shadows)]  # type: ignore[attr-defined]
+        ctx.scale = scale  # type: ignore[attr-defined]
+        ctx.mark_non_differentiable(losses)
+        return (losses * upstream).sum(), losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradients: list[Tensor | None] | None = ctx.gradients  # type: ignore[attr-defined]
+        if gradients is None:
+            raise RuntimeError("head_loss: backward a second time; its gradients were handed over the first time")
+        ctx.gradients = None  # type: ignore[attr-defined]
+        factor = grad / ctx.scale  # type: ignore[attr-defined]
+        z, *parameters = [None if g is None else g.mul_(factor) for g in gradients]
+        return z, None, None, None, *parameters

@@ -1,0 +1,130 @@
+"""The model that a config describes: this package's own, a Hugging Face decoder with heads, or what a factory makes.
+
+How many parameters it has is counted on the model itself, without making its weights.
+"""
+
+import importlib
+import json
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_mem.config.other_models import FactoryConfig, HuggingFaceConfig, transformers
+from mtp_mem.config.schema import Dtype, ModelConfig
+from mtp_mem.errors import BadInput, one_line
+from mtp_mem.model.huggingface import HuggingFaceMTP, default_dtype, from_hf
+from mtp_mem.model.layers import PARAMETER_DTYPES, Attention, causal_attention
+from mtp_mem.model.mtp_model import MTPModel, default_attention
+from mtp_mem.model.own import Model, groups
+
+ATTENTION_NAMES: dict[Attention, str] = {
+    "sdpa": "mtp_mem_causal",
+    "flash": "mtp_mem_fused",
+    "efficient": "mtp_mem_efficient",
+}
+"""What the ways of attention are called in transformers; where a name says "flash" it looks for another package."""
+
+
+def make_model(
+    config: ModelConfig,
+    *,
+    dtype: Dtype = "fp32",
+    device: torch.device | str = "cpu",
+    attention: Attention | None = None,
+) -> Model:
+    """A model with n heads, initialised at random.
+
+    Args:
+        config: what to make.
+        dtype: of parameters and products; "bf16-mixed" keeps fp32 parameters and runs forward passes under autocast.
+        device: where the parameters are made.
+        attention: how attention runs; by default as on that device. A factory's model has its own.
+
+    Raises:
+        BadInput: the factory fails, or what it returns lacks a member of `Model`.
+    """
+    if isinstance(config, HuggingFaceConfig):
+        return _huggingface(config, dtype, torch.device(device), attention)
+    if isinstance(config, FactoryConfig):
+        return _from_factory(config, dtype, torch.device(device))
+    return MTPModel(config, dtype=dtype, device=device, attention=attention)
+
+
+@cache
+def parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters by the part that owns them (see `MTPModel.groups`), each counted once.
+
+    Raises:
+        BadInput: a weight would have more elements than torch can count.
+    """
+    try:
+        model = make_model(config, device="meta")
+    except (RuntimeError, TypeError) as e:
+        raise BadInput(f"no model of this shape can be made: {e}".split("\n")[0]) from None
+    return {name: sum(p.numel() for p in group) for name, group in groups(model).items()}
+
+
+def weight_bytes(count: int, dtype: Dtype) -> int:
+    """Bytes of so many parameters; bf16-mixed keeps them in fp32."""
+    size: int = torch.empty((), dtype=PARAMETER_DTYPES[dtype]).element_size()
+    return count * size
+
+
+def _huggingface(
+    config: HuggingFaceConfig, dtype: Dtype, device: torch.device, attention: Attention | None
+) -> HuggingFaceMTP:
+    library = transformers()
+    kind = attention or default_attention(dtype, device)
+    settings = json.loads(config.settings)
+    settings |= {"num_hidden_layers": config.n_layers, "vocab_size": config.vocab_size}
+    if isinstance(types := settings.get("layer_types"), list):
+        settings["layer_types"] = types[: config.n_layers]
+    for name, function in _attention_functions().items():
+        library.AttentionInterface.register(name, function)  # without a mask's function, there is no mask
+    try:
+        own = library.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
+        with device:
+            lm = library.AutoModelForCausalLM.from_config(
+                own, attn_implementation=ATTENTION_NAMES[kind], dtype=PARAMETER_DTYPES[dtype]
+            )
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as e:
+        raise BadInput(f"{config.architecture}: transformers cannot make it: {one_line(e)}") from None
+    model = from_hf(lm.train(), config.n_future, config.head)
+    model.mixed, model.for_cuda = dtype == "bf16-mixed", kind != "sdpa"
+    return model
+
+
+def _from_factory(config: FactoryConfig, dtype: Dtype, device: torch.device) -> Model:
+    module, _, name = config.factory.partition(":")
+    try:
+        with default_dtype(PARAMETER_DTYPES[dtype]), device:
+            model = getattr(importlib.import_module(module), name)(config.n_future)
+    except (Exception, SystemExit) as e:
+        raise BadInput(f"{config.factory}({config.n_future}): {one_line(e)}") from None
+    if not isinstance(model, nn.Module) or not isinstance(model, Model):
+        missing = [name for name in ("n_future", "vocab_size", "dim", "trunk", "heads") if not hasattr(model, name)]
+        raise BadInput(
+            f"{config.factory}: returns a {type(model).__name__} without {', '.join(missing) or 'being a module'};"
+            " expected an nn.Module with n_future, vocab_size, dim, trunk and heads (see mtp_mem/model/own.py)"
+        )
+    if model.n_future != config.n_future:
+        raise BadInput(f"{config.factory}({config.n_future}): returns a model with n_future = {model.n_future}")
+    return model
+
+
+def _attention_functions() -> dict[str, Any]:
+    def function(kind: Attention) -> Any:
+        def run(
+            _module: nn.Module, q: Tensor, k: Tensor, v: Tensor, _mask: None, scaling: float | None = None, **_: Any
+        ) -> tuple[Tensor, None]:
+            width = v.shape[-1]
+            if width != q.shape[-1]:  # no fused kernel takes another width of values: it is padded
+                v = F.pad(v, (0, q.shape[-1] - width))
+            return causal_attention(q, k, v, kind, scaling)[..., :width].transpose(1, 2).contiguous(), None
+
+        return run
+
+    return {name: function(kind) for kind, name in ATTENTION_NAMES.items()}

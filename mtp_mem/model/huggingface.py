@@ -1,0 +1,362 @@
+"""Any Hugging Face `...ForCausalLM` as a trunk with n heads: no code for any family.
+
+Kinds whose heads are layers (parallel, causal, anticausal, deepseek) move the decoder's last layer above the cut, as
+head 1, and the final norm with it; further heads are layers of its class. A tap stands in that layer's place: it hands
+hidden states on, and keeps whatever else this family gives its layers (masks, rotary tables, positions), so that the
+heads get the same. Linear and medusa heads read the normed output of the whole decoder, as Medusa does (Cai et al.
+2024, section 2.1.1): head 1 is the model's own, the others D x D maps or residual blocks h + SiLU(W h + b).
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_mem.config.schema import Dtype, HeadKind
+from mtp_mem.errors import BadInput
+from mtp_mem.model.head_tree import Heads, Phase, keep_inputs, kept_inputs, no_phase
+from mtp_mem.model.heads import NO_TOKEN, tokens_ahead
+from mtp_mem.model.layers import PARAMETER_DTYPES
+from mtp_mem.model.losses import capped
+from mtp_mem.model.own import ambient_autocast, draws_random_numbers, heads
+
+KINDS: tuple[HeadKind, ...] = ("parallel", "causal", "anticausal", "deepseek", "medusa", "linear")
+LAYER_KINDS = ("parallel", "causal", "anticausal", "deepseek")
+SCALES = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1}
+"""Attributes of a config by which its family multiplies logits (1) or divides them (-1): hidden states are, instead."""
+CHANGES_LOGITS = ("logits_soft_cap", "output_multiplier", "unpadded_vocab_size")
+"""Attributes of a config that change logits in a way that no strategy computes."""
+
+
+def from_hf(lm: nn.Module, n: int | None = None, kind: HeadKind | None = None) -> "HuggingFaceMTP":
+    """A Hugging Face model as trunk and n heads. The model is changed in place: its last layer becomes head 1.
+
+    Args:
+        lm: any transformers `...ForCausalLM`, its weights loaded or not, checkpointed or not.
+        n: number of heads; by default one more than the config's `num_nextn_predict_layers`.
+        kind: how heads hang together and what they are; by default deepseek where the config has
+            `num_nextn_predict_layers`, else parallel.
+
+    Raises:
+        BadInput: no decoder with a stack of layers and a final norm, logits that are not the unembedding's alone, an
+            unknown kind, or no n.
+    """
+    depths = getattr(_config(lm), "num_nextn_predict_layers", None) or 0
+    if n is None and not depths:
+        raise BadInput("from_hf: n, the number of heads, is not given, and the config has no num_nextn_predict_layers")
+    kind = kind or ("deepseek" if depths else "parallel")
+    if kind not in KINDS:
+        raise BadInput(f"from_hf: kind = {kind!r}: valid: {', '.join(KINDS)}")
+    n = depths + 1 if n is None else n
+    if n < 1:
+        raise BadInput(f"from_hf: n = {n}: must be at least 1")
+    return HuggingFaceMTP(lm, n, kind)
+
+
+class Tap(nn.Module):
+    """In the place of the decoder's last layer: hands hidden states on, and keeps what else the layer was given."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.passed: Tensor | None = None
+        for name in ("attention_type", "layer_type", "is_sliding"):  # by which some decoders choose the mask
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Whatever a layer is given; returns the hidden states (B, S, D)."""
+        hidden: Tensor = args[0] if args else kwargs.pop("hidden_states")
+        self.given, self.passed = (args[1:], kwargs), hidden
+        return hidden
+
+
+class Depth(nn.Module):
+    """A deepseek head from the second on: Layer(M [RMSNorm(h); RMSNorm(Emb(token))]), of the decoder's class."""
+
+    def __init__(self, layer: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.hidden_norm, self.token_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.projection = nn.Linear(2 * dim, dim, bias=False)
+        self.layer = layer
+
+    def forward(self, x: Tensor, embedded: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Hidden states and embedded tokens, both (B, S, D), and what else the layer is given."""
+        both = torch.cat([self.hidden_norm(x), self.token_norm(embedded)], dim=-1)  # (B, S, 2D)
+        return self.layer(self.projection(both), *args, **kwargs)
+
+
+class Block(nn.Module):
+    """Medusa's residual block, h + SiLU(W h + b), W zero at first, so that the head begins as the model's own."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        return x + F.silu(self.linear(x))
+
+
+class HuggingFaceMTP(nn.Module):
+    """What `from_hf` makes: `trunk`, `heads`, and logits (n, B, S, V) when called.
+
+    Attributes:
+        mixed: forward passes run under bf16 autocast.
+        for_cuda: without data, but as CUDA would run it.
+    """
+
+    mixed: bool
+    for_cuda: bool
+
+    def __init__(self, lm: nn.Module, n: int, kind: HeadKind) -> None:
+        super().__init__()
+        config = _config(lm)
+        self.lm, self.kind = lm, kind
+        self.mixed = self.for_cuda = False
+        decoder, weight = _decoder(lm), _unembedding(lm)
+        self.n_future, (self.vocab_size, self.dim) = n, weight.shape
+        self.scale, self.softcap = _scale(lm, config), getattr(config, "final_logit_softcapping", None)
+        name, layers = _layers(decoder)
+        with default_dtype(weight.dtype), weight.device:
+            if kind in LAYER_KINDS:
+                norm = _final_norm(decoder, name, self.dim)
+                self.norm: nn.Module = getattr(decoder, norm)
+                last = layers[len(layers) - 1]
+                new = [_like(last, lm) for _ in range(n - 1)]
+                if kind == "deepseek":
+                    new = [Depth(layer, self.dim) for layer in new]
+                self.head_layers = nn.ModuleList([last, *new])
+                self._tap = [Tap(last)]  # in a list, for it is the decoder's module and not this one's
+                layers[len(layers) - 1] = self._tap[0]
+                setattr(decoder, norm, nn.Identity())
+            else:
+                make: Callable[[], nn.Module] = (
+                    partial(Block, self.dim) if kind == "medusa" else partial(nn.Linear, self.dim, self.dim, bias=False)
+                )
+                self.norm, self._tap = nn.Identity(), list[Tap]()
+                self.head_layers = nn.ModuleList([nn.Identity(), *(make() for _ in range(n - 1))])
+        for layer in self.head_layers:
+            for module in layer.modules():
+                if hasattr(module, "gradient_checkpointing"):  # the cut's strategies decide what is run again above it
+                    module.gradient_checkpointing = False  # type: ignore[assignment]
+
+    def trunk(self, input_ids: Tensor | None = None, **inputs: Any) -> Tensor:
+        """The decoder below the cut: hidden states (B, S, D) with their graph.
+
+        Args:
+            input_ids: (B, S) int64.
+            inputs: what else the model takes: attention_mask, position_ids, inputs_embeds, ...
+
+        Raises:
+            BadInput: the decoder does more after its last layer than its final norm.
+        """
+        with self.autocast():
+            out = _decoder(self.lm)(input_ids=input_ids, **{"use_cache": False} | inputs)
+        z: Tensor = out.last_hidden_state
+        given: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
+        for tap in self._tap:
+            passed = tap.passed
+            viewed = passed is not None and z._is_view() and z._base is passed and z.shape == passed.shape
+            if tap.given is None or not (z is passed or viewed):
+                raise BadInput(
+                    f"{type(self.lm).__name__}: the decoder does more after its last layer than its final norm, so that"
+                    " the layer cannot become a head; kind = 'medusa' or 'linear' reads the decoder's output instead"
+                )
+            given, tap.given, tap.passed = tap.given, None, None
+        return keep_inputs(z, (input_ids, *given))
+
+    def heads(self, z: Tensor, phase: Phase = no_phase) -> Heads:
+        """Everything above the cut for the step in which `trunk` returned `z`."""
+        tokens, args, kwargs = kept_inputs(z)
+        layers = [self._on_parent(module, i, tokens, args, kwargs) for i, module in enumerate(self.head_layers)]
+        made = heads(
+            layers=layers,
+            norm=self.norm if self.scale == 1 else self._scaled_norm,
+            unembedding=_unembedding(self.lm),
+            kind=self.kind,
+            phase=phase,
+            autocast=self.autocast if self.mixed else None,
+            softcap=self.softcap,
+            draws=self.training and draws_random_numbers([self.head_layers]),
+        )
+        object.__setattr__(made, "cuda", made.cuda or self.for_cuda)
+        return made
+
+    def _scaled_norm(self, hidden: Tensor) -> Tensor:
+        return self.norm(hidden) * self.scale  # type: ignore[no-any-return]
+
+    def _on_parent(
+        self, module: nn.Module, index: int, tokens: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[[Tensor], Tensor]:
+        if self.kind not in LAYER_KINDS:
+            return module
+        if not isinstance(module, Depth):
+            return lambda parent: _tensor(module(parent, *args, **kwargs))
+        if tokens is None:
+            raise BadInput("deepseek heads look tokens up: call trunk with input_ids, not with inputs_embeds alone")
+        embedding = self.lm.get_input_embeddings()  # type: ignore[operator]
+        return lambda parent: _tensor(module(parent, embedding(tokens_ahead(tokens, index)), *args, **kwargs))
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        """Logits (n, B, S, V), written out kind by kind: it shares no tree and no order with `heads`."""
+        z = self.trunk(input_ids, **inputs)
+        tokens, args, kwargs = kept_inputs(z)
+        layers, weight = list(self.head_layers), _unembedding(self.lm)
+        with self.autocast():
+            match self.kind:
+                case "causal":
+                    hidden = list(accumulate(layers, lambda h, m: _tensor(m(h, *args, **kwargs)), initial=z))[1:]
+                case "anticausal":
+                    back = accumulate(reversed(layers), lambda h, m: _tensor(m(h, *args, **kwargs)), initial=z)
+                    hidden = list(back)[:0:-1]
+                case "deepseek":
+                    S, embedding = z.shape[1], self.lm.get_input_embeddings()  # type: ignore[operator]
+                    embedded = embedding(F.pad(tokens, (0, len(layers)), value=NO_TOKEN))  # (B, S + n, D)
+                    hidden = [_tensor(layers[0](z, *args, **kwargs))]
+                    for k in range(1, len(layers)):
+                        hidden.append(_tensor(layers[k](hidden[-1], embedded[:, k : k + S], *args, **kwargs)))
+                case "parallel":
+                    hidden = [_tensor(module(z, *args, **kwargs)) for module in layers]
+                case _:
+                    hidden = [module(z) for module in layers]
+            return torch.stack([capped(F.linear(self._scaled_norm(h), weight), self.softcap) for h in hidden])
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context in which forward passes run: bf16 autocast where the model is trained so, else the caller's."""
+        device = _unembedding(self.lm).device.type
+        return torch.autocast(device, dtype=torch.bfloat16) if self.mixed else ambient_autocast(device)()
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by the part of the model that owns them; a tied weight belongs to the embedding."""
+        lm: Any = self.lm
+        parts: dict[str, list[nn.Parameter]] = {"embedding": list(lm.get_input_embeddings().parameters()), "trunk": []}
+        parts |= {f"head {i + 1}": list(layer.parameters()) for i, layer in enumerate(self.head_layers)}
+        parts |= {"norm": list(self.norm.parameters()), "unembedding": list(lm.get_output_embeddings().parameters())}
+        owned = {id(parameter) for own in parts.values() for parameter in own}
+        parts["trunk"] = [parameter for parameter in lm.parameters() if id(parameter) not in owned]
+        seen: set[int] = set()
+        for name, own in parts.items():
+            parts[name] = [parameter for parameter in own if id(parameter) not in seen]
+            seen |= {id(parameter) for parameter in own}
+        return {name: own for name, own in parts.items() if own}
+
+    def checkpoint_trunk(self, every: int) -> None:
+        """Recompute every so many of the trunk's layers in the backward, the first one among them.
+
+        Raises:
+            BadInput: a family that cannot recompute its layers one by one.
+        """
+        lm: Any = self.lm
+        enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
+        try:
+            enable({"use_reentrant": False, "preserve_rng_state": draws_random_numbers([lm])})
+        except ValueError as e:
+            raise BadInput(f"training.trunk_checkpointing: {e}") from None
+        layers = [layer for layer in _layers(_decoder(lm))[1] if not isinstance(layer, Tap)]
+        for i, layer in enumerate(layers):
+            if not hasattr(layer, "gradient_checkpointing"):
+                raise BadInput(f"training.trunk_checkpointing: {type(layer).__name__} cannot be recomputed by itself")
+            layer.gradient_checkpointing = i % every == 0  # type: ignore[assignment]
+
+    def moved(self, dtype: Dtype, device: torch.device) -> "HuggingFaceMTP":
+        """A copy in another dtype on another device; tied weights stay tied."""
+        copied = copy.deepcopy(self).to(device, PARAMETER_DTYPES[dtype])
+        copied.mixed = dtype == "bf16-mixed"
+        copied._tap = [layer for layer in _layers(_decoder(copied.lm))[1] if isinstance(layer, Tap)]
+        return copied
+
+
+def _config(lm: nn.Module) -> Any:
+    config = getattr(lm, "config", None)
+    if config is None or not hasattr(lm, "get_output_embeddings"):
+        raise BadInput(f"from_hf: {type(lm).__name__} is no transformers model: expected a ...ForCausalLM")
+    return config
+
+
+def _decoder(lm: Any) -> Any:
+    decoder = lm.get_decoder()
+    if decoder is None or decoder is lm:
+        raise BadInput(f"{type(lm).__name__} has no decoder to cut: expected a ...ForCausalLM")
+    return decoder
+
+
+def _unembedding(lm: Any) -> Tensor:
+    module = lm.get_output_embeddings()
+    if module is None:
+        raise BadInput(f"{type(lm).__name__} has no unembedding (get_output_embeddings): expected a ...ForCausalLM")
+    if getattr(module, "bias", None) is not None:
+        raise BadInput(f"{type(lm).__name__} adds a bias to its logits, and no strategy does")
+    weight: Tensor = module.weight
+    return weight
+
+
+def _layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder's stack: its longest list of modules, by name."""
+    lists = {name: child for name, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child)}
+    if not lists:
+        raise BadInput(f"{type(decoder).__name__} has no list of layers to cut")
+    name = max(lists, key=lambda name: len(lists[name]))
+    return name, lists[name]
+
+
+def _final_norm(decoder: nn.Module, layers: str, dim: int) -> str:
+    """The last child after the layers whose parameters all have D elements."""
+    children = dict(decoder.named_children())
+    after = list(children)[list(children).index(layers) + 1 :]
+
+    def is_norm(module: nn.Module) -> bool:
+        shapes = {tuple(parameter.shape) for parameter in module.parameters()}
+        return shapes == {(dim,)}
+
+    if norms := [name for name in after if is_norm(children[name])]:
+        return norms[-1]
+    raise BadInput(f"{type(decoder).__name__} has no final norm after {layers!r}; it has {', '.join(children)}")
+
+
+def _scale(lm: nn.Module, config: Any) -> float:
+    for name in CHANGES_LOGITS:
+        if value := getattr(config, name, None):
+            raise BadInput(f"{type(lm).__name__} changes its logits (config.{name} = {value}), and no strategy does")
+    scale = 1.0
+    for name, power in SCALES.items():
+        if (value := getattr(config, name, None)) is not None:
+            scale *= float(value) ** power
+    return scale
+
+
+def _like(layer: nn.Module, lm: Any) -> nn.Module:
+    """Another layer of the same class with weights of its own, as the family initialises them."""
+    # Of tensors without data a copy would copy the mode that they live in, too.
+    modes = {id(mode): mode for p in layer.parameters() if (mode := getattr(p, "fake_mode", None)) is not None}
+    new = copy.deepcopy(layer, modes)
+    for parameter in new.parameters():
+        if hasattr(parameter, "_is_hf_initialized"):
+            del parameter._is_hf_initialized
+    new.apply(lm._init_weights)
+    return new
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Modules made inside have parameters of this dtype; casting them afterwards fails where they have no data."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _tensor(out: Any) -> Tensor:
+    """A layer's hidden states; some families return them in a tuple."""
+    tensor: Tensor = out[0] if isinstance(out, tuple) else out
+    return tensor

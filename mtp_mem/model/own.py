@@ -1,0 +1,230 @@
+"""What mtp_mem asks of a model, whoever built it, and heads made from a user's own modules.
+
+A model is an `nn.Module` with a trunk, whose output keeps its graph, and heads that hang on it as a tree. `MTPModel` is
+one, `mtp_mem.from_hf` makes one of a Hugging Face model, and a class with the members of `Model` is one too:
+
+    class Mine(nn.Module):
+        n_future, vocab_size, dim = 4, 32000, 512
+
+        def trunk(self, tokens):
+            return self.decoder(tokens)                               # (B, S, D)
+
+        def heads(self, z, phase=mtp_mem.no_phase):
+            return mtp_mem.heads(layers=self.head_layers, norm=self.norm, unembedding=self.lm_head, phase=phase)
+"""
+
+import copy
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_mem.config.schema import Dtype, HeadKind, Training
+from mtp_mem.errors import BadInput, unknown
+from mtp_mem.model.head_tree import Heads, Phase, no_phase, tree
+from mtp_mem.model.layers import PARAMETER_DTYPES
+from mtp_mem.model.losses import capped
+
+M = TypeVar("M", bound="Model")
+
+
+@runtime_checkable
+class Model(Protocol):
+    """The members of a model that steps, instruments and the verifier use, beside those of `nn.Module`.
+
+    Attributes:
+        n_future: n, the number of heads.
+        vocab_size: V, the rows of an unembedding.
+        dim: D, its columns, the width of hidden states.
+    """
+
+    n_future: int
+    vocab_size: int
+    dim: int
+
+    def trunk(self, tokens: Tensor, /) -> Tensor:
+        """Tokens (B, S) int64 -> hidden states at the cut (B, S, D), with their graph."""
+        ...
+
+    def heads(self, z: Tensor, phase: Phase = no_phase, /) -> Heads:
+        """Everything above the cut for one step, as a tree; `z` is what `trunk` returned in this step."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As every module's."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As every module's."""
+        ...
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """As every module's."""
+        ...
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """As every module's."""
+        ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As every module's."""
+        ...
+
+
+def heads(
+    *,
+    layers: Sequence[Callable[[Tensor], Tensor]],
+    norm: Callable[[Tensor], Tensor],
+    unembedding: nn.Module | Tensor | Sequence[nn.Module | Tensor],
+    kind: HeadKind = "parallel",
+    phase: Phase = no_phase,
+    autocast: Callable[[], AbstractContextManager[object]] | None = None,
+    draws: bool | None = None,
+    softcap: float | None = None,
+) -> Heads:
+    """The heads of one step from a user's modules.
+
+    Args:
+        layers: one for each head, hidden states (B, S, D) -> (B, S, D); `nn.Identity()` for a head that is the model's
+            own. What else a layer needs (a mask, rotary tables) is bound to it, with `functools.partial` say.
+        norm: the final norm, (B, S, D) -> (B, S, D).
+        unembedding: the module of the logits, whose weight is (V, D), or that weight; or one for each head. A bias is
+            refused: no strategy adds one.
+        kind: "parallel", "linear" and "medusa" heads read the trunk's output, "causal" and "deepseek" heads the head
+            before them, "anticausal" heads the one after.
+        phase: told the name of each phase as it begins.
+        autocast: context manager in which forward passes run; by default the autocast that is active around the step,
+            without its cache of cast weights, by which the order of heads would change the sums.
+        draws: whether a layer draws random numbers, so that a strategy that runs it twice must draw them again; by
+            default whether one of the modules is a dropout of more than 0.
+        softcap: c where the model's logits are c tanh(logits / c).
+
+    Raises:
+        BadInput: no layers, an unembedding with a bias, or not one for each head; an unknown kind.
+    """
+    if kind not in ("parallel", "causal", "anticausal", "linear", "deepseek", "medusa"):
+        raise unknown("kind", kind, ["parallel", "causal", "anticausal", "linear", "deepseek", "medusa"])
+    if not layers:
+        raise BadInput("heads: no layers: expected one for each head")
+    several = isinstance(unembedding, Sequence | nn.ModuleList)
+    each: list[Any] = list(unembedding) if several else [unembedding] * len(layers)  # type: ignore[arg-type]
+    if len(each) != len(layers):
+        raise BadInput(f"heads: {len(each)} unembeddings for {len(layers)} layers: expected one, or one for each head")
+    weights = [_weight(one) for one in each]
+    return Heads(
+        roots=tuple(tree(kind, layers, weights)),
+        norm=norm,
+        autocast=autocast or ambient_autocast(weights[0].device.type),
+        phase=phase,
+        n=len(layers),
+        cuda=weights[0].is_cuda,
+        draws=draws_random_numbers([*layers, norm]) if draws is None else draws,
+        softcap=softcap,
+    )
+
+
+def ambient_autocast(device_type: str) -> Callable[[], AbstractContextManager[object]]:
+    """The autocast that is active now, for the heads' forward passes: without its cache of cast weights."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return nullcontext
+    dtype = torch.get_autocast_dtype(device_type)
+    return lambda: torch.autocast(device_type, dtype=dtype, cache_enabled=False)
+
+
+def draws_random_numbers(modules: Iterable[object]) -> bool:
+    """Whether one of them holds a dropout that is not 0."""
+    every = (inner for module in modules if isinstance(module, nn.Module) for inner in module.modules())
+    rates = (getattr(m, "p", 0.0) if isinstance(m, _DROPOUTS) else getattr(m, "attention_dropout", 0.0) for m in every)
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def moved(model: M, dtype: Dtype, device: torch.device) -> M:
+    """A copy in another dtype on another device; tied weights stay tied."""
+    own = getattr(model, "moved", None)
+    if own is not None:
+        return own(dtype, device)  # type: ignore[no-any-return]
+    copied: Any = copy.deepcopy(model)
+    return copied.to(device, PARAMETER_DTYPES[dtype])  # type: ignore[no-any-return]
+
+
+def plain_logits(model: Model, tokens: Tensor) -> Tensor:
+    """Logits of all heads (n, B, S, V) with their graph: what the model returns, or else read off its tree."""
+    if getattr(type(model), "forward", nn.Module.forward) is not nn.Module.forward:
+        out = typing.cast(Any, model)(tokens)
+        if isinstance(out, Tensor) and out.shape == (model.n_future, *tokens.shape, model.vocab_size):
+            return out
+    z = model.trunk(tokens)
+    every = model.heads(z)
+    logits: dict[int, Tensor] = {}
+    pending = [(root, z) for root in every.roots]
+    with every.autocast():
+        while pending:
+            head, parent = pending.pop()
+            hidden = head.layer(parent)
+            logits[head.index] = capped(F.linear(every.norm(hidden), head.unembedding), every.softcap)
+            pending += [(child, hidden) for child in head.children]
+    return torch.stack([logits[i] for i in range(every.n)])
+
+
+def groups(model: Model) -> dict[str, list[nn.Parameter]]:
+    """Parameters by the part that owns them, each once: the model's own `groups()`, or its child modules."""
+    own = getattr(model, "groups", None)
+    if own is not None:
+        return own()  # type: ignore[no-any-return]
+    by_part: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        by_part.setdefault(name.partition(".")[0], []).append(parameter)
+    return by_part
+
+
+def set_up(model: Model, training: Training) -> None:
+    """Freeze what the training setup freezes, and recompute what it recomputes.
+
+    Raises:
+        BadInput: a part that this model has not, nothing is left to train, or a trunk that cannot be checkpointed.
+    """
+    if training.checkpoint_every:
+        checkpoint_trunk = getattr(model, "checkpoint_trunk", None)
+        if checkpoint_trunk is None:
+            raise BadInput(
+                f"training.trunk_checkpointing = {training.trunk_checkpointing!r}: {type(model).__name__} has no method"
+                " checkpoint_trunk(every)"
+            )
+        checkpoint_trunk(training.checkpoint_every)
+    owned = groups(model)
+    names = [name for name in owned if name.startswith("head ")]
+    parts = {name: [name] for name in owned}
+    if names:
+        parts |= {
+            "trunk": ["embedding", "trunk"],
+            "trunk layers": ["trunk"],
+            "heads": names,
+            "all but heads": [name for name in owned if name not in names],
+            "unembedding": [name for name in owned if name.startswith("unembedding")],
+        }
+    for part in training.frozen_parts:
+        if part not in parts:
+            raise unknown("part", part, parts, "training.frozen")
+        for name in parts[part]:
+            for parameter in owned.get(name, []):
+                parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise BadInput(f"training.frozen = {', '.join(training.frozen_parts)}: nothing is left to train")
+
+
+def _weight(unembedding: Any) -> Tensor:
+    if isinstance(unembedding, Tensor):
+        return unembedding
+    weight = getattr(unembedding, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise BadInput(f"unembedding: {type(unembedding).__name__} has no weight (V, D)")
+    if getattr(unembedding, "bias", None) is not None:
+        raise BadInput(f"unembedding: {type(unembedding).__name__} adds a bias to the logits, and no strategy does")
+    return weight
