@@ -8,6 +8,7 @@ heads get the same. Linear and medusa heads read the normed output of the whole 
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -337,7 +338,8 @@ def _like(layer: nn.Module, lm: Any) -> nn.Module:
     """Another layer of the same class with weights of its own, as the family initialises them."""
     # Of tensors without data a copy would copy the mode that they live in, too.
     modes = {id(mode): mode for p in layer.parameters() if (mode := getattr(p, "fake_mode", None)) is not None}
-    new = copy.deepcopy(layer, modes)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch looks at their addresses
+        new = copy.deepcopy(layer, modes)
     for parameter in new.parameters():
         if hasattr(parameter, "_is_hf_initialized"):
             del parameter._is_hf_initialized

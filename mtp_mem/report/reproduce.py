@@ -28,9 +28,13 @@ def command(records: Sequence[Record]) -> str:
     lines = [f"# mtp_mem {env['mtp_mem']}{commit}, torch {env['torch']}"]
     predicted = first.exactness == "predicted"
     shipped = next((p for name in builtin_profiles() if _same(p := load_profile(name), first)), None)
-    if shipped is None:
+    others = _model_of_another(first)
+    if others:
+        lines.append(f"# {_line(others[0])}")
+    elif shipped is None:
         lines += ["cat > profile.toml <<'END'", *_toml(first), "END"]
-    words = ["mtp-mem", "predict" if predicted else "compare", "--profile", shipped.name if shipped else "profile.toml"]
+    words = ["mtp-mem", "predict" if predicted else "compare"]
+    words += others[1:] or ["--profile", shipped.name if shipped else "profile.toml"]
     if shipped is None or tuple(ns) != shipped.sweep.n:
         words += ["--n", ",".join(map(str, ns))]
     if shipped is None or tuple(specs) != shipped.sweep.strategies:
@@ -51,9 +55,28 @@ def command(records: Sequence[Record]) -> str:
     return "\n".join([*lines, shlex.join(words)])
 
 
+def _model_of_another(record: Record) -> list[str]:
+    """Of a record whose model is not this package's: what it was in words, then the options that ask for it."""
+    model, workload = record.model, record.workload
+    words = ["--batch", workload["batch"], "--sequence", workload["sequence"]]
+    words += ["--dtype", training_facts(record)["precision"]]
+    if "architecture" in model:
+        says = f"config.json: the {model['architecture']} whose settings have the digest {model.get('settings')}"
+        words = [says, "--hf", "config.json", "--kind", model["head"], *words]
+    elif "factory" in model:
+        words = [f"the module's source has the digest {model.get('source')}", "--model", model["factory"], *words]
+    else:
+        return []
+    usual = Training().facts(workload["dtype"])
+    return [*map(str, words), *_differences(training_facts(record), usual | {"precision": words[-1]})]
+
+
 def _setup(record: Record, profile: Profile) -> list[str]:
     """Options for what the record's training setup has otherwise than the profile."""
-    facts, usual = training_facts(record), profile.training.facts(profile.workload.dtype)
+    return _differences(training_facts(record), profile.training.facts(profile.workload.dtype))
+
+
+def _differences(facts: dict[str, Any], usual: dict[str, Any]) -> list[str]:
     words = []
     for name, value in facts.items():
         if name in usual and name != "master_weights" and _value(value) != _value(usual[name]):

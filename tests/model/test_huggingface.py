@@ -191,6 +191,8 @@ def test_a_real_config_is_the_class_s_own_model_or_refused_by_name(name: str) ->
         config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
         own = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
     assert sum(parameters(profile.model.with_n(1)).values()) == own == PUBLISHED.get(name, own)
+    documented = (CONFIGS.parents[1] / "docs/own-trainer.md").read_text()
+    assert f"| {name} | {json.loads(path.read_text())['model_type']} | {own:,} | as the class" in documented
     if name == "qwen3-next-80b":  # its linear attention is a loop in Python without a GPU: 10 seconds
         return
     workload = dataclasses.replace(profile.workload, sequence=256, dtype="bf16")
