@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mtp_mem.config.schema import Training
 from mtp_mem.data import Batch
+from mtp_mem.distributed.seam import around_the_heads, refuse_wrapped
 from mtp_mem.errors import BadInput
 from mtp_mem.model.head_tree import Phase, no_phase
 from mtp_mem.model.losses import loss_dtype
@@ -28,6 +29,7 @@ def forward_backward(
     weights: Sequence[float] | Tensor | None = None,
     scale: float = 1.0,
     phase: Phase = no_phase,
+    sync: bool = True,
 ) -> Tensor:
     """Add the gradient of scale * sum_i weights[i] * L_i to every trainable parameter's `.grad`.
 
@@ -38,15 +40,23 @@ def forward_backward(
         weights: n loss weights; ones by default, the plain sum of Gloeckle et al. 2024, section 2.
         scale: multiplies the whole loss (gradient accumulation, fp16 loss scaling).
         phase: told the name of each phase as it begins.
+        sync: whether a model that is sharded by FSDP2 reduces its gradients: False for all but the last micro-batch.
 
     Returns:
         The unweighted losses L_i, (n,), detached: fp32, or fp64 for fp64 models.
     """
+    refuse_wrapped(model)
     phase("trunk forward")
     upstream = _upstream(model, batch, weights, scale)
     z = model.trunk(batch.tokens)  # (B, S, D)
     cut = z.detach().requires_grad_(z.requires_grad)
-    losses = strategy.backward(cut, model.heads(z, phase), batch.targets, upstream)
+    with around_the_heads(model, sync=sync) as turn:
+
+        def both(name: str) -> None:
+            phase(name)
+            turn(name)
+
+        losses = strategy.backward(cut, model.heads(z, both), batch.targets, upstream)
     if z.requires_grad:
         phase("trunk backward")
         torch.autograd.backward(z, cut.grad)
@@ -68,8 +78,10 @@ class TrainingStep:
         """Returns the n losses of the last micro-batch, detached; every micro-batch is the batch once more."""
         self.model.zero_grad(set_to_none=self.training.set_to_none)
         count = self.training.micro_batches
-        for _ in range(count):
-            losses = forward_backward(self.model, self.batch, self.strategy, scale=1 / count, phase=phase)
+        for i in range(count):
+            losses = forward_backward(
+                self.model, self.batch, self.strategy, scale=1 / count, phase=phase, sync=i == count - 1
+            )
         phase("clip")
         clip_gradients(self.model.parameters(), self.clip_norm)
         phase("optimizer")

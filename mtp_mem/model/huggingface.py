@@ -150,6 +150,11 @@ class HuggingFaceMTP(nn.Module):
                 if hasattr(module, "gradient_checkpointing"):  # the cut's strategies decide what is run again above it
                     module.gradient_checkpointing = False  # type: ignore[assignment]
 
+    @property
+    def trunk_layers(self) -> list[nn.Module]:
+        """The decoder's layers below the cut."""
+        return [layer for layer in _layers(_decoder(self.lm))[1] if not isinstance(layer, Tap)]
+
     def trunk(self, input_ids: Tensor | None = None, **inputs: Any) -> Tensor:
         """The decoder below the cut: hidden states (B, S, D) with their graph.
 
@@ -211,7 +216,7 @@ class HuggingFaceMTP(nn.Module):
         """Logits (n, B, S, V), written out kind by kind: it shares no tree and no order with `heads`."""
         z = self.trunk(input_ids, **inputs)
         tokens, args, kwargs = kept_inputs(z)
-        layers, weight = list(self.head_layers), _unembedding(self.lm)
+        layers, unembedding = list(self.head_layers), self.lm.get_output_embeddings()  # type: ignore[operator]
         with self.autocast():
             match self.kind:
                 case "causal":
@@ -229,7 +234,7 @@ class HuggingFaceMTP(nn.Module):
                     hidden = [_tensor(module(z, *args, **kwargs)) for module in layers]
                 case _:
                     hidden = [module(z) for module in layers]
-            return torch.stack([capped(F.linear(self._scaled_norm(h), weight), self.softcap) for h in hidden])
+            return torch.stack([capped(unembedding(self._scaled_norm(h)), self.softcap) for h in hidden])
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which forward passes run: bf16 autocast where the model is trained so, else the caller's."""
@@ -262,8 +267,7 @@ class HuggingFaceMTP(nn.Module):
             enable({"use_reentrant": False, "preserve_rng_state": draws_random_numbers([lm])})
         except ValueError as e:
             raise BadInput(f"training.trunk_checkpointing: {e}") from None
-        layers = [layer for layer in _layers(_decoder(lm))[1] if not isinstance(layer, Tap)]
-        for i, layer in enumerate(layers):
+        for i, layer in enumerate(self.trunk_layers):
             if not hasattr(layer, "gradient_checkpointing"):
                 raise BadInput(f"training.trunk_checkpointing: {type(layer).__name__} cannot be recomputed by itself")
             layer.gradient_checkpointing = i % every == 0  # type: ignore[assignment]

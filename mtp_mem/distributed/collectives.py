@@ -1,0 +1,42 @@
+"""Which collectives a step runs, and how many bytes each rank hands to them."""
+
+from collections import Counter
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+NAMES = {
+    "_allgather_base_": "all-gather",
+    "allgather_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "allreduce_": "all-reduce",
+    "broadcast_": "broadcast",
+}
+"""Operators of a process group, as people call them."""
+
+
+class Collectives(TorchDispatchMode):
+    """Counts a process group's operators while it is active.
+
+    Attributes:
+        count: by kind.
+        nbytes: by kind, of the largest tensor that each operator is given: gathered parameters, gradients to reduce.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count: Counter[str] = Counter()
+        self.nbytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            operator = func._schema.name.split("::")[1]
+            if operator in NAMES:
+                tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+                self.count[NAMES[operator]] += 1
+                self.nbytes[NAMES[operator]] += max(tensor.nbytes for tensor in tensors)
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,198 @@
+"""FSDP2 and the cut: what must hold while a strategy runs several partial backward passes above it.
+
+FSDP2 (`torch.distributed.fsdp.fully_shard`) gathers a unit's parameters before its forward and backward pass, and
+reduces its gradients after it. A strategy that runs heads one after the other uses the unembedding and the final norm
+once for each head, and ends a backward pass with each head. Left alone, FSDP2 would gather and reduce them as often. So
+while a strategy runs:
+
+- shared units (what several heads use) are gathered once, stay whole, and are reduced once, by the trunk's backward;
+- a head's unit stays whole from its forward to its backward pass, which follows at once, and is reduced there;
+- no unit is gathered ahead of a pass that does not come, and a partial pass does not end the step for the trunk, whose
+  order of gathering ahead would be forgotten.
+
+Measured on two gloo ranks, 4 trunk layers and 3 heads: 11 all-gathers and 8 reduce-scatters with every strategy, where
+one joint backward takes 19 and 8.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from mtp_mem.errors import BadInput
+from mtp_mem.model.head_tree import Phase
+from mtp_mem.model.own import Model
+
+_GATHERED: weakref.WeakSet[FSDPModule] = weakref.WeakSet()
+"""Units of heads that have been gathered before: torch 2.13 raises where one that has not is told not to reduce."""
+
+
+def shard(
+    model: Model,
+    *,
+    mesh: DeviceMesh | None = None,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    offload_policy: OffloadPolicy | None = None,
+    reshard_after_forward: bool = True,
+) -> Model:
+    """Shard a model in place: a unit for each trunk layer, head, the norm and the unembedding, and one for the rest.
+
+    Args:
+        model: `MTPModel`, what `from_hf` made, or your own with `head_layers`, `norm` and `trunk_layers`.
+        mesh: one dimension for FSDP2; two, the outer one replicated, for HSDP. By default all ranks.
+        mp_policy: dtypes of gathered parameters and of the reduction.
+        offload_policy: none: a strategy's partial passes need their parameters on the device.
+        reshard_after_forward: whether a trunk layer's parameters are given back between its forward and backward pass.
+
+    Returns:
+        The model, whose `trunk` gathers as a forward pass does.
+
+    Raises:
+        BadInput: an offload policy, or a model without the parts named above.
+    """
+    if isinstance(offload_policy, CPUOffloadPolicy):
+        raise BadInput("shard: parameters that are offloaded to the host are not supported; expected no offload_policy")
+    policy: dict[str, Any] = {"mesh": mesh, "mp_policy": mp_policy or MixedPrecisionPolicy()}
+    for unit in _trunk_units(model):
+        fully_shard(unit, reshard_after_forward=reshard_after_forward, **policy)
+    shared, heads = above_the_cut(model)
+    for unit in [*heads, *shared]:
+        if any(True for _ in unit.parameters()):
+            fully_shard(unit, **policy)
+    root = _module(model)
+    fully_shard(root, **policy)
+    register_fsdp_forward_method(root, "trunk")
+    return model
+
+
+def above_the_cut(model: Model) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules that several heads use and that nothing below the cut uses, then the heads' own.
+
+    Raises:
+        BadInput: a model without `head_layers` and `norm`.
+    """
+    module: Any = model
+    if not hasattr(model, "head_layers") or not hasattr(model, "norm"):
+        raise BadInput(f"{type(model).__name__} has no head_layers and norm: name its units to sharded_heads yourself")
+    unembedding = getattr(model, "unembedding", None)
+    if unembedding is None:
+        unembedding = module.lm.get_output_embeddings()
+    modules = list(unembedding) if isinstance(unembedding, nn.ModuleList) else [unembedding]
+    below = {id(p) for p in _embedding(model).parameters()}
+    own = [one for one in modules if not any(id(p) in below for p in one.parameters())]
+    return [module.norm, *own], list(module.head_layers)
+
+
+@contextmanager
+def sharded_heads(
+    root: FSDPModule, shared: Sequence[FSDPModule], heads: Sequence[FSDPModule], *, sync: bool = True
+) -> Iterator[Phase]:
+    """Inside: run the strategy, on `Heads` that are made inside too: a shared weight is whole only from here on.
+
+    `mtp_mem.forward_backward` enters it by itself for a model that `shard` has sharded.
+
+    Args:
+        root: the model.
+        shared: units of parameters that more than one head uses; the root, where it holds such.
+        heads: units of the heads' own layers.
+        sync: False for all but the last micro-batch.
+
+    Yields:
+        The `Phase` that the `Heads` must call: it tells when a head's own backward pass begins.
+    """
+
+    def phase(name: str) -> None:
+        for unit in _whose_turn(name, heads):
+            unit.set_requires_gradient_sync(sync)
+            unit.set_reshard_after_backward(True)
+
+    def gathered(unit: FSDPModule) -> Callable[..., None]:
+        def note(*_: Any) -> None:
+            if unit not in _GATHERED:
+                _GATHERED.add(unit)
+                unit.set_requires_gradient_sync(False)
+
+        return note
+
+    root.set_is_last_backward(False)
+    root.set_requires_gradient_sync(False)  # a pass ends by reducing whatever any unit holds
+    for unit in (*shared, *heads):
+        # Any list but an empty one stops the default, which gathers what has just been freed.
+        unit.set_modules_to_backward_prefetch([unit] if unit is not root else [])
+    for unit in shared:
+        unit.set_reshard_after_backward(False, recurse=False)
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    hooks = []
+    for unit in heads:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.set_reshard_after_backward(False, recurse=False)  # the pass of its loss comes before its own
+        if unit not in _GATHERED:
+            unit.set_requires_gradient_sync(True)
+        hooks.append(_module(unit).register_forward_pre_hook(gathered(unit)))
+    try:
+        yield phase
+    finally:
+        for hook in hooks:
+            hook.remove()
+        root.set_is_last_backward(True)
+        root.set_requires_gradient_sync(sync)
+        for unit in shared:
+            unit.set_reshard_after_backward(True, recurse=False)
+            unit.set_reshard_after_forward(unit is not root, recurse=False)
+
+
+def units_above_the_cut(model: Model) -> tuple[list[FSDPModule], list[FSDPModule]]:
+    """Of a sharded model the units that heads share, the root among them where it holds such, and the heads' own."""
+    root: Any = model
+    shared, heads = above_the_cut(model)
+    units: list[FSDPModule] = [unit for unit in shared if isinstance(unit, FSDPModule)]
+    in_root = [unit for unit in shared if not isinstance(unit, FSDPModule) and any(True for _ in unit.parameters())]
+    tied = len(shared) < 2  # the unembedding is the embedding's own weight, which the root holds
+    if in_root or tied or _looks_up(model):
+        units.append(root)
+    return units, [unit for unit in heads if isinstance(unit, FSDPModule)]
+
+
+def _whose_turn(phase: str, heads: Sequence[FSDPModule]) -> Sequence[FSDPModule]:
+    if phase == "heads backward":
+        return heads
+    if phase.startswith("head ") and phase.endswith(" backward"):
+        index = int(phase.split()[1]) - 1
+        return heads[index : index + 1]
+    return ()
+
+
+def _looks_up(model: Any) -> bool:
+    """Whether heads look tokens up in the embedding."""
+    kind = getattr(model, "kind", None) or getattr(getattr(model, "config", None), "head", None)
+    return bool(kind == "deepseek")
+
+
+def _embedding(model: Any) -> nn.Module:
+    own = getattr(model, "embedding", None)
+    embedding: nn.Module = own if own is not None else model.lm.get_input_embeddings()
+    return embedding
+
+
+def _trunk_units(model: Any) -> list[nn.Module]:
+    own = getattr(model, "trunk_layers", None)
+    if own is None:
+        raise BadInput(f"{type(model).__name__} has no trunk_layers to shard")
+    return list(own)
+
+
+def _module(model: object) -> nn.Module:
+    assert isinstance(model, nn.Module)
+    return model

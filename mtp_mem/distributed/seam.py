@@ -1,0 +1,43 @@
+"""What a training step does about the process group around a strategy: nothing on one rank."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.nn.parallel import DistributedDataParallel
+
+from mtp_mem.errors import BadInput
+from mtp_mem.model.head_tree import Phase, no_phase
+from mtp_mem.model.own import Model
+
+
+@contextmanager
+def around_the_heads(model: Model, *, sync: bool) -> Iterator[Phase]:
+    """The context in which a strategy runs, and the `Phase` that its heads must call besides.
+
+    Args:
+        model: sharded by FSDP2, or not.
+        sync: whether gradients are reduced: in the last micro-batch.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:  # importing it takes a second, and without it nothing is sharded
+        yield no_phase
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(model, FSDPModule):
+        yield no_phase
+        return
+    from mtp_mem.distributed.fsdp2 import sharded_heads, units_above_the_cut
+
+    shared, heads = units_above_the_cut(model)
+    with sharded_heads(model, shared, heads, sync=sync) as phase:
+        yield phase
+
+
+def refuse_wrapped(model: object) -> None:
+    """Raises BadInput for a model inside DDP, whose hooks a strategy's partial passes would trip ("ready twice")."""
+    if isinstance(model, DistributedDataParallel):
+        raise BadInput(
+            "forward_backward: the model is wrapped in DDP, which expects one backward pass; run it inside"
+            " `with averaged_gradients(ddp) as model`, or call head_loss in the wrapped module's forward"
+        )
