@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtp_mem.config.schema import Training
 from mtp_mem.data import Batch
-from mtp_mem.distributed.seam import around_the_heads, refuse_wrapped
+from mtp_mem.distributed.seam import around_the_heads, refuse_wrapped, shards
 from mtp_mem.errors import BadInput
 from mtp_mem.model.head_tree import Phase, no_phase
 from mtp_mem.model.losses import loss_dtype
@@ -99,7 +99,8 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> None:
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients:
-        norm = torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(gradients))))
+        gradients, over_ranks = shards(gradients)
+        norm = over_ranks(torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(gradients)))))
         torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
 
 

@@ -36,7 +36,7 @@ def add(command: AddCommand) -> None:
         type=names,
         metavar="A,B",
         help="try training setups instead, at the profile's batch, sequence and n: trunk_checkpointing, micro_batches,"
-        " optimizer; the cheapest that fits is named",
+        " optimizer, world (GPUs under FSDP2); the cheapest that fits is named",
     )
     training_options(sub)
     sub.add_argument("--out", type=Path, metavar="DIR", help="keep the plan there, and a chart of the batch by n")
@@ -97,6 +97,7 @@ def plan_setups(
     """Training setups side by side: what each costs and needs, and which is the cheapest that fits."""
     from mtp_mem._util import format_bytes, writable
     from mtp_mem.prediction.setups import setup_advice, try_setups
+    from mtp_mem.report.draw_files import ranks_chart
     from mtp_mem.report.plan import setups_document, setups_table
 
     with progress(None) as begin:
@@ -106,10 +107,12 @@ def plan_setups(
         raise nothing(bool(unable.failed), left_out)
     code = 1 if unable.failed else 0
     content = setups_document(rows, left_out, profile, gpu, n, limit)
+    files = []
     if args.out:
-        keep(content, writable(args.out) / "plan-setups.json")
+        out = writable(args.out)
+        files = [keep(content, out / "plan-setups.json"), *ranks_chart(content, out)]
     if args.json:
-        print(json.dumps(content, indent=1))
+        print(json.dumps({**content, "files": [str(path) for path in files]}, indent=1))
         return code
     screen, sequences = console(), profile.workload.batch * profile.training.micro_batches
     screen.print(
@@ -123,6 +126,8 @@ def plan_setups(
         screen.print(f"{spec} is left out: {reason}", markup=False)
     screen.print(setup_advice(rows, limit), markup=False)
     screen.print(f"Predicted for {gpu.name}, not measured on one. FLOPs are those of the products.", markup=False)
+    if len(files) > 1:
+        screen.print(f"plan {files[0]}, chart {files[1]} (.svg, .csv)", markup=False)
     return code
 
 

@@ -67,6 +67,12 @@ def training_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--optimizer", metavar="NAME", help="adamw, adamw-foreach, adamw-loop, adamw-8bit or sgd")
     group.add_argument("--micro-batches", metavar="K", help="whose gradients one optimizer step sums")
     group.add_argument("--frozen", metavar="PARTS", help="trunk, 'all but heads', or parts like embedding,norm")
+    group.add_argument(
+        "--sharding",
+        metavar="HOW",
+        help="none, ddp, fsdp2 or hsdp: predict, plan and timeline then say a rank's bytes",
+    )
+    group.add_argument("--world", metavar="W", help="GPUs to shard over; the batch is each one's own")
     group.add_argument("--set-to-none", metavar="true|false", help="whether gradients are freed between steps")
 
 

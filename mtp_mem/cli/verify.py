@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
     from mtp_mem.verification.checks import Check, Verification
 
-ONLY_OWN = ("n", "batch", "sequence", "layers", "vocab", "trunk_checkpointing", "micro_batches", "optimizer", "frozen")
+ONLY_OWN = (
+    *("n", "batch", "sequence", "layers", "vocab"),
+    *("trunk_checkpointing", "micro_batches", "optimizer", "frozen", "sharding"),
+)
 """Options that change a model of one's own."""
 SHOWN = 20  # failures in the terminal; --json has all
 

@@ -22,6 +22,9 @@ Dtype = Literal["fp64", "fp32", "bf16", "bf16-mixed"]
 ALL_DTYPES: tuple[Dtype, ...] = typing.get_args(Dtype)
 Tokenizer = Literal["bytes", "bpe", "uniform"]
 OptimizerName = Literal["adamw", "adamw-foreach", "adamw-loop", "adamw-8bit", "sgd"]
+Sharding = Literal["none", "ddp", "fsdp2", "hsdp"]
+NODE, MOST_RANKS = 8, 2**16
+"""GPUs of a node, over which HSDP shards; and more ranks than there are."""
 MASTER = "bf16 + fp32 master"
 PRECISIONS = (*ALL_DTYPES, MASTER)
 """Names of what parameters, products and optimizer state are in: a workload's dtypes, and one with fp32 copies."""
@@ -172,6 +175,9 @@ class Training:
         frozen: parts without a gradient, a list or a text with commas. "trunk": all below the cut, the embedding too;
             "all but heads": of everything only the heads' own layers are trained.
         set_to_none: whether gradients are freed between steps, or set to zero.
+        sharding: over the ranks of a process group: "ddp" replicates all, "fsdp2" shards all, "hsdp" shards over a
+            node's 8 ranks and replicates over nodes.
+        world: ranks; the batch is each one's own.
     """
 
     trunk_checkpointing: Literal["none", "full"] | int = "none"
@@ -180,8 +186,20 @@ class Training:
     micro_batches: int = 1
     frozen: str | tuple[str, ...] = ()
     set_to_none: bool = True
+    sharding: Sharding = "none"
+    world: int = 1
 
     def __post_init__(self) -> None:
+        _one_of("training.sharding", self.sharding, Sharding)
+        if not 1 <= self.world <= MOST_RANKS or (self.sharding == "none" and self.world > 1):
+            raise BadInput(
+                f"training.world = {self.world} with sharding {self.sharding!r}: expected 1 without sharding, else 1 to"
+                f" {MOST_RANKS} ranks"
+            )
+        if self.sharding == "hsdp" and self.world % NODE:
+            raise BadInput(
+                f"training.world = {self.world}: hsdp shards over {NODE} ranks; expected a multiple of {NODE}"
+            )
         k = self.trunk_checkpointing
         if not (k in ("none", "full") or (type(k) is int and k >= 1)):
             raise BadInput(
@@ -230,6 +248,7 @@ class Training:
             f"{self.micro_batches} micro-batches": self.micro_batches > 1,
             f"frozen: {', '.join(self.frozen_parts)}": bool(self.frozen_parts),
             "gradients kept between steps": not self.set_to_none,
+            f"{self.sharding} over {self.world} ranks": self.sharding != "none",
         }
         return tuple(text for text, said in words.items() if said)
 

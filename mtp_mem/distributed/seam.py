@@ -1,9 +1,11 @@
 """What a training step does about the process group around a strategy: nothing on one rank."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mtp_mem.errors import BadInput
@@ -32,6 +34,25 @@ def around_the_heads(model: Model, *, sync: bool) -> Iterator[Phase]:
     shared, heads = units_above_the_cut(model)
     with sharded_heads(model, shared, heads, sync=sync) as phase:
         yield phase
+
+
+def shards(gradients: list[Tensor]) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
+    """Gradients that FSDP2 has sharded as this rank's tensors, and a norm of these as the norm over all shards."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return gradients, lambda norm: norm
+    from torch.distributed.tensor import DTensor
+
+    first = gradients[0]
+    if not isinstance(first, DTensor):
+        return gradients, lambda norm: norm
+    group = first.device_mesh.get_group(first.device_mesh.ndim - 1)  # HSDP: the last dimension is the sharded one
+
+    def over_ranks(norm: Tensor) -> Tensor:
+        squared = norm.square()
+        dist.all_reduce(squared, group=group)
+        return squared.sqrt()
+
+    return [gradient._local_tensor if isinstance(gradient, DTensor) else gradient for gradient in gradients], over_ranks
 
 
 def refuse_wrapped(model: object) -> None:

@@ -1,11 +1,13 @@
 """Bytes of a step on the CPU: the live tensor bytes of the real step, tracked."""
 
 import gc
+import sys
 
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.memory.unseen import all_seen
 from mtp_mem.model.optimizers import optimizer_state
+from mtp_mem.model.own import Model
 from mtp_mem.step import TrainingStep
 
 
@@ -21,7 +23,7 @@ def track(step: TrainingStep) -> Trace:
     freed = step.training.set_to_none
     model.zero_grad(set_to_none=freed)
     parameters = list(model.named_parameters())
-    tracker = Tracker(model.vocab_size, model.dim, parameters)
+    tracker = _tracker_for(model)(model.vocab_size, model.dim, parameters)
     tracker.resident("parameters", parameters)
     tracker.resident("gradients", ((f"{name}.grad", p.grad) for name, p in parameters if p.grad is not None))
     tracker.resident("optimizer", optimizer_state(model, optimizer))
@@ -40,3 +42,14 @@ def track(step: TrainingStep) -> Trace:
         if enabled:
             gc.enable()
     return tracker.finish().step()
+
+
+def _tracker_for(model: Model) -> type[Tracker]:
+    """The one that knows FSDP2 where the model is sharded; importing that takes a second."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return Tracker
+    from torch.distributed.fsdp import FSDPModule
+
+    from mtp_mem.memory.sharded_tracker import ShardedTracker
+
+    return ShardedTracker if isinstance(model, FSDPModule) else Tracker

@@ -19,6 +19,8 @@ Category = Literal[
     "head activations",
     "hidden-state gradients",
     "logits",
+    "gathered parameters",
+    "communication buffers",
     "workspace",
     "other",
 ]

@@ -121,6 +121,17 @@ class Tracker(TorchDispatchMode):
         events = before + trace.events[begun:]
         return Trace(trace.storages, trace.resident, events, len(before), trace.made_by_first_step)
 
+    def step_alone(self, begun: int) -> Trace:
+        """One step of several: whatever was live as it began, at event `begun`, counts as live before it."""
+        trace = self.trace
+        live = dict.fromkeys(trace.resident)
+        for event in trace.events[:begun]:
+            if event.kind != "alloc":
+                live.pop(event.key if event.kind == "free" else event.old, None)
+            if event.kind != "free":
+                live[event.key] = None
+        return Trace(trace.storages, list(live), trace.events[begun:], 0, trace.made_by_first_step)
+
     def phase(self, name: str) -> None:
         """A phase of the step begins."""
         self._name_gradients()
@@ -235,11 +246,15 @@ class Tracker(TorchDispatchMode):
     def _name_gradients(self) -> None:
         for name, reference in self._parameters:
             parameter = reference()
-            if parameter is not None and parameter.grad is not None:
-                key = self._keys.get(parameter.grad.untyped_storage()._cdata)
+            gradient = None if parameter is None else self._gradient(parameter)
+            if gradient is not None:
+                key = self._keys.get(gradient.untyped_storage()._cdata)
                 if key is not None:
                     storage = self.trace.storages[key]
                     storage.category, storage.name = "gradients", f"{name}.grad"
+
+    def _gradient(self, parameter: Tensor) -> Tensor | None:
+        return parameter.grad
 
 
 def _python_body(func: Any) -> Callable[..., Any]:

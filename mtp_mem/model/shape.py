@@ -51,6 +51,8 @@ class Shape:
             return None
         if model["head"] != "parallel" or model["unembedding"] == "replicated" or workload["dtype"] not in VALUE_BYTES:
             return None
+        if training.sharding != "none":
+            return None
         if training.micro_batches > 1 or training.frozen_parts or training.master_weights or not training.set_to_none:
             return None
         D, H = model["dim"], model["n_attention_heads"]

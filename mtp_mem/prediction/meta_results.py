@@ -8,10 +8,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Result = tuple[Any, ...] | int | str | None
-"""(size, stride, dtype) of a new tensor; the place of an input, or its keyword, where that is returned; None."""
+
+class View(NamedTuple):
+    """A view of the first input: its size and strides, and where it begins, counted from where the input does."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    begins: int
+
+
+Result = tuple[Any, ...] | View | int | str | None
+"""(size, stride, dtype) of a new tensor; a view; the place of an input, or its keyword, where that is returned."""
 
 
 class Recipe(NamedTuple):
@@ -32,11 +43,16 @@ _AGAIN = Recipe(None)
 
 
 class MetaResults(TorchDispatchMode):
-    """Runs operators on meta tensors, and keeps what came out for inputs of the same shapes, strides and dtypes."""
+    """Runs operators on meta tensors, and keeps what came out for inputs of the same shapes, strides and dtypes.
 
-    def __init__(self) -> None:
+    Args:
+        fake: the mode whose fake tensors, all on device cpu, stand for meta tensors.
+    """
+
+    def __init__(self, fake: FakeTensorMode | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._recipes: dict[Any, Recipe] = {}
+        self._fake = fake
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -59,13 +75,67 @@ class MetaResults(TorchDispatchMode):
             out = func(*args, **kwargs)
             # An operator that changed the shape of what it was given has another key now.
             unchanged = key[1] == _described(args)
-            self._recipes[key] = _recipe(func, out, args, kwargs) if unchanged else _AGAIN
+            self._recipes[key] = self._recipe(func, out, args, kwargs) if unchanged else _AGAIN
             return out, True
         if recipe.results is None:
             return func(*args, **kwargs), recipe.makes
         if recipe.alone:
-            return _result(recipe.results[0], args, kwargs), recipe.makes
-        return tuple([_result(result, args, kwargs) for result in recipe.results]), recipe.makes
+            return self._result(recipe.results[0], args, kwargs), recipe.makes
+        return tuple([self._result(result, args, kwargs) for result in recipe.results]), recipe.makes
+
+    def _recipe(self, func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recipe:
+        if func.is_view:
+            # A meta tensor's view is made in C++; a fake one's costs half a millisecond.
+            if self._fake is None or not isinstance(out, Tensor) or type(args[0]) is not FakeTensor:
+                return Recipe(None, makes=False)
+            begins = int(out.storage_offset() - args[0].storage_offset())
+            return Recipe([View(tuple(out.shape), out.stride(), begins)], makes=False)
+        alone = isinstance(out, Tensor)
+        outputs = [out] if alone else list(out) if isinstance(out, tuple) else None
+        if outputs is None:
+            return _AGAIN
+        given: dict[int, int | str] = {id(value): i for i, value in enumerate(args)}
+        given |= {id(value): name for name, value in kwargs.items()}
+        inputs = {tensor.untyped_storage()._cdata for tensor in _tensors((args, tuple(kwargs.values())))}
+        results: list[Result] = []
+        for output in outputs:
+            if output is None or id(output) in given:
+                results.append(None if output is None else given[id(output)])
+                continue
+            if not isinstance(output, Tensor) or not _without_data(output):
+                return _AGAIN
+            size, stride = tuple(output.shape), output.stride()
+            storage = output.untyped_storage()
+            whole = self._new(size, stride, output.dtype).untyped_storage().nbytes()
+            if storage._cdata in inputs or storage.nbytes() != whole or output.storage_offset():
+                return _AGAIN
+            inputs.add(storage._cdata)
+            results.append((size, stride, output.dtype))
+        return Recipe(results, alone=alone, makes=any(isinstance(result, tuple) for result in results))
+
+    def _result(self, recipe: Result, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(recipe, View):
+            return self._view(args[0], recipe)
+        if isinstance(recipe, tuple):
+            return self._new(*recipe)
+        if recipe is None:
+            return None
+        return args[recipe] if isinstance(recipe, int) else kwargs[recipe]
+
+    def _new(self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self._fake is None:
+            return torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        with no_dispatch():
+            return FakeTensor(self._fake, torch.empty_strided(size, stride, dtype=dtype, device="meta"), _CPU)
+
+    def _view(self, base: Tensor, view: View) -> Tensor:
+        with no_dispatch():
+            meta = torch.empty_strided(view.size, view.stride, dtype=base.dtype, device="meta")
+            meta.set_(base.untyped_storage(), base.storage_offset() + view.begins, view.size, view.stride)
+            return FakeTensor(self._fake, meta, _CPU)
+
+
+_CPU = torch.device("cpu")
 
 
 class _NotMeta(Exception):
@@ -77,7 +147,7 @@ def _described(values: tuple[Any, ...] | list[Any]) -> tuple[Any, ...]:
     described: list[Any] = []
     for value in values:
         if isinstance(value, Tensor):
-            if not value.is_meta:
+            if not _without_data(value):
                 raise _NotMeta
             described.append((value.shape, value.stride(), value.dtype))
         elif isinstance(value, (list, tuple)):
@@ -87,40 +157,11 @@ def _described(values: tuple[Any, ...] | list[Any]) -> tuple[Any, ...]:
     return tuple(described)
 
 
-def _recipe(func: Any, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recipe:
-    if func.is_view:
-        return Recipe(None, makes=False)
-    alone = isinstance(out, Tensor)
-    outputs = [out] if alone else list(out) if isinstance(out, tuple) else None
-    if outputs is None:
-        return _AGAIN
-    given: dict[int, int | str] = {id(value): i for i, value in enumerate(args)}
-    given |= {id(value): name for name, value in kwargs.items()}
-    inputs = {tensor.untyped_storage()._cdata for tensor in _tensors((args, tuple(kwargs.values())))}
-    results: list[Result] = []
-    for output in outputs:
-        if output is None or id(output) in given:
-            results.append(None if output is None else given[id(output)])
-            continue
-        if not isinstance(output, Tensor) or not output.is_meta:
-            return _AGAIN
-        size, stride = tuple(output.shape), output.stride()
-        storage = output.untyped_storage()
-        whole = torch.empty_strided(size, stride, dtype=output.dtype, device="meta").untyped_storage().nbytes()
-        if storage._cdata in inputs or storage.nbytes() != whole or output.storage_offset():
-            return _AGAIN
-        inputs.add(storage._cdata)
-        results.append((size, stride, output.dtype))
-    return Recipe(results, alone=alone, makes=any(isinstance(result, tuple) for result in results))
-
-
-def _result(recipe: Result, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if isinstance(recipe, tuple):
-        size, stride, dtype = recipe
-        return torch.empty_strided(size, stride, dtype=dtype, device="meta")
-    if recipe is None:
-        return None
-    return args[recipe] if isinstance(recipe, int) else kwargs[recipe]
+def _without_data(tensor: Tensor) -> bool:
+    """Whether it is what results are kept for: a plain meta tensor, or a fake one on the CPU."""
+    if type(tensor) is FakeTensor:  # first: to ask one whether it is meta costs a dispatch
+        return tensor.fake_device == _CPU
+    return tensor.is_meta
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from mtp_mem._util import Progress, format_bytes
-from mtp_mem.config.schema import GPU, Profile, Training, Workload
+from mtp_mem.config.schema import GPU, NODE, Profile, Training, Workload
 from mtp_mem.errors import unknown
 from mtp_mem.model.shape import Shape
 from mtp_mem.prediction.caching_allocator import Fit, fit
@@ -24,6 +24,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "trunk_checkpointing": ("none", 2, "full"),
     "micro_batches": (1, 2, 4, 8, 16, 32, 64),
     "optimizer": ("adamw", "adamw-8bit", "sgd"),
+    "world": (2, 4, 8, 16, 32, 64),
 }
 """What `--vary` may name, and the values that are tried; of micro-batches those that divide the batch."""
 
@@ -54,7 +55,13 @@ class Tried:
     def words(self) -> str:
         """The setup in few words."""
         training = self.training
-        return f"{training.trunk_words}, {training.micro_batches} x {self.workload.batch}, {training.optimizer}"
+        ranks = f"{training.sharding} x {training.world}, " if training.sharding != "none" else ""
+        return f"{ranks}{training.trunk_words}, {training.micro_batches} x {self.workload.batch}, {training.optimizer}"
+
+    @property
+    def cost(self) -> tuple[int, Fraction, int]:
+        """GPUs, recomputation and micro-batches, in the order of their weight."""
+        return self.training.world, self.flops or Fraction(1), self.training.micro_batches
 
 
 def variations(profile: Profile, vary: Sequence[str]) -> list[tuple[Training, Workload]]:
@@ -70,9 +77,13 @@ def variations(profile: Profile, vary: Sequence[str]) -> list[tuple[Training, Wo
     choices = {option: CHOICES[option] for option in vary}
     if "micro_batches" in choices:
         choices["micro_batches"] = tuple(k for k in CHOICES["micro_batches"] if sequences % k == 0)
+    base = profile.training
+    if "world" in choices:
+        base = dataclasses.replace(base, sharding="fsdp2" if base.sharding == "none" else base.sharding, world=NODE)
+        choices["world"] = tuple(w for w in CHOICES["world"] if base.sharding != "hsdp" or w % NODE == 0)
     combined = []
     for values in itertools.product(*choices.values()):
-        training = dataclasses.replace(profile.training, **dict(zip(choices, values, strict=True)))
+        training = dataclasses.replace(base, **dict(zip(choices, values, strict=True)))
         workload = dataclasses.replace(profile.workload, batch=sequences // training.micro_batches)
         combined.append((training, workload))
     return combined
@@ -108,7 +119,7 @@ def try_setups(
                         Tried(strategy=spec, training=training, workload=workload, figures=figures, flops=flops)
                     )
     kept = [row for row in rows if row.strategy not in left_out.reasons]
-    kept.sort(key=lambda row: (row.flops or Fraction(1), row.training.micro_batches, -row.figures.allocated))
+    kept.sort(key=lambda row: (row.cost, -row.figures.allocated))
     return tuple(kept), left_out
 
 
@@ -117,8 +128,7 @@ def cheapest(rows: Sequence[Tried], limit: int) -> Tried | None:
     fitting = [row for row in rows if row.fit(limit) != "no"]
     if not fitting:
         return None
-    cost = (fitting[0].flops, fitting[0].training.micro_batches)
-    equal = (row for row in fitting if (row.flops, row.training.micro_batches) == cost)
+    equal = (row for row in fitting if row.cost == fitting[0].cost)
     return min(equal, key=lambda row: row.figures.allocated)
 
 

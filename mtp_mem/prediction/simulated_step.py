@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_leaves
 
-from mtp_mem.config.schema import GPU, ModelConfig, Training, Workload
+from mtp_mem.config.schema import GPU, Dtype, ModelConfig, Training, Workload
 from mtp_mem.data import make_batch
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.trace import Trace
@@ -34,7 +34,7 @@ from mtp_mem.model.build import make_model
 from mtp_mem.model.layers import Attention
 from mtp_mem.model.mtp_model import MTPModel, cuda_attention
 from mtp_mem.model.optimizers import optimizer_state, simulated_optimizer
-from mtp_mem.model.own import set_up
+from mtp_mem.model.own import Model, set_up
 from mtp_mem.prediction.floor import NoLogits
 from mtp_mem.prediction.kernel_buffers import KERNELS
 from mtp_mem.prediction.meta_results import MetaResults
@@ -88,17 +88,23 @@ class Simulation:
         attention: Attention = cuda_attention(workload.dtype) if cuda else "sdpa"
         training = training or Training()
         kernels = {} if gpu is None else KERNELS
-        mixed, results = workload.dtype == "bf16-mixed", MetaResults()
+        sharded = training.sharding in ("fsdp2", "hsdp")
+        fake = _Mode() if sharded or workload.dtype == "bf16-mixed" else None
+        results = MetaResults(fake)
         multiprocessors = 0 if gpu is None else gpu.multiprocessors
-        tracker = Tracker(
-            config.vocab_size, config.dim, [], kernels, multiprocessors, run=None if mixed else results.run
-        )
-        self._tracker, self._for_cuda = tracker, cuda
-        self._mode: AbstractContextManager[object] = _Mode() if mixed else contextlib.nullcontext()
-        device = "cpu" if mixed else "meta"
-        with without_collections(), self._mode if mixed else results:
-            model = make_model(config, dtype=workload.dtype, attention=attention, device=device)
+        make = sharded_tracker if sharded else Tracker
+        tracker = make(config.vocab_size, config.dim, [], kernels, multiprocessors, results.run)
+        self._tracker, self._for_cuda, self._sharded, self._stepped = tracker, cuda, sharded, False
+        self._mode: AbstractContextManager[object] = fake or contextlib.nullcontext()
+        device = "cpu" if fake else "meta"
+        ranks = fake_ranks(training) if sharded else None
+        # Under FSDP2 the parameters that it gathers are in bf16, and there is no autocast.
+        dtype: Dtype = "fp32" if sharded and workload.dtype == "bf16-mixed" else workload.dtype
+        with without_collections(), fake or results:
+            model = make_model(config, dtype=dtype, attention=attention, device=device)
             set_up(model, training)
+            if ranks is not None:
+                shard_as(model, workload.dtype, ranks)
             tokens = torch.empty(workload.batch, workload.sequence, dtype=torch.long, device=device)
             batch = make_batch(tokens, config.n_future)
             optimizer = simulated_optimizer(
@@ -116,6 +122,8 @@ class Simulation:
         state = optimizer_state(model, optimizer)
         # What an unfused optimizer keeps on the host is not CUDA's.
         tracker.resident("optimizer", (pair for pair in state if not cuda or _without_data(pair[1])))
+        if training.sharding == "ddp":
+            tracker.resident("communication buffers", _buckets(model))
         tracker.trace.made_by_first_step = tracker.trace.resident[built:]
         # From the second micro-batch on all are alike.
         training = dataclasses.replace(training, micro_batches=min(2, training.micro_batches))
@@ -149,6 +157,8 @@ class Simulation:
         step = dataclasses.replace(self._step, strategy=strategy)
         # What a strategy keeps from step to step is live before the next one. Ours keep nothing; `verify` sees to that.
         warm_up = not type(strategy).__module__.startswith("mtp_mem.")
+        if self._sharded and not self._stepped:  # FSDP2 keeps the buffers of a step's end: the trunk's, so any step's
+            warm_up = self._stepped = True
         try:
             with without_collections(), self._mode:
                 try:
@@ -158,7 +168,8 @@ class Simulation:
                             self._forget_gradients()
                         begun = len(tracker.trace.events)
                         step(tracker.phase)
-                    return tracker.step_since(begun, warmed_up)
+                    alone = self._sharded and not warm_up
+                    return tracker.step_alone(begun) if alone else tracker.step_since(begun, warmed_up)
                 finally:
                     self._forget_gradients()
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as e:
@@ -186,7 +197,36 @@ class Simulation:
 
 
 def _without_data(tensor: torch.Tensor) -> bool:
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
+    tensor = getattr(tensor, "_local_tensor", tensor)  # of a DTensor the shard
+    return isinstance(tensor, FakeTensor) or tensor.is_meta
+
+
+def _buckets(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
+    """DDP's buckets, which it makes with the model: a second copy of every gradient."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield f"{name}: bucket", torch.empty_like(parameter)
+
+
+def sharded_tracker(*args: Any) -> Tracker:
+    """The tracker that knows FSDP2, which takes a second to import."""
+    from mtp_mem.memory.sharded_tracker import ShardedTracker
+
+    return ShardedTracker(*args)
+
+
+def fake_ranks(training: Training) -> Any:
+    """The mesh of a process group of any size."""
+    from mtp_mem.prediction.fake_ranks import mesh
+
+    return mesh(training)
+
+
+def shard_as(model: Model, dtype: Dtype, ranks: Any) -> None:
+    """See mtp_mem/prediction/fake_ranks.py."""
+    from mtp_mem.prediction import fake_ranks
+
+    fake_ranks.shard_as(model, dtype, ranks)
 
 
 def simulate(

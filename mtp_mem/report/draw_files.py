@@ -91,3 +91,18 @@ def plan_chart(document: Mapping[str, Any], out: Path) -> list[Path]:
     except (KeyError, TypeError, ValueError) as e:
         raise BadInput(f"not a whole plan: {type(e).__name__} {e}") from None
     return charts.largest_batch(rows, out, under=under, foot=foot)
+
+
+def ranks_chart(document: dict[str, Any], out: Path) -> list[Path]:
+    """A rank's peak against the number of GPUs, from a plan of setups; none where that was not varied, alone."""
+    setups, gpu = document["setups"], document["gpu"]
+    rows = [(row["strategy"], row["training"]["world"], row["peak_allocated_bytes"]) for row in setups]
+    if len({(strategy, world) for strategy, world, _ in rows}) < len(rows):
+        return []
+    model, workload = document["model"], document["workload"]
+    under = (
+        f"{document['profile']}: V = {model['vocab_size']:,}, D = {model['dim']:,}, n = {model['n_future']}, batch"
+        f" {setups[0]['batch']} x {workload['sequence']:,} tokens a GPU, {document.get('setup', workload['dtype'])}"
+    )
+    foot = f"predicted, not measured · {footer(document['environment'])}"
+    return charts.peak_of_a_rank(rows, gpu["total_bytes"], out, gpu=gpu["name"], under=under, foot=foot)

@@ -75,8 +75,10 @@ def setups_document(
         }
         for row in rows
     ]
+    alone = dataclasses.replace(profile.training, sharding="none", world=1)
     return {
         **_what(profile, gpu, n, limit),
+        "setup": ", ".join([alone.precision(profile.workload.dtype), *alone.words]),
         "setups": setups,
         "recommended": None if best is None else setups[rows.index(best)],
         "advice": setup_advice(rows, limit),

@@ -73,6 +73,8 @@ def prediction(records: Sequence[Record], console: Console, gpu: GPU) -> Table:
     def part(*categories: Category) -> Callable[[Record, Record | None], str]:
         return lambda r, _: _bytes(sum((r.bytes_at_peak or {}).get(c, 0) for c in categories))
 
+    sharded = any(r.training.get("sharding", "none") != "none" for r in records)
+    between_ranks = Column("gathered", part("gathered parameters", "communication buffers"), 3)
     columns = (
         *COLUMNS[:2],
         Column("requested", lambda r, _: _bytes(r.peak_requested_bytes), 9),
@@ -85,6 +87,7 @@ def prediction(records: Sequence[Record], console: Console, gpu: GPU) -> Table:
         Column("weights", part("parameters"), 6),
         Column("gradients", part("gradients"), 5),
         Column("optimizer", part("optimizer"), 7),
+        *([between_ranks] if sharded else []),
     )
     return _fitting(columns, records, console)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mtp_mem._util import Progress
 from mtp_mem.config.schema import ModelConfig, Profile
 from mtp_mem.data import Corpus, corpus_batch
-from mtp_mem.errors import BrokenContract, Missing, one_line
+from mtp_mem.errors import BadInput, BrokenContract, Missing, one_line
 from mtp_mem.memory import cuda, cuda_history
 from mtp_mem.memory.cpu import track
 from mtp_mem.memory.rss import sampled_rss
@@ -36,6 +36,11 @@ class Bench:
     """One model with its optimizer and batch, on which strategies take turns."""
 
     def __init__(self, profile: Profile, config: ModelConfig, corpus: Corpus, device: torch.device) -> None:
+        if profile.training.sharding != "none":
+            raise BadInput(
+                f"training.sharding = {profile.training.sharding!r}: steps here run in one process; predict, plan and"
+                " timeline --gpu take it, and mtp_mem.distributed runs it under torchrun"
+            )
         self.profile, self.config, self.device = profile, config, device
         with torch.random.fork_rng():
             torch.manual_seed(profile.workload.seed)

@@ -25,12 +25,22 @@ from common import HEADS, rows, tiny_llama  # noqa: E402
 NEEDS = {"accelerate_loop": "accelerate", "hf_trainer": "accelerate", "lightning_module": "lightning", "lora": "peft"}
 
 
-@pytest.mark.parametrize("name", [p.stem for p in sorted(EXAMPLES.glob("*.py")) if p.stem != "common"])
+@pytest.mark.parametrize(
+    "name", [p.stem for p in sorted(EXAMPLES.glob("*.py")) if p.stem not in ("common", "fsdp2_torchrun")]
+)
 def test_an_example_ends_with_the_weights_of_one_joint_backward(name: str) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
     command = [sys.executable, str(EXAMPLES / f"{name}.py")]
     done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "against one joint backward: identical to the last bit" in done.stdout
+
+
+def test_the_example_under_torchrun() -> None:
+    script = str(EXAMPLES / "fsdp2_torchrun.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "against one joint backward: identical to the last bit" in done.stdout
 

@@ -6,6 +6,7 @@ from mtp_mem.report.charts.memory import memory_of_setups, memory_small_multiple
 from mtp_mem.report.charts.style import RC, save, styles, unit_for
 from mtp_mem.report.charts.time import time_vs_n
 from mtp_mem.report.charts.tradeoff import throughput_vs_memory
+from mtp_mem.report.charts.world import peak_of_a_rank
 
 __all__ = [
     "RC",
@@ -14,6 +15,7 @@ __all__ = [
     "memory_of_setups",
     "memory_small_multiples",
     "memory_vs_n",
+    "peak_of_a_rank",
     "save",
     "styles",
     "throughput_vs_memory",

@@ -41,6 +41,8 @@ COLOURS: dict[Category, tuple[str, str]] = {
     "head activations": ("#56B4E9", "\\\\"),
     "hidden-state gradients": ("#F0E442", ""),
     "logits": ("#D55E00", ""),
+    "gathered parameters": ("#8C6D00", "\\\\"),
+    "communication buffers": ("#E69F00", "//"),
     "workspace": ("#009E73", "xx"),
 }
 RC: Any = {
