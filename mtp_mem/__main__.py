@@ -1,6 +1,7 @@
 """`python -m mtp_mem`: the command line; in a clone that is not installed, one line that says so."""
 
 import importlib.util
+import os
 import sys
 
 NOT_INSTALLED = (
@@ -10,6 +11,8 @@ NOT_INSTALLED = (
 
 def run() -> int:
     """Exit code of the command; 3 where the installation is not whole."""
+    # `python -m` puts the current folder first; what lies there runs only where the user names it.
+    sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
     try:
         whole = importlib.util.find_spec("mtp_mem.strategies") is not None
         from mtp_mem.cli import main

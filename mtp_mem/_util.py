@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,6 +56,23 @@ def writable(folder: Path) -> Path:
             return folder
     except OSError as e:
         raise BadInput(f"{folder}: cannot be written: {e.strerror}") from None
+
+
+@contextmanager
+def importing_from_here() -> Iterator[None]:
+    """A block in which modules of the current folder can be imported, after what is installed.
+
+    Only while a module is loaded that the user named: of a folder of somebody's results nothing is to run.
+    """
+    path = os.getcwd()
+    sys.path.append(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.reverse()  # the last one, which is ours
+            sys.path.remove(path)
+            sys.path.reverse()
 
 
 def fingerprint(*parts: Any) -> str:

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import typing
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from mtp_mem._util import importing_from_here
 from mtp_mem.config.schema import Dtype, ModelConfig, Workload
 from mtp_mem.config.toml import parse
 from mtp_mem.errors import BadInput, Missing, MtpMemError, one_line, unknown
@@ -136,8 +138,10 @@ def _registered() -> dict[str, EntryPoint]:
 
 def _load_class(path: str, name: str) -> type[Any]:
     module, _, attribute = path.partition(":")
+    here = importing_from_here() if ":" in name else nullcontext()
     try:
-        cls: Any = importlib.import_module(module)
+        with here:
+            cls: Any = importlib.import_module(module)
     except ModuleNotFoundError as e:
         if name in BUILTIN and (e.name or "").startswith("mtp_mem.strategies"):
             raise Missing(

@@ -20,8 +20,6 @@ COMMANDS = (compare, verify, predict, plan, timeline, report, chart, regressions
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # so that `--strategy my_module:Class` finds what lies here, as `python -m` does
     args = make_parser().parse_args(argv)
     # Deprecation notes of the libraries we call are for us, not for the user in front of a table.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_mem.config.schema import Dtype, HeadKind, ModelConfig, Profile, Sweep, Workload
+from mtp_mem._util import importing_from_here
+from mtp_mem.config.foreign import read_json
+from mtp_mem.config.schema import LARGEST_SIZE, MOST_MODULES, Dtype, HeadKind, ModelConfig, Profile, Sweep, Workload
 from mtp_mem.errors import BadInput, Missing, one_line
 
 CONTEXT = 4096
 """Tokens of a sequence where nothing is asked for, or as many as the model has positions."""
-MOST_LAYERS, LARGEST_SIZE = 10_000, 2**31
-"""Beyond any model there is: a config with more is refused before anything is built."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class FactoryConfig(ModelConfig):
 def check_sizes(config: ModelConfig) -> None:
     """Raises BadInput for sizes below one, or that no model has."""
     for name in ("vocab_size", "dim", "n_layers", "n_attention_heads", "n_future"):
-        most = MOST_LAYERS if name in ("n_layers", "n_future") else LARGEST_SIZE
+        most = MOST_MODULES if name in ("n_layers", "n_future") else LARGEST_SIZE
         if not 1 <= getattr(config, name) <= most:
             raise BadInput(f"model.{name} = {getattr(config, name)}: must be from 1 to {most}")
 
@@ -124,7 +124,8 @@ def factory_profile(spec: str, load: Any) -> Profile:
     if not colon or not name:
         raise BadInput(f"--model {spec}: expected package.module:function")
     try:
-        module = importlib.import_module(module_name)
+        with importing_from_here():
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as e:
         raise BadInput(f"--model {spec}: no module {e.name!r} (looked in the installed packages and here)") from None
     except (Exception, SystemExit) as e:
@@ -156,12 +157,7 @@ def transformers() -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise BadInput(f"{path}: is no JSON: {one_line(e)}") from None
+    table = read_json(path)
     expected = "expected the config.json of a transformers ...ForCausalLM"
     if not isinstance(table, dict):
         raise BadInput(f"{path}: {expected}, not a JSON {type(table).__name__}")

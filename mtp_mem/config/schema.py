@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from mtp_mem.config.toml import convert, read_toml
+from mtp_mem.config.toml import convert, read_toml, short
 from mtp_mem.errors import BadInput, unknown
 
 HeadKind = Literal["parallel", "causal", "anticausal", "linear", "deepseek", "medusa"]
@@ -22,6 +22,8 @@ Dtype = Literal["fp64", "fp32", "bf16", "bf16-mixed"]
 ALL_DTYPES: tuple[Dtype, ...] = typing.get_args(Dtype)
 Tokenizer = Literal["bytes", "bpe", "uniform"]
 OptimizerName = Literal["adamw", "adamw-foreach", "adamw-loop", "adamw-8bit", "sgd"]
+MOST_MODULES, LARGEST_SIZE = 10_000, 2**31
+"""Layers, heads and blocks, and sizes, beyond any model there is: refused before anything is built."""
 Sharding = Literal["none", "ddp", "fsdp2", "hsdp"]
 NODE, MOST_RANKS = 8, 2**16
 """GPUs of a node, over which HSDP shards; and more ranks than there are."""
@@ -72,6 +74,9 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"model.{name} = {value}: must be at least 1")
+            most = MOST_MODULES if name in ("n_layers", "n_future", "medusa_blocks") else LARGEST_SIZE
+            if value is not None and value > most:
+                raise BadInput(f"model.{name} = {value}: no machine has a model with more than {most}")
         if not 0 < self.rope_theta < math.inf:
             raise BadInput(f"model.rope_theta = {self.rope_theta}: must be positive and finite")
         if not 0 <= self.norm_eps < math.inf:
@@ -287,6 +292,11 @@ class Profile:
     training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[^\W_][^/\\\x00-\x1f\x7f]{0,99}", self.name):
+            raise BadInput(
+                f"name = {short(self.name)}: results go to a folder of this name; expected 1 to 100 characters, a"
+                " letter or digit first, no slash and no control character"
+            )
         if self.training.master_weights and self.workload.dtype != "bf16":
             raise BadInput(f"training.master_weights with dtype {self.workload.dtype}: only bf16 has fp32 copies")
         known = load_gpus()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp_mem._util import importing_from_here
 from mtp_mem.config.other_models import FactoryConfig, HuggingFaceConfig, transformers
 from mtp_mem.config.schema import Dtype, ModelConfig
 from mtp_mem.errors import BadInput, one_line
@@ -100,7 +101,7 @@ def _huggingface(
 def _from_factory(config: FactoryConfig, dtype: Dtype, device: torch.device) -> Model:
     module, _, name = config.factory.partition(":")
     try:
-        with default_dtype(PARAMETER_DTYPES[dtype]), device:
+        with default_dtype(PARAMETER_DTYPES[dtype]), device, importing_from_here():
             model = getattr(importlib.import_module(module), name)(config.n_future)
     except (Exception, SystemExit) as e:
         raise BadInput(f"{config.factory}({config.n_future}): {one_line(e)}") from None

@@ -1,10 +1,11 @@
 """What changed between two sets of results: pytest-benchmark's JSON or our own results.jsonl, old against new."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mtp_mem.config.foreign import read_json
+from mtp_mem.config.toml import convert
 from mtp_mem.errors import BadInput
 from mtp_mem.report.recommend import peak_bytes
 from mtp_mem.runs.identity import key, machine, training_words
@@ -137,10 +138,10 @@ def json_document(path: Path, key: str) -> dict[str, Any] | None:
     if path.is_dir() or path.suffix == ".jsonl":
         return None
     try:
-        document = json.loads(path.read_bytes())
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
-    except ValueError:
+        document = read_json(path, nan=True)  # pytest-benchmark writes them, and they count as worse
+    except BadInput:
+        if not path.is_file():
+            raise
         return None
     return document if isinstance(document, dict) and key in document else None
 
@@ -152,13 +153,16 @@ def _benchmarks(path: Path, document: dict[str, Any]) -> Results:
             info = bench["extra_info"]
             nbytes = info.get("peak_over_inputs_bytes", info.get("max_rss_bytes"))
             name = str(bench["fullname"])
-            cases[(name,)] = CaseFigures(name, nbytes, bench["stats"]["median"], info.get("times_floor"))
+            floor = convert(float | None, info.get("times_floor"), "times_floor")
+            median = convert(float, bench["stats"]["median"], "median")
+            cases[(name,)] = CaseFigures(name, convert(int | None, nbytes, "bytes"), median, floor)
         facts = document["machine_info"]
         device = facts.get("mtp_mem", {}).get("device") or "unknown"
         if device == "cpu":
             device = facts["mtp_mem"]["cpu"]
-    except (KeyError, TypeError, AttributeError) as e:
-        raise BadInput(f"{path}: not a file of pytest-benchmark: {type(e).__name__} {e}") from None
+    except (KeyError, TypeError, AttributeError, BadInput) as e:
+        why = str(e) if isinstance(e, BadInput) else f"{type(e).__name__} {e}"
+        raise BadInput(f"{path}: not a file of pytest-benchmark: {why}") from None
     if not cases:
         raise BadInput(f"{path}: holds no benchmark")
     return Results(path, device, cases)

@@ -1,11 +1,11 @@
 """A timeline.json as a picture to hover over: bands by category, and the tensors that each band consists of."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mtp_mem._util import format_bytes
+from mtp_mem.config.foreign import read_json
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.trace import Storage, Trace
 from mtp_mem.report.charts.style import COLOURS
@@ -22,10 +22,8 @@ def read_timeline(path: Path) -> Trace:
         BadInput: the file cannot be read, or is of another form.
     """
     try:
-        return Trace.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
+        return Trace.from_json(read_json(path))
+    except ValueError as e:
         raise BadInput(f"{path}: no timeline.json (cut off?): {e}".split("\n")[0]) from None
 
 

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from mtp_mem._util import atomic_write, writable
+from mtp_mem.config.foreign import read_json
 from mtp_mem.config.schema import GPU, ModelConfig, Profile, Sweep, Workload, load_gpu
 from mtp_mem.environment import code_digest
+from mtp_mem.errors import BadInput
 from mtp_mem.prediction import simulated_step
 from mtp_mem.prediction.kernel_buffers import KERNELS
 from mtp_mem.prediction.peaks import predicted
@@ -231,11 +233,11 @@ def _inside(operator: Any, args: tuple[Any, ...]) -> int:
 def _before(out: Path, about: dict[str, Any]) -> list[Row]:
     """The cases in check.json that this code found on this device, without the failed ones."""
     try:
-        document = json.loads((out / FILE).read_text())
+        document = read_json(out / FILE)
         if any(document.get(key) != value for key, value in about.items()):
             return []
         return [Row(**row) for row in document["cases"] if not row["error"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (BadInput, KeyError, TypeError, AttributeError):
         return []
 
 

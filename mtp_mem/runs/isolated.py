@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from mtp_mem.config.schema import Profile
+from mtp_mem.config.other_models import FactoryConfig, HuggingFaceConfig
+from mtp_mem.config.schema import ModelConfig, Profile
 from mtp_mem.config.toml import from_table
 
 TIMEOUT_S = 600
@@ -79,13 +80,12 @@ def main() -> None:
     from mtp_mem.runs.bench import Bench, failure, resolve_device
     from mtp_mem.strategy import load_strategy
 
-    sys.path.append(os.getcwd())  # as in the command line: strategies that lie here, after what is installed
     # Ctrl-C reaches the whole group of processes; the parent decides what becomes of a half-measured case.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     request = json.load(sys.stdin)
     if request["deterministic"]:
         require_deterministic()
-    profile = from_table(Profile, request["profile"])
+    profile = _profile(request["profile"])
     device: torch.device = resolve_device(request["device"])
     config = profile.model.with_n(request["n"])
     text = request["text"] and Path(request["text"])
@@ -95,6 +95,12 @@ def main() -> None:
     except (Exception, SystemExit) as e:
         facts = failure(e)
     print(json.dumps(facts))
+
+
+def _profile(table: dict[str, Any]) -> Profile:
+    model = table["model"]
+    other = HuggingFaceConfig if "architecture" in model else FactoryConfig if "factory" in model else ModelConfig
+    return from_table(Profile, table | {"model": from_table(other, model)})
 
 
 def _without_none(value: Any) -> Any:

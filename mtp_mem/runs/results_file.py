@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mtp_mem._util import atomic_write, writable
+from mtp_mem.config.foreign import document
 from mtp_mem.errors import BadInput
 from mtp_mem.runs.identity import key
 from mtp_mem.runs.record import Record
@@ -21,10 +22,12 @@ def read_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
         if not line.strip():
             continue
         try:
-            yield number, Record.from_json(json.loads(line))
-        except (BadInput, ValueError, AttributeError, RecursionError) as e:
-            why = str(e) if isinstance(e, BadInput) else "not a whole JSON object (cut off?)"
-            notes.append(f"{path}:{number}: skipped: {why}")
+            table = document(line)
+            if not isinstance(table, dict):
+                raise BadInput("not a JSON object")
+            yield number, Record.from_json(table)
+        except BadInput as e:
+            notes.append(f"{path}:{number}: skipped: {e}")
 
 
 class ResultsFile:

@@ -99,7 +99,7 @@ def test_timeline_plan_and_verify(folder: Path) -> None:
         (("--model", "mine:build", "--trunk-checkpointing", "full"), "Mine has no method checkpoint_trunk"),
         (("--model", "mine:build", "--frozen", "heads"), "unknown part 'heads'"),
         (("--hf", "nowhere.json"), "nowhere.json: cannot be read"),
-        (("--hf", "mine.py"), "mine.py: is no JSON"),
+        (("--hf", "mine.py"), "mine.py: not a whole JSON object"),
         (("--hf", "config.json", "--profile", "quick"), "not allowed with argument"),
         (("--hf", "config.json", "--kind", "twisted"), "invalid choice: 'twisted'"),
     ],

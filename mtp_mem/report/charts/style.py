@@ -194,6 +194,11 @@ def write_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Callabl
         with path.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(columns)
-            table.writerows(rows)
+            table.writerows([[_cell(value) for value in row] for row in rows])
 
     return write
+
+
+def _cell(value: Any) -> Any:
+    """A text that a spreadsheet would take for a formula is quoted."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value

@@ -1,0 +1,92 @@
+"""The one door for files that somebody else may have written: JSON of a bounded size and depth, and clean text.
+
+What a value means is for the reader to check, field by field (mtp_mem/config/toml.py).
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from mtp_mem.errors import BadInput
+
+LARGEST_FILE = 2**28
+LONGEST_TEXT, DEEPEST = 1000, 40
+
+_UNCLEAN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
+
+
+def read_json(path: Path, *, nan: bool = False) -> Any:
+    """The document that a file holds, cleaned.
+
+    Args:
+        path: the file.
+        nan: NaN and infinities may stand in it, as Python's own writer puts them there.
+
+    Raises:
+        BadInput: it cannot be read, is too large, or is no JSON.
+    """
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_FILE:
+            raise BadInput(f"{path}: {size:,} bytes: larger than any file of ours ({LARGEST_FILE:,})")
+        content = path.read_bytes()
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
+    try:
+        return document(content, nan=nan)
+    except BadInput as e:
+        raise BadInput(f"{path}: {e}") from None
+
+
+def document(content: bytes | str, *, nan: bool = False) -> Any:
+    """The document, its texts without control characters and no longer than 1000 characters.
+
+    Raises:
+        BadInput: no JSON, NaN or an infinity in it unless `nan`, or nested more than 40 deep.
+    """
+    try:
+        strict: dict[str, Any] = {} if nan else {"parse_constant": _no_constant, "parse_float": _finite}
+        value = json.loads(content, **strict)
+    except BadInput:
+        raise
+    except (ValueError, RecursionError) as e:
+        why = ": nested too deep" if isinstance(e, RecursionError) else ""
+        raise BadInput(f"not a whole JSON object (cut off?){why}") from None
+    return clean(value)
+
+
+def clean(value: Any, depth: int = 0) -> Any:
+    """The value with every text in it cleaned.
+
+    Raises:
+        BadInput: it is nested more than 40 deep.
+    """
+    if depth > DEEPEST:
+        raise BadInput(f"nested more than {DEEPEST} deep")
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, dict):
+        return {clean_text(str(key)): clean(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [clean(item, depth + 1) for item in value]
+    return value
+
+
+def clean_text(text: str) -> str:
+    """One that no terminal, page or shell takes for more than text: line ends are spaces, other controls are marked."""
+    if len(text) > LONGEST_TEXT:
+        text = f"{text[:LONGEST_TEXT]}..."
+    return _UNCLEAN.sub("\ufffd", text.replace("\r\n", " ").replace("\n", " ").replace("\r", " "))
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise BadInput(f"holds {text[:20]}, which no float can hold")
+    return number
+
+
+def _no_constant(name: str) -> Any:
+    raise BadInput(f"holds {name}, which is no JSON")
