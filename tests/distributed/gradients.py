@@ -130,9 +130,9 @@ def under_ddp(model: str, tied: bool, micro: int) -> None:
         report(case | {"how": "ddp, explicit"}, right, ddp, explicit)
 
 
-def under_fsdp2(model: str, tied: bool, micro: int, mesh: Any) -> None:
+def under_fsdp2(model: str, tied: bool, micro: int, mesh: Any, specs: tuple[str, ...] = ("joint", *SPECS)) -> None:
     mine, right = batch_of(dist.get_rank()), reference(model, tied, micro)
-    for spec in ("joint", *SPECS):
+    for spec in specs:
         sharded: Any = shard(build(model, tied), mesh=mesh)
 
         def step(sharded: Any = sharded, spec: str = spec) -> None:
@@ -193,15 +193,14 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     if dist.get_world_size() == 4:
         both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-        for tied_ in (False, True):
-            under_fsdp2("hf", tied_, 1, both)
+        under_fsdp2("hf", False, 1, both, ("joint", "sequential", "chunked_tokens:chunk=7"))
     else:
         for tied_ in (False, True):
             for micro_ in (1, 2):
                 under_ddp("own", tied_, micro_)
                 under_fsdp2("hf", tied_, micro_, None)
-            under_fsdp2("own", tied_, 1, None)
             in_mixed_precision(tied_)
+        under_fsdp2("own", False, 1, None)
         under_fsdp2("own, deepseek", False, 1, None)
         under_fsdp2("hf, checkpointed", False, 1, None)
         uneven()
