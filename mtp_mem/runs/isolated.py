@@ -1,12 +1,14 @@
 """One case's bytes in a process of its own: nothing an earlier case left in the allocator can bend its peak.
 
-The parent sends the case as JSON on stdin; the child answers with one JSON line on stdout. A child that dies or hangs
-is a result, not the end of the run.
+The parent sends the case as JSON on stdin; the child answers with one line on stdout. It begins with a mark that the
+parent chose, so that nothing else that a strategy prints is taken for it. A child that dies, hangs or gives no answer is
+a result, not the end of the run.
 """
 
 import dataclasses
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -46,7 +48,9 @@ def measure(
     Returns:
         A record's fields; `status` is "error" with the reason where the child died or ran out of time.
     """
+    mark = secrets.token_hex(8)
     request = {
+        "mark": mark,
         "profile": _without_none(dataclasses.asdict(profile)),
         "n": n,
         "spec": spec,
@@ -62,14 +66,19 @@ def measure(
             env={**os.environ, **(environment or {})},
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=timeout_s,
         )
     except subprocess.TimeoutExpired:
         return {"status": "error", "error": f"no answer within {timeout_s:g} s; the process was killed"}
     if child.returncode:
         return {"status": "error", "error": _last_words(child)}
-    answer: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    return answer
+    for line in child.stdout.splitlines():
+        _, marked, answered = line.partition(mark)
+        if marked:
+            answer: dict[str, Any] = json.loads(answered)
+            return answer
+    return {"status": "error", "error": "the process ended without an answer"}
 
 
 def main() -> None:
@@ -94,7 +103,7 @@ def main() -> None:
         facts = bench.measure(load_strategy(request["spec"]) if request["spec"] else NoLogits())
     except (Exception, SystemExit) as e:
         facts = failure(e)
-    print(json.dumps(facts))
+    print(f"\n{request['mark']}{json.dumps(facts)}", flush=True)
 
 
 def _profile(table: dict[str, Any]) -> Profile:

@@ -1,8 +1,16 @@
 """A case's bytes in a process of its own: the same bytes as here, and a child that fails is a result."""
 
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
 import torch
+import transformers
+from model.test_huggingface import TINY
 
 from mtp_mem import ModelConfig, Workload, load_strategy
+from mtp_mem.config.other_models import huggingface_profile
 from mtp_mem.config.schema import Profile, Sweep
 from mtp_mem.data import load_corpus
 from mtp_mem.runs.bench import Bench
@@ -47,3 +55,37 @@ def test_a_child_that_dies() -> None:
     found = measure(PROFILE, 2, "sequential", "cpu", environment={"PYTHONPATH": "", "PYTHONHOME": "/nowhere"})
     assert found["status"] == "error"
     assert found["error"].startswith("the process ended with exit code 1: ")
+
+
+TALKS = """
+import atexit, os, sys
+from mtp_mem.strategies.sequential import Sequential
+
+class Talks(Sequential):
+    def backward(self, *args):
+        os.write(1, b"\\xff\\xfe not text, and no line end")
+        atexit.register(print, "a last word")
+        return super().backward(*args)
+
+class Leaves(Sequential):
+    def backward(self, *args):
+        os._exit(0)
+"""
+
+
+def test_a_child_that_prints_and_one_that_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "talks.py").write_text(TALKS)
+    monkeypatch.chdir(tmp_path)
+    answer = measure(PROFILE, 2, "talks:Talks", "cpu")
+    assert answer["status"] == "ok"
+    assert answer["peak_requested_bytes"] == measure(PROFILE, 2, "sequential", "cpu")["peak_requested_bytes"]
+    answer = measure(PROFILE, 2, "talks:Leaves", "cpu")
+    assert answer == {"status": "error", "error": "the process ended without an answer"}
+
+
+def test_another_s_model_in_a_process_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(transformers.LlamaConfig(**TINY).to_dict()))
+    profile = huggingface_profile(tmp_path)
+    small = dataclasses.replace(profile.workload, batch=2, sequence=16, dtype="fp32")
+    answer = measure(dataclasses.replace(profile, workload=small), 2, "sequential", "cpu")
+    assert answer["status"] == "ok", answer
