@@ -1,8 +1,8 @@
 """One case's bytes in a process of its own: nothing an earlier case left in the allocator can bend its peak.
 
 The parent sends the case as JSON on stdin; the child answers with one line on stdout. It begins with a mark that the
-parent chose, so that nothing else that a strategy prints is taken for it. A child that dies, hangs or gives no answer is
-a result, not the end of the run.
+parent chose, so that nothing else that a strategy prints is taken for it. A child that dies, hangs or gives no answer
+is a result, not the end of the run.
 """
 
 import dataclasses
