@@ -48,6 +48,7 @@ def draw(trace: Trace, out: Path, title: str, footer: str) -> list[Path]:
     """Write timeline.png, .svg, .csv and the trace as timeline.json under `out`; returns the files."""
     rows, peak = live_by_category(trace), trace.peak()
     order = [c for c in COLOURS if c in rows]
+    shown = [c for c in order if any(rows[c])]
     unit, unit_name = unit_for(peak.nbytes)
     at = peak.event - trace.start + 1
     with mpl.rc_context(RC):
@@ -55,9 +56,9 @@ def draw(trace: Trace, out: Path, title: str, footer: str) -> list[Path]:
         axes, notes = figure.subplots(1, 2, width_ratios=[2.4, 1])
         steps = np.arange(len(next(iter(rows.values()))))
         areas = axes.stackplot(
-            steps, [np.array(rows[c]) / unit for c in order], colors=[COLOURS[c][0] for c in order], lw=0
+            steps, [np.array(rows[c]) / unit for c in shown], colors=[COLOURS[c][0] for c in shown], lw=0
         )
-        for area, category in zip(areas, order, strict=True):
+        for area, category in zip(areas, shown, strict=True):
             area.set(hatch=COLOURS[category][1], edgecolor="white", label=category, rasterized=True)
         axes.plot([at], [peak.nbytes / unit], "v", color="black", markersize=9, clip_on=False)
         label = f"peak {format_bytes(peak.nbytes)} in {peak.phase}"
@@ -80,7 +81,16 @@ def draw(trace: Trace, out: Path, title: str, footer: str) -> list[Path]:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} {unit_name}"))
         notes.axis("off")
         handles, labels = axes.get_legend_handles_labels()
-        notes.legend(handles[::-1], labels[::-1], loc="upper left", frameon=False, title="Live bytes", alignment="left")
+        notes.legend(
+            handles[::-1],
+            labels[::-1],
+            loc="upper left",
+            frameon=False,
+            title="Live bytes",
+            alignment="left",
+            fontsize=8.5,
+            labelspacing=0.35,
+        )
         text = "\n".join([f"The {LARGEST} largest at the peak:", *map(_line, peak.live[:LARGEST])])
         notes.text(0, 0, text, family="DejaVu Sans Mono", size=6.8, va="bottom", linespacing=1.5)
         figure.suptitle(title, x=0.02, ha="left", size=13)
