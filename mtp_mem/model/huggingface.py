@@ -129,7 +129,7 @@ class HuggingFaceMTP(nn.Module):
         name, layers = _layers(decoder)
         with default_dtype(weight.dtype), weight.device:
             if kind in LAYER_KINDS:
-                norm = _final_norm(decoder, name, self.dim)
+                self._norm_name = norm = _final_norm(decoder, name, self.dim)
                 self.norm: nn.Module = getattr(decoder, norm)
                 last = layers[len(layers) - 1]
                 new = [_like(last, lm) for _ in range(n - 1)]
@@ -271,6 +271,18 @@ class HuggingFaceMTP(nn.Module):
             if not hasattr(layer, "gradient_checkpointing"):
                 raise BadInput(f"training.trunk_checkpointing: {type(layer).__name__} cannot be recomputed by itself")
             layer.gradient_checkpointing = i % every == 0  # type: ignore[assignment]
+
+    def to_hf(self) -> nn.Module:
+        """The Hugging Face model whole again, head 1 as its last layer: to save it, or to generate with it.
+
+        The further heads stay here, in `head_layers[1:]`; this model cannot be trained from then on.
+        """
+        decoder = _decoder(self.lm)
+        for _ in self._tap:
+            layers = _layers(decoder)[1]
+            layers[len(layers) - 1] = self.head_layers[0]
+            setattr(decoder, self._norm_name, self.norm)
+        return self.lm
 
     def moved(self, dtype: Dtype, device: torch.device) -> "HuggingFaceMTP":
         """A copy in another dtype on another device; tied weights stay tied."""

@@ -110,9 +110,13 @@ def test_every_strategy_has_the_gradient_of_one_plain_backward(family: str, tied
         own = gradients(model, lambda spec=spec: forward_backward(model, batch, load_strategy(spec)))  # type: ignore[misc]
         assert error(own, right) == 0, spec
     written_out = gradients(model, lambda: plain_step(model, batch, None, 1.0))  # no tree, no junctions
-    for spec in CHUNKED:
+    knows_a_cap = family != "gemma2"
+    for spec in (*CHUNKED, "auto", *(["native"] if knows_a_cap else [])):
         own = gradients(model, lambda spec=spec: forward_backward(model, batch, load_strategy(spec)))  # type: ignore[misc]
         assert error(own, written_out) < 5e-6, spec
+    if not knows_a_cap:
+        with pytest.raises(TypeError, match="softcap"):
+            forward_backward(model, batch, load_strategy("native"))
     assert error(right, written_out) < 5e-6
 
 
@@ -138,6 +142,16 @@ def test_head_1_is_the_model_s_own(family: str, kind: Any) -> None:
     assert torch.equal(model(ids)[0], own)
     assert torch.equal(model(ids, attention_mask=mask)[0], padded)
     assert not torch.equal(own[0], padded[0])
+
+
+@pytest.mark.parametrize("kind", ["causal", "linear"])
+def test_the_model_can_be_had_back(kind: Any) -> None:
+    lm = language_model("gemma2").eval()
+    ids, names = torch.randint(1, 131, (1, 9)), [name for name, _ in lm.named_parameters()]
+    before = lm(ids).logits
+    back = from_hf(lm, N, kind).to_hf()
+    assert [name for name, _ in back.named_parameters()] == names
+    assert torch.equal(back(ids).logits, before)
 
 
 def test_further_heads_have_weights_of_their_own() -> None:
