@@ -85,6 +85,8 @@ def _huggingface(
         settings["layer_types"] = types[: config.n_layers]
     for name, function in _attention_functions().items():
         library.AttentionInterface.register(name, function)  # without a mask's function, there is no mask
+    verbosity = library.logging.get_verbosity()
+    library.logging.set_verbosity_error()  # about token ids beyond a vocabulary that was made smaller, say
     try:
         own = library.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
         with device:
@@ -93,6 +95,8 @@ def _huggingface(
             )
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as e:
         raise BadInput(f"{config.architecture}: transformers cannot make it: {one_line(e)}") from None
+    finally:
+        library.logging.set_verbosity(verbosity)
     model = from_hf(lm.train(), config.n_future, config.head)
     model.mixed, model.for_cuda = dtype == "bf16-mixed", kind != "sdpa"
     return model
