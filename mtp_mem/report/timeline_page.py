@@ -23,7 +23,9 @@ def read_timeline(path: Path) -> Trace:
     """
     try:
         return Trace.from_json(read_json(path))
-    except ValueError as e:
+    except (ValueError, BadInput) as e:
+        if not path.is_file():
+            raise
         raise BadInput(f"{path}: no timeline.json (cut off?): {e}".split("\n")[0]) from None
 
 

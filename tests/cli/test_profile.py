@@ -70,7 +70,7 @@ sequence = 8
         ("sequence = 8", "sequence = 8\n[sweep]\nstrategies = ['sequental']", "did you mean 'sequential'?"),
         ("batch = 1", "batch = 1\ndtype = 'fp16'", "unknown value 'fp16'"),
         ("= 300", "= 67", "model.vocab_size = 67 is smaller than the 256 byte tokens"),
-        ("= 300", f"= {10**18}", "no model of this shape can be made"),
+        ("= 300", f"= {10**18}", "no machine has a model with more than"),
     ],
 )
 def test_check_names_mistakes(tmp_path: Path, run: Run, before: str, after: str, words: str) -> None:
