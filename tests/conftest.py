@@ -1,5 +1,6 @@
 """Without an installation there is nothing to test: one line, and exit code 3 as the command line has it."""
 
+import gc
 import importlib.util
 
 import pytest
@@ -12,3 +13,11 @@ def pytest_configure(config: pytest.Config) -> None:
         installed = False
     if not installed:
         pytest.exit("mtp_mem is not installed: `pip install -e '.[dev]'` in the clone installs it", returncode=3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def garbage_collections_pass_over_what_is_imported() -> None:
+    """Half a million objects of imported libraries: half of the tests' time went into looking at them again."""
+    importlib.import_module("torch._dynamo")  # as the first optimizer does
+    gc.collect()
+    gc.freeze()

@@ -27,7 +27,7 @@ from mtp_mem.step import forward_backward
 def allocator_peak(run: Callable[[], object]) -> int:
     """Highest running sum of the CPU allocator's events while `run` runs, without any dispatch mode."""
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     live = peak = 0
     for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
