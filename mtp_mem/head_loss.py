@@ -28,7 +28,7 @@ from mtp_mem.errors import BadInput
 from mtp_mem.model.head_tree import Heads
 from mtp_mem.model.losses import loss_dtype
 from mtp_mem.model.own import Model
-from mtp_mem.strategy import Strategy, load_strategy
+from mtp_mem.strategy import Strategy, load_strategy, require_loss
 
 
 def head_loss(
@@ -39,6 +39,8 @@ def head_loss(
     weights: Sequence[float] | Tensor | None = None,
     num_items: int | Tensor | None = None,
     scale: float | Tensor = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The loss of all heads, and each head's.
 
@@ -52,12 +54,15 @@ def head_loss(
             Face Trainer calls `num_items_in_batch`.
         scale: the upstream gradient to expect, a `GradScaler`'s `get_scale()` say. The heads' backward runs at this
             scale, which is what keeps fp16 from underflow; any other upstream gradient is right up to rounding.
+        label_smoothing: of every head's loss; see `mtp_mem.model.losses.LossOptions`.
+        z_loss: likewise.
 
     Returns:
         sum_i weights[i] * L_i, 0-dim, with its graph; and the n means L_i, (n,), detached; both in the loss dtype.
 
     Raises:
-        BadInput: targets or weights of another shape, a z that is not the trunk's, an unknown strategy.
+        BadInput: targets or weights of another shape, a z that is not the trunk's, an unknown strategy, or one that has
+            no such loss.
     """
     n, dtype = model.n_future, loss_dtype(z.dtype)
     if targets.shape != (n, *z.shape[:-1]):
@@ -77,6 +82,7 @@ def head_loss(
         targets=targets,
         names=names,
         train=torch.is_grad_enabled(),
+        loss={"label_smoothing": label_smoothing, "z_loss": z_loss},
     )
     loss, losses = _HeadLoss.apply(z, run, upstream, scale, *parameters)  # type: ignore[no-untyped-call]
     return loss, losses
@@ -91,6 +97,8 @@ class MTPForCausalLM(nn.Module):
         strategy: a spec, or a strategy.
         kind: of heads.
         weights: n loss weights; ones by default.
+        label_smoothing: see `head_loss`.
+        z_loss: see `head_loss`.
     """
 
     def __init__(
@@ -100,6 +108,9 @@ class MTPForCausalLM(nn.Module):
         strategy: str | Strategy = "sequential",
         kind: HeadKind | None = None,
         weights: Sequence[float] | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> None:
         from mtp_mem.model.huggingface import from_hf
 
@@ -107,6 +118,7 @@ class MTPForCausalLM(nn.Module):
         self.model = from_hf(lm, n, kind)
         self.strategy = load_strategy(strategy) if isinstance(strategy, str) else strategy
         self.weights = weights
+        self.loss = {"label_smoothing": label_smoothing, "z_loss": z_loss}
         self.config = lm.config  # trainers read it
 
     def forward(
@@ -131,7 +143,7 @@ class MTPForCausalLM(nn.Module):
             return {"logits": self.model(input_ids, **inputs)}
         z = self.model.trunk(input_ids, **inputs)  # (B, S, D)
         targets = future_targets(labels, self.model.n_future)
-        loss, losses = head_loss(self.model, z, targets, self.strategy, self.weights, num_items_in_batch)
+        loss, losses = head_loss(self.model, z, targets, self.strategy, self.weights, num_items_in_batch, **self.loss)
         return {"loss": loss, "losses": losses}
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
@@ -153,6 +165,7 @@ class _Run:
     targets: Tensor
     names: tuple[str, ...]
     train: bool
+    loss: dict[str, float]
 
     def __call__(self, cut: Tensor, shadows: Sequence[Tensor], upstream: Tensor) -> Tensor:
         """The n losses (n,); the shadows' and the cut's `.grad` are filled."""
@@ -161,6 +174,8 @@ class _Run:
             return functional_call(_Above(self.model), shadowed, (self._backward, self.z, cut, upstream))  # type: ignore[no-any-return]
 
     def _backward(self, heads: Heads, cut: Tensor, upstream: Tensor) -> Tensor:
+        heads = heads.with_loss(**self.loss)
+        require_loss(self.strategy, heads.options)
         return self.strategy.backward(cut, heads, self.targets, upstream)
 
 

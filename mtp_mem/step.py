@@ -19,7 +19,7 @@ from mtp_mem.model.head_tree import Phase, no_phase
 from mtp_mem.model.losses import loss_dtype
 from mtp_mem.model.optimizers import Optimizer
 from mtp_mem.model.own import Model
-from mtp_mem.strategy import Strategy
+from mtp_mem.strategy import Strategy, require_loss
 
 
 def forward_backward(
@@ -30,6 +30,8 @@ def forward_backward(
     scale: float = 1.0,
     phase: Phase = no_phase,
     sync: bool = True,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Add the gradient of scale * sum_i weights[i] * L_i to every trainable parameter's `.grad`.
 
@@ -41,9 +43,14 @@ def forward_backward(
         scale: multiplies the whole loss (gradient accumulation, fp16 loss scaling).
         phase: told the name of each phase as it begins.
         sync: whether a model that is sharded by FSDP2 reduces its gradients: False for all but the last micro-batch.
+        label_smoothing: of every head's loss; see `mtp_mem.model.losses.LossOptions`.
+        z_loss: likewise.
 
     Returns:
         The unweighted losses L_i, (n,), detached: fp32, or fp64 for fp64 models.
+
+    Raises:
+        BadInput: targets or weights of another shape, or a strategy that has no such loss.
     """
     refuse_wrapped(model)
     phase("trunk forward")
@@ -56,7 +63,9 @@ def forward_backward(
             phase(name)
             turn(name)
 
-        losses = strategy.backward(cut, model.heads(z, both), batch.targets, upstream)
+        heads = model.heads(z, both).with_loss(label_smoothing=label_smoothing, z_loss=z_loss)
+        require_loss(strategy, heads.options)
+        losses = strategy.backward(cut, heads, batch.targets, upstream)
     if z.requires_grad:
         phase("trunk backward")
         torch.autograd.backward(z, cut.grad)
@@ -77,10 +86,17 @@ class TrainingStep:
     def __call__(self, phase: Phase = no_phase) -> Tensor:
         """Returns the n losses of the last micro-batch, detached; every micro-batch is the batch once more."""
         self.model.zero_grad(set_to_none=self.training.set_to_none)
-        count = self.training.micro_batches
+        training, count = self.training, self.training.micro_batches
         for i in range(count):
             losses = forward_backward(
-                self.model, self.batch, self.strategy, scale=1 / count, phase=phase, sync=i == count - 1
+                self.model,
+                self.batch,
+                self.strategy,
+                scale=1 / count,
+                phase=phase,
+                sync=i == count - 1,
+                label_smoothing=training.label_smoothing,
+                z_loss=training.z_loss,
             )
         phase("clip")
         clip_gradients(self.model.parameters(), self.clip_norm)

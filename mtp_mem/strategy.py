@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from mtp_mem._util import importing_from_here
-from mtp_mem.config.schema import Dtype, ModelConfig, Workload
+from mtp_mem.config.schema import Dtype, ModelConfig, Training, Workload
 from mtp_mem.config.toml import parse
 from mtp_mem.errors import BadInput, Missing, MtpMemError, one_line, unknown
 from mtp_mem.model.head_tree import Heads
 from mtp_mem.model.layers import PRODUCT_DTYPES
+from mtp_mem.model.losses import LossOptions
 
 BUILTIN = {
     "naive": "mtp_mem.strategies.naive:Naive",
@@ -46,7 +47,8 @@ class Strategy(Protocol):
     """Runs the heads forward and backward above the cut; see `backward`.
 
     A class may say `limits = KernelLimits(...)`: what its kernel does not take, and what of the protocol it does not
-    keep. It may state its cost: `flops_factor`, and `peak_bytes(shape)`, its bytes above the cut at the worst moment.
+    keep; `loss_options`, those of mtp_mem/model/losses.py that its loss takes (one that says none is run with none);
+    and its cost: `flops_factor`, and `peak_bytes(shape)`, its bytes above the cut at the worst moment.
     """
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
@@ -235,20 +237,60 @@ def kernel_limits(strategy: object) -> KernelLimits:
     return limits if isinstance(limits, KernelLimits) else KernelLimits()
 
 
-def refusal(strategy: object, config: ModelConfig, workload: Workload) -> str:
-    """Why the strategy cannot run this model and workload, a clause; empty where it can."""
+COMPUTES_LOSS = ("backward", "loss_backward", "loss", "kernel_loss")
+"""Methods by which a class has a loss of its own."""
+
+
+def loss_options(strategy: object) -> tuple[str, ...]:
+    """The options that its loss takes: what its class says, or the class it takes its loss from."""
+    for cls in type(strategy).__mro__:
+        if "loss_options" in vars(cls):
+            return tuple(strategy.loss_options)  # type: ignore[attr-defined]
+        if any(method in vars(cls) for method in COMPUTES_LOSS):
+            return ()
+    return ()
+
+
+def loss_refusal(strategy: object, options: LossOptions) -> str:
+    """Why the strategy cannot run with these options of the loss, a clause; empty where it can."""
+    known = loss_options(strategy)
+    missing = [option for option in options.used if option not in known]
+    if not missing:
+        return ""
+    able = [name for name in BUILTIN if set(missing) <= set(strategy_class(name).loss_options)]
+    return f"has no {' and no '.join(missing)} in its loss; those that have: {', '.join(able)}"
+
+
+def require_loss(strategy: object, options: LossOptions) -> None:
+    """The strategy can run with these options of the loss.
+
+    Raises:
+        BadInput: names the strategy, and the option that it does not take.
+    """
+    if options.used and (why := loss_refusal(strategy, options)):
+        named = {path.partition(":")[2]: name for name, path in BUILTIN.items()}
+        cls = type(strategy).__name__
+        raise BadInput(f"strategy {named.get(cls, cls)!r} {why}")
+
+
+def refusal(strategy: object, config: ModelConfig, workload: Workload, training: Training) -> str:
+    """Why the strategy cannot run this model, workload and setup, a clause; empty where it can."""
     dtype, tokens = PRODUCT_DTYPES[workload.dtype], workload.tokens
-    return kernel_limits(strategy).refusal(dtype, N=tokens, D=config.dim, V=config.vocab_size)
+    options = LossOptions(
+        softcap=config.logit_softcap, label_smoothing=training.label_smoothing, z_loss=training.z_loss
+    )
+    shape = kernel_limits(strategy).refusal(dtype, N=tokens, D=config.dim, V=config.vocab_size)
+    return shape or loss_refusal(strategy, options)
 
 
-def require(strategies: Mapping[str, object], config: ModelConfig, workload: Workload) -> None:
-    """Every strategy, by its spec, can run this model and workload.
+def require(strategies: Mapping[str, object], config: ModelConfig, workload: Workload, training: Training) -> None:
+    """Every strategy, by its spec, can run this model, workload and setup.
 
     Raises:
         BadInput: names the first one that cannot, and why.
     """
     for spec, strategy in strategies.items():
-        if why := refusal(strategy, config, workload):
+        if why := refusal(strategy, config, workload, training):
             raise BadInput(f"strategy {spec!r} {why}")
 
 

@@ -14,6 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from mtp_mem.model.head_tree import Heads
+from mtp_mem.model.losses import LOSS_OPTIONS
 from mtp_mem.strategies.chunked_tokens import ChunkedTokens
 
 
@@ -22,6 +23,7 @@ class Auto:
     """Chooses strategy and chunk so that the logits never define the step's peak, and says what it chose"""
 
     chooses_by_step: ClassVar[bool] = True
+    loss_options: ClassVar[tuple[str, ...]] = LOSS_OPTIONS
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
         """See `mtp_mem.strategy.Strategy.backward`."""

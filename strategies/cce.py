@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mtp_mem.model.losses import IGNORE
+from mtp_mem.model.losses import IGNORE, LossOptions
 from mtp_mem.strategies.library_kernel import LibraryKernel
 from mtp_mem.strategy import KernelLimits
 
@@ -27,12 +27,20 @@ class CCE(LibraryKernel):
     flops_factor: ClassVar[Fraction] = Fraction(4, 3)
     module: ClassVar[str] = "cut_cross_entropy"
     package: ClassVar[str] = "cut-cross-entropy"
+    loss_options: ClassVar[tuple[str, ...]] = ("softcap",)
     limits: ClassVar[KernelLimits] = KernelLimits(
         dtypes=(torch.bfloat16, torch.float16), waits="the host asks how many of its targets are valid"
     )
 
-    def kernel_loss(self, rows: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+    def kernel_loss(self, rows: Tensor, unembedding: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
         """See `LibraryKernel.kernel_loss`."""
         return self.library().linear_cross_entropy(  # type: ignore[no-any-return]
-            rows, unembedding, targets, ignore_index=IGNORE, reduction="sum", filter_eps=None, impl="cce"
+            rows,
+            unembedding,
+            targets,
+            ignore_index=IGNORE,
+            softcap=options.softcap,
+            reduction="sum",
+            filter_eps=None,
+            impl="cce",
         )

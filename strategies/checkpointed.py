@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mtp_mem.model.head_tree import Head, Heads
-from mtp_mem.model.losses import full
+from mtp_mem.model.losses import LOSS_OPTIONS, full
 from mtp_mem.model.shape import Shape
 
 
@@ -28,6 +28,7 @@ class Checkpointed:
     """One joint backward that recomputes each head with its loss: one head's logits alive (4/3 of the head's FLOPs)"""
 
     flops_factor: ClassVar[Fraction] = Fraction(4, 3)
+    loss_options: ClassVar[tuple[str, ...]] = LOSS_OPTIONS
     recomputes_layers: ClassVar[bool] = True
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:

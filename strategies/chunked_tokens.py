@@ -25,6 +25,7 @@ Scaling (loss weight, 1 / count, masks) is done on sides of width D, never on th
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from mtp_mem._util import MiB
 from mtp_mem.errors import BadInput
 from mtp_mem.model.head_tree import Head, Heads
-from mtp_mem.model.losses import IGNORE, compute_dtype, loss_dtype
+from mtp_mem.model.losses import IGNORE, LOSS_OPTIONS, PLAIN, LossOptions, compute_dtype, loss_dtype
 from mtp_mem.model.shape import Shape
 from mtp_mem.strategies.sequential import Sequential
 
@@ -48,6 +49,7 @@ SOFTMAX_BLOCK = 64 * MiB  # of fp32 rows: at V = 128256 one for each multiproces
 class ChunkedTokens(Sequential):
     """Sequential, and each head's logits in chunks of tokens with their gradients: one chunk alive (no FLOP more)"""
 
+    loss_options: ClassVar[tuple[str, ...]] = LOSS_OPTIONS
     chunk: int | None = None  # tokens; None: by shape and device, see default_chunk
 
     def __post_init__(self) -> None:
@@ -116,7 +118,7 @@ class _Step(Sequential):
                 gradient,
                 chunk=self.chunk or default_chunk(N, D, V, dtype.itemsize, heads.cuda),
                 keep_rows=not normed.requires_grad,
-                softcap=heads.softcap,
+                options=heads.options,
             )
         heads.backward([normed], [rows.view_as(normed).to(normed.dtype)])
         return loss
@@ -215,7 +217,7 @@ def head_loss(
     *,
     chunk: int,
     keep_rows: bool,
-    softcap: float | None = None,
+    options: LossOptions = PLAIN,
 ) -> Tensor:
     """Mean cross entropy of one head; `rows` become their own gradient.
 
@@ -227,7 +229,7 @@ def head_loss(
         gradient: what sums the unembedding's gradient; None where it is frozen.
         chunk: tokens per chunk.
         keep_rows: leave `rows` alone: nothing below needs a gradient.
-        softcap: c where logits are c tanh(logits / c).
+        options: of the loss.
 
     Returns:
         The loss, 0-dim, in the loss dtype; 0 where no target is valid.
@@ -245,7 +247,7 @@ def head_loss(
         x, weight = rows[part], (share[part] * upstream)[:, None]  # (c, D), (c, 1)
         z = logits[: x.shape[0]]
         torch.mm(x, unembedding.T, out=z)
-        total += _softmax_minus_onehot(z, column[part], share[part], softcap)
+        total += _softmax_minus_onehot(z, column[part], share[part], options)
         if gradient is not None:  # the rows are needed no more, unless they are kept
             gradient.add(z, (x * weight).to(x.dtype) if keep_rows else x.mul_(weight))
         if not keep_rows:
@@ -254,11 +256,11 @@ def head_loss(
     return total
 
 
-def _softmax_minus_onehot(z: Tensor, column: Tensor, share: Tensor, softcap: float | None) -> Tensor:
+def _softmax_minus_onehot(z: Tensor, column: Tensor, share: Tensor, options: LossOptions) -> Tensor:
     """Logits z (c, V) become dL_row/dlogits in place; returns the sum of the rows' losses, each times its share."""
     acc = loss_dtype(z.dtype)
     if z.dtype == acc:
-        return _rows(z, column, share, softcap)
+        return _rows(z, column, share, options)
     height = max(1, min(z.shape[0], SOFTMAX_BLOCK // (z.shape[1] * acc.itemsize)))
     wide = z.new_empty(height, z.shape[1], dtype=acc)  # (r, V)
     total = z.new_zeros((), dtype=acc)
@@ -266,23 +268,22 @@ def _softmax_minus_onehot(z: Tensor, column: Tensor, share: Tensor, softcap: flo
         part = slice(start, min(start + height, z.shape[0]))
         block = wide[: part.stop - part.start]
         block.copy_(z[part])
-        total += _rows(block, column[part], share[part], softcap)
+        total += _rows(block, column[part], share[part], options)
         z[part] = block
     return total
 
 
-def _rows(z: Tensor, column: Tensor, share: Tensor, softcap: float | None) -> Tensor:
-    slope = None
-    if softcap is not None:
-        slope = 1 - z.div_(softcap).tanh_().square()  # (rows, V), of the cap
-        z.mul_(softcap)
+def _rows(z: Tensor, column: Tensor, share: Tensor, options: LossOptions) -> Tensor:
+    slope = options.slope(options.cap_(z))  # (c, V)
     # In place: documented for neither operator, and held by tests/strategies/test_chunked_tokens.py on every dtype.
     top, wanted = z.amax(dim=1), z.gather(1, column)[:, 0]  # (c,), (c,)
+    below_top = -z.sub_(top[:, None]).mean(dim=1) if options.label_smoothing else None  # (c,); a softmax stays the same
     torch.ops.aten._softmax.out(z, 1, False, out=z)
     # The largest probability is at least 1 / V, so that its logarithm gives the normaliser back without underflow.
-    # The target's logit goes first: a large offset that all logits share then costs no digits.
-    losses = (top - wanted) - z.amax(dim=1).log()  # (c,)
-    z.scatter_add_(1, column, torch.full_like(column, -1, dtype=z.dtype))
+    log_total = z.amax(dim=1).log_().neg_()  # (c,)
+    losses = options.row_losses(top, log_total, wanted, below_top)  # (c,)
+    options.gradient_(z, top, log_total, column, torch.ones_like(column, dtype=z.dtype), z.shape[1])
+    del log_total  # with what follows it would set the rows' peak
     if slope is not None:
         z.mul_(slope)
     return torch.where(share > 0, losses * share, 0.0).sum()

@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mtp_mem.errors import BadInput
 from mtp_mem.model.head_tree import Head, Heads
-from mtp_mem.model.losses import IGNORE, compute_dtype, loss_dtype
+from mtp_mem.model.losses import IGNORE, LOSS_OPTIONS, PLAIN, LossOptions, compute_dtype, loss_dtype
 from mtp_mem.model.shape import Shape
 from mtp_mem.strategies.sequential import Sequential
 
@@ -33,6 +33,7 @@ class ChunkedVocab(Sequential):
     """Sequential, and each head's logits in slabs of the vocabulary, recomputed: one slab alive (4/3 of the FLOPs)"""
 
     flops_factor: ClassVar[Fraction] = Fraction(4, 3)
+    loss_options: ClassVar[tuple[str, ...]] = LOSS_OPTIONS
     chunk: int = VOCAB_CHUNK  # vocabulary entries per slab
 
     def __post_init__(self) -> None:
@@ -58,7 +59,7 @@ class ChunkedVocab(Sequential):
 
 
 def vocabulary_slabs(
-    hidden: Tensor, unembedding: Tensor, targets: Tensor, *, chunk: int, softcap: float | None = None
+    hidden: Tensor, unembedding: Tensor, targets: Tensor, *, chunk: int, options: LossOptions = PLAIN
 ) -> Tensor:
     """Slabs of `chunk` vocabulary entries: online logsumexp forward, logits recomputed slab by slab in backward.
 
@@ -66,7 +67,7 @@ def vocabulary_slabs(
     a row is only known after its last slab, which is why vocabulary chunks cannot do without recomputation.
     """
     rows = hidden.flatten(0, -2).to(compute_dtype(hidden))  # (N, D)
-    return _VocabularySlabs.apply(rows, unembedding, targets.flatten(), chunk, softcap)  # type: ignore[no-any-return,no-untyped-call]
+    return _VocabularySlabs.apply(rows, unembedding, targets.flatten(), chunk, options)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _VocabularySlabs(torch.autograd.Function):
@@ -74,26 +75,32 @@ class _VocabularySlabs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, unembedding: Tensor, targets: Tensor, chunk: int, softcap: float | None
+        ctx: FunctionCtx, hidden: Tensor, unembedding: Tensor, targets: Tensor, chunk: int, options: LossOptions
     ) -> Tensor:
         acc = loss_dtype(hidden.dtype)
         top = hidden.new_full(targets.shape, -torch.inf, dtype=acc)  # (N,) running maximum
         total = hidden.new_zeros(targets.shape, dtype=acc)  # (N,) sum of exp(logit - top)
         target_logit = hidden.new_zeros(targets.shape, dtype=acc)  # (N,)
-        slabs = _Slabs(hidden, min(chunk, unembedding.shape[0]), softcap)
+        below_top = torch.zeros_like(total) if options.label_smoothing else None  # (N,) sum of top - logit
+        slabs = _Slabs(hidden, min(chunk, unembedding.shape[0]), options)
         for start in range(0, unembedding.shape[0], chunk):
             slab = slabs.logits(unembedding[start : start + chunk].to(hidden.dtype))  # (N, chunk)
             inside, column = _place(targets, start, slab.shape[1])
             target_logit += slab.gather(1, column[:, None]).squeeze(1) * inside
             new_top = torch.maximum(top, slab.amax(dim=1))
-            total = total * (top - new_top).exp() + slab.sub_(new_top[:, None]).exp_().sum(dim=1)
+            slab.sub_(new_top[:, None])
+            if below_top is not None:
+                below_top += (start * (new_top - top) if start else 0) - slab.sum(dim=1)
+            total = total * (top - new_top).exp() + slab.exp_().sum(dim=1)
             top = new_top
-        log_total = total.log()  # (N,); logsumexp = top + log_total, whose sum would lose digits to a common offset
+        log_total = total.log()  # (N,); logsumexp = top + log_total
+        mean = None if below_top is None else below_top / unembedding.shape[0]
+        losses = options.row_losses(top, log_total, target_logit, mean)  # (N,)
         valid = targets != IGNORE
         count = valid.sum().clamp(min=1)
         ctx.save_for_backward(hidden, unembedding, targets, top, log_total, valid.to(acc) / count)
-        ctx.chunk, ctx.softcap = chunk, softcap  # type: ignore[attr-defined]
-        return torch.where(valid, (top - target_logit) + log_total, 0).sum() / count
+        ctx.chunk, ctx.options = chunk, options  # type: ignore[attr-defined]
+        return torch.where(valid, losses, 0).sum() / count
 
     @staticmethod
     @once_differentiable
@@ -101,21 +108,21 @@ class _VocabularySlabs(torch.autograd.Function):
         hidden, unembedding, targets, top, log_total, row_share = ctx.saved_tensors  # type: ignore[attr-defined]
         want_hidden, want_unembedding = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
         chunk: int = ctx.chunk  # type: ignore[attr-defined]
-        softcap: float | None = ctx.softcap  # type: ignore[attr-defined]
+        options: LossOptions = ctx.options  # type: ignore[attr-defined]
         acc = top.dtype
         # Row weights go onto the (N, D) sides of the products, never onto the (N, chunk) slab.
         row = (row_share * grad)[:, None]  # (N, 1)
         weighted = (hidden * row).to(hidden.dtype) if want_unembedding else None  # (N, D)
         d_hidden = torch.zeros_like(hidden, dtype=acc) if want_hidden else None  # (N, D)
         d_unembedding = torch.empty_like(unembedding) if want_unembedding else None  # (V, D)
-        slabs = _Slabs(hidden, min(chunk, unembedding.shape[0]), softcap)
+        slabs = _Slabs(hidden, min(chunk, unembedding.shape[0]), options)
         for start in range(0, unembedding.shape[0], chunk):
             weight = unembedding[start : start + chunk].to(hidden.dtype)  # (chunk, D)
             slab = slabs.logits(weight)  # (N, chunk)
-            slope = None if softcap is None else 1 - (slab / softcap).square_()  # of the cap
+            slope = options.slope(slab)
             slab = slab.sub_(top[:, None]).sub_(log_total[:, None]).exp_()  # probabilities
             inside, column = _place(targets, start, slab.shape[1])
-            slab.scatter_add_(1, column[:, None], -inside[:, None].to(acc))  # probabilities - onehot
+            options.gradient_(slab, top, log_total, column[:, None], inside[:, None].to(acc), unembedding.shape[0])
             if slope is not None:
                 slab.mul_(slope)
             slab = slabs.narrow(slab)
@@ -136,8 +143,8 @@ class _VocabularySlabs(torch.autograd.Function):
 class _Slabs:
     """The buffers (N, chunk) that every slab uses again: in the model's dtype and, where it differs, the loss's."""
 
-    def __init__(self, hidden: Tensor, chunk: int, softcap: float | None) -> None:
-        self._hidden, self._softcap = hidden, softcap
+    def __init__(self, hidden: Tensor, chunk: int, options: LossOptions) -> None:
+        self._hidden, self._options = hidden, options
         self._product = hidden.new_empty(hidden.shape[0], chunk)
         acc = loss_dtype(hidden.dtype)
         self._wide = None if acc == hidden.dtype else hidden.new_empty(hidden.shape[0], chunk, dtype=acc)
@@ -147,7 +154,7 @@ class _Slabs:
         product = self._view(self._product, weight.shape[0])
         torch.mm(self._hidden, weight.T, out=product)
         wide = product if self._wide is None else self._view(self._wide, weight.shape[0]).copy_(product)
-        return wide if self._softcap is None else wide.div_(self._softcap).tanh_().mul_(self._softcap)
+        return self._options.cap_(wide)
 
     def narrow(self, slab: Tensor) -> Tensor:
         """The slab in the model's dtype."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtp_mem.errors import BadInput, Missing
 from mtp_mem.model.head_tree import Head, Heads
-from mtp_mem.model.losses import IGNORE, compute_dtype, loss_dtype
+from mtp_mem.model.losses import IGNORE, PLAIN, LossOptions, compute_dtype, loss_dtype
 from mtp_mem.model.shape import Shape
 from mtp_mem.strategies.sequential import Sequential
 from mtp_mem.strategy import KernelLimits
@@ -29,35 +29,38 @@ class LibraryKernel(Sequential):
         limits: what the kernel does not take.
         module: to import.
         package: that has it.
+        loss_options: those that the kernel takes.
         interpreted: its kernels are also right in Triton's interpreter, which TRITON_INTERPRET=1 asks for.
     """
 
     limits: ClassVar[KernelLimits] = KernelLimits()
     module: ClassVar[str]
     package: ClassVar[str]
+    loss_options: ClassVar[tuple[str, ...]] = ()
     interpreted: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.library()
 
-    def kernel_loss(self, rows: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+    def kernel_loss(self, rows: Tensor, unembedding: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
         """The kernel's loss with its graph, 0-dim: the sum over the valid targets.
 
         Args:
             rows: normed hidden states (N, D) in the compute dtype.
             unembedding: (V, D) in the same dtype.
             targets: (N,) int64, IGNORE where there is none.
+            options: of the loss; those in `loss_options` alone.
         """
         raise NotImplementedError
 
-    def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor, *, options: LossOptions = PLAIN) -> Tensor:
         """Mean cross entropy of one head over its valid targets, 0-dim in the loss dtype.
 
         The libraries' own mean divides by zero where no target is valid: it is a sum over a count of at least 1.
         """
         rows, weight, flat_targets = kernel_arguments(hidden, unembedding, targets, self.limits)
         count = (flat_targets != IGNORE).sum().clamp(min=1)
-        return self.kernel_loss(rows, weight, flat_targets).to(loss_dtype(hidden.dtype)) / count
+        return self.kernel_loss(rows, weight, flat_targets, options).to(loss_dtype(hidden.dtype)) / count
 
     def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
         """See `Sequential.loss_backward`."""

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mtp_mem.model.losses import IGNORE, loss_dtype
+from mtp_mem.model.losses import IGNORE, LOSS_OPTIONS, PLAIN, LossOptions, loss_dtype
 from mtp_mem.strategies.library_kernel import LibraryKernel, kernel_arguments
 from mtp_mem.strategy import KernelLimits
 
@@ -24,13 +24,14 @@ class Liger(LibraryKernel):
 
     module: ClassVar[str] = "liger_kernel.transformers.functional"
     package: ClassVar[str] = "liger-kernel"
+    loss_options: ClassVar[tuple[str, ...]] = LOSS_OPTIONS
     interpreted: ClassVar[bool] = True
     limits: ClassVar[KernelLimits] = KernelLimits(
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         waits="the host counts its targets and looks at the upstream gradient",
     )
 
-    def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor, *, options: LossOptions = PLAIN) -> Tensor:
         """Mean cross entropy of one head over its valid targets, 0-dim in the loss dtype.
 
         The library's own mean: an upstream gradient of 1 leaves its gradients as they are, where a sum's would be
@@ -38,6 +39,14 @@ class Liger(LibraryKernel):
         """
         rows, weight, flat_targets = kernel_arguments(hidden, unembedding, targets, self.limits)
         loss = self.library().liger_fused_linear_cross_entropy(
-            rows, weight, flat_targets, ignore_index=IGNORE, reduction="mean", accum_dtype=torch.float32
+            rows,
+            weight,
+            flat_targets,
+            ignore_index=IGNORE,
+            lse_square_scale=options.z_loss,
+            label_smoothing=options.label_smoothing,
+            reduction="mean",
+            softcap=options.softcap,
+            accum_dtype=torch.float32,
         )
         return loss.to(loss_dtype(hidden.dtype))  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mtp_mem.model.head_tree import Head, Heads
-from mtp_mem.model.losses import full
+from mtp_mem.model.losses import LOSS_OPTIONS, full
 from mtp_mem.model.shape import Shape
 
 
@@ -24,6 +24,7 @@ class Naive:
     """One joint backward over all heads: n heads' logits alive at once (the baseline)"""
 
     flops_factor: ClassVar[Fraction] = Fraction(1)
+    loss_options: ClassVar[tuple[str, ...]] = LOSS_OPTIONS
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
         """See `mtp_mem.strategy.Strategy.backward`."""

@@ -6,7 +6,8 @@ Its options decide chunk and accumulator; "auto" is PyTorch's own choice by devi
 Memory above the cut: one chunk of logits, an unembedding gradient beside the accumulated one. FLOPs: 1. The returned
 loss is as precise as the model's dtype: in bf16 its value is rounded to 8 bits (`rounds_loss`), which the gradients do
 not see. Small chunks make that worse: in bf16 on a CPU, chunks of 2 tokens out of 512, the losses were 9 % off, and the
-unembedding's gradient 2.8 times as far from the oracle as naive's, under every policy (`error_factor`).
+unembedding's gradient 2.8 times as far from the oracle as naive's, under every policy (`error_factor`). It has no
+softcap and no z-loss, and label smoothing only where it makes all logits at once, so that is refused as well.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_mem.errors import BadInput, Missing
-from mtp_mem.model.losses import IGNORE
+from mtp_mem.model.losses import IGNORE, LossOptions
 from mtp_mem.strategies.library_kernel import LibraryKernel
 from mtp_mem.strategy import KernelLimits
 
@@ -44,7 +45,7 @@ class Native(LibraryKernel):
         except ValueError as e:  # "balanced" is gone from torch 2.14 on
             raise BadInput(f"policy = {self.policy!r}: torch {torch.__version__} says: {e}") from None
 
-    def kernel_loss(self, rows: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+    def kernel_loss(self, rows: Tensor, unembedding: Tensor, targets: Tensor, _: LossOptions) -> Tensor:
         """See `LibraryKernel.kernel_loss`."""
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=self.tokens, acc_policy=self.policy)
         return F.linear_cross_entropy(rows, unembedding, targets, reduction="sum", ignore_index=IGNORE, options=options)

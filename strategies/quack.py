@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtp_mem.errors import BadInput
-from mtp_mem.model.losses import IGNORE
+from mtp_mem.model.losses import IGNORE, LossOptions
 from mtp_mem.strategies.library_kernel import LibraryKernel
 from mtp_mem.strategy import KernelLimits
 
@@ -33,7 +33,7 @@ class Quack(LibraryKernel):
             raise BadInput(f"chunk = {self.chunk}: expected a multiple of 8, at least 8")
         self.library()
 
-    def kernel_loss(self, rows: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+    def kernel_loss(self, rows: Tensor, unembedding: Tensor, targets: Tensor, _: LossOptions) -> Tensor:
         """See `LibraryKernel.kernel_loss`."""
         return self.library().chunked_linear_cross_entropy(  # type: ignore[no-any-return]
             rows, unembedding, targets, chunk_size=self.chunk, ignore_index=IGNORE, reduction="sum"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mtp_mem.model.head_tree import Head, Heads
-from mtp_mem.model.losses import full
+from mtp_mem.model.losses import LOSS_OPTIONS, full
 from mtp_mem.model.shape import Shape
 
 
@@ -31,6 +31,7 @@ class Sequential:
     """Each head forward and backward at once, last head first: one head's logits alive (the paper's schedule)"""
 
     flops_factor: ClassVar[Fraction] = Fraction(1)
+    loss_options: ClassVar[tuple[str, ...]] = LOSS_OPTIONS
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
         """See `mtp_mem.strategy.Strategy.backward`."""

@@ -68,12 +68,15 @@ def _predict(args: argparse.Namespace) -> int:
     from mtp_mem.report import charts
     from mtp_mem.runs.predicted import predict
     from mtp_mem.runs.results_file import ResultsFile
+    from mtp_mem.strategy import load_strategy, require
 
     profile = profile_of(args)
     gpus = {gpu_folder(name): gpu_of(name, args) for name in args.gpu or profile.gpus}
     if len(gpus) < len(args.gpu or profile.gpus):
         raise BadInput(f"--gpu {','.join(args.gpu or profile.gpus)}: two of these would share a folder; name each once")
     peaks.check_predictable(profile)
+    strategies = {spec: load_strategy(spec) for spec in profile.sweep.strategies}
+    require(strategies, profile.model, profile.workload, profile.training)
     alone = args.out if len(gpus) == 1 else None
     folder = args.out or Path("results")
     files = {name: ResultsFile(alone or folder / f"predict-{profile.name}-{name}") for name in gpus}

@@ -66,6 +66,8 @@ def training_options(sub: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--optimizer", metavar="NAME", help="adamw, adamw-foreach, adamw-loop, adamw-8bit or sgd")
     group.add_argument("--micro-batches", metavar="K", help="whose gradients one optimizer step sums")
+    group.add_argument("--label-smoothing", metavar="E", help="of every head's loss, from 0 to below 1")
+    group.add_argument("--z-loss", metavar="K", help="adds K times the squared logsumexp to every token's loss")
     group.add_argument("--frozen", metavar="PARTS", help="trunk, 'all but heads', or parts like embedding,norm")
     group.add_argument(
         "--sharding",

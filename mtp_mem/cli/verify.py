@@ -132,16 +132,23 @@ def _on_profile(
         profile = dataclasses.replace(profile, sweep=dataclasses.replace(profile.sweep, n=args.n))
     corpus = load_corpus(profile.workload, profile.model.vocab_size)
     strategies = {spec: load_strategy(spec) for spec in asked or loadable()}
+    setup = profile.model, profile.workload, profile.training
     if asked:
-        require(strategies, profile.model, profile.workload)
+        require(strategies, *setup)
     cpu = torch.device("cpu")
-    unable = {spec: why for spec, s in strategies.items() if (why := refusal(s, profile.model, profile.workload))}
+    unable = {spec: why for spec, s in strategies.items() if (why := refusal(s, *setup))}
     able = {spec: strategy for spec, strategy in strategies.items() if spec not in unable}
     with progress(len(profile.sweep.n)) as begin:
         for n in profile.sweep.n:
             begin(f"{profile.name}, n = {n}")
             bench = Bench(profile, profile.model.with_n(n), corpus, device)
-            scenario = Scenario(name=f"{profile.name}, n = {n}", n=n, chunk=None)
+            scenario = Scenario(
+                name=f"{profile.name}, n = {n}",
+                n=n,
+                chunk=None,
+                label_smoothing=profile.training.label_smoothing,
+                z_loss=profile.training.z_loss,
+            )
             problem = Problem(scenario, bench.model, moved(bench.model, "fp64", cpu), (bench.batch,), {})
             for check in verify_problem(problem, profile.workload.dtype, able):
                 each(check)

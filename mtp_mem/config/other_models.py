@@ -94,6 +94,7 @@ def huggingface_profile(path: Path, kind: HeadKind | None = None) -> Profile:
             head=kind or ("deepseek" if depths else "parallel"),
             unembedding="tied" if getattr(config, "tie_word_embeddings", False) else "shared",
             match_layers=False,
+            logit_softcap=getattr(config, "final_logit_softcapping", None),
             architecture=architecture,
             settings=json.dumps(config.to_dict(), sort_keys=True, default=str),
         )

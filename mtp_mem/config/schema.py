@@ -67,6 +67,7 @@ class ModelConfig:
     head_dim: int | None = None  # channels of an attention head; None: dim / n_attention_heads
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm of every head's queries and keys, before they are turned
+    logit_softcap: float | None = None  # c where logits are c tanh(logits / c)
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "dim", "n_layers", "n_attention_heads", "n_kv_heads", "ffn_dim", "n_future")
@@ -81,6 +82,8 @@ class ModelConfig:
             raise BadInput(f"model.rope_theta = {self.rope_theta}: must be positive and finite")
         if not 0 <= self.norm_eps < math.inf:
             raise BadInput(f"model.norm_eps = {self.norm_eps}: must be at least 0 and finite")
+        if self.logit_softcap is not None and not 0 < self.logit_softcap < math.inf:
+            raise BadInput(f"model.logit_softcap = {self.logit_softcap}: must be positive and finite")
         _one_of("model.head", self.head, HeadKind)
         _one_of("model.unembedding", self.unembedding, Unembedding)
         if self.head_dim is None and (self.dim % self.n_attention_heads or self.dim // self.n_attention_heads % 2):
@@ -180,6 +183,7 @@ class Training:
         frozen: parts without a gradient, a list or a text with commas. "trunk": all below the cut, the embedding too;
             "all but heads": of everything only the heads' own layers are trained.
         set_to_none: whether gradients are freed between steps, or set to zero.
+        label_smoothing: e of every head's loss, and `z_loss` its k: see `mtp_mem.model.losses.LossOptions`.
         sharding: over the ranks of a process group: "ddp" replicates all, "fsdp2" shards all, "hsdp" shards over a
             node's 8 ranks and replicates over nodes.
         world: ranks; the batch is each one's own.
@@ -191,6 +195,8 @@ class Training:
     micro_batches: int = 1
     frozen: str | tuple[str, ...] = ()
     set_to_none: bool = True
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
     sharding: Sharding = "none"
     world: int = 1
 
@@ -212,6 +218,10 @@ class Training:
             )
         if self.micro_batches < 1:
             raise BadInput(f"training.micro_batches = {self.micro_batches}: must be at least 1")
+        if not 0 <= self.label_smoothing < 1:
+            raise BadInput(f"training.label_smoothing = {self.label_smoothing}: must be at least 0 and below 1")
+        if not 0 <= self.z_loss < math.inf:
+            raise BadInput(f"training.z_loss = {self.z_loss}: must be at least 0 and finite")
         _one_of("training.optimizer", self.optimizer, OptimizerName)
         if isinstance(self.frozen, str) and not self.frozen_parts:
             raise BadInput(f"training.frozen = {self.frozen!r}: names no part; valid: {', '.join(FROZEN_PARTS)}")
@@ -253,6 +263,8 @@ class Training:
             f"{self.micro_batches} micro-batches": self.micro_batches > 1,
             f"frozen: {', '.join(self.frozen_parts)}": bool(self.frozen_parts),
             "gradients kept between steps": not self.set_to_none,
+            f"label smoothing {self.label_smoothing:g}": self.label_smoothing > 0,
+            f"z-loss {self.z_loss:g}": self.z_loss > 0,
             f"{self.sharding} over {self.world} ranks": self.sharding != "none",
         }
         return tuple(text for text, said in words.items() if said)

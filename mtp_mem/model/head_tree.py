@@ -17,7 +17,7 @@ Heads are counted from 1 in names ("head 1" predicts the next token) and from 0 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mtp_mem.config.schema import HeadKind
 from mtp_mem.errors import BadInput
-from mtp_mem.model.losses import Loss
+from mtp_mem.model.losses import PLAIN, Loss, LossOptions
 
 Phase = Callable[[str], None]
 """Told the name of each phase as it begins."""
@@ -70,7 +70,7 @@ class Heads:
         n: number of heads.
         cuda: whether CUDA's kernels run, or are predicted.
         draws: whether a head's forward pass draws random numbers, which a second run of it must draw again.
-        softcap: c where logits are c tanh(logits / c) (Gemma 2, section 2), else None; losses get it as an argument.
+        options: of the loss, besides the cross entropy; a loss gets them as an argument where there are any.
     """
 
     roots: tuple[Head, ...]
@@ -80,7 +80,11 @@ class Heads:
     n: int
     cuda: bool = False
     draws: bool = False
-    softcap: float | None = None
+    options: LossOptions = PLAIN
+
+    def with_loss(self, *, label_smoothing: float, z_loss: float) -> "Heads":
+        """The same heads with these options of the loss; the model's own softcap stays."""
+        return replace(self, options=replace(self.options, label_smoothing=label_smoothing, z_loss=z_loss))
 
     def hidden(self, head: Head, parent: Tensor) -> Tensor:
         """The head's hidden states (B, S, D) from its parent's."""
@@ -97,8 +101,8 @@ class Heads:
     def loss(self, head: Head, hidden: Tensor, targets: Tensor, loss_fn: Loss) -> Tensor:
         """The head's loss, 0-dim, from its hidden states and its targets (B, S)."""
         self.phase(f"{head.name} loss")
-        if self.softcap is not None:  # a loss that knows no such argument refuses, and is not wrong in silence
-            loss_fn = partial(loss_fn, softcap=self.softcap)
+        if self.options.used:
+            loss_fn = partial(loss_fn, options=self.options)
         with self.autocast():
             return loss_fn(self.norm(hidden.view_as(hidden)), head.unembedding, targets)
 

@@ -24,7 +24,7 @@ from mtp_mem.errors import BadInput
 from mtp_mem.model.head_tree import Heads, Phase, keep_inputs, kept_inputs, no_phase
 from mtp_mem.model.heads import NO_TOKEN, tokens_ahead
 from mtp_mem.model.layers import PARAMETER_DTYPES
-from mtp_mem.model.losses import capped
+from mtp_mem.model.losses import LossOptions
 from mtp_mem.model.own import ambient_autocast, draws_random_numbers, heads
 
 KINDS: tuple[HeadKind, ...] = ("parallel", "causal", "anticausal", "deepseek", "medusa", "linear")
@@ -234,7 +234,8 @@ class HuggingFaceMTP(nn.Module):
                     hidden = [_tensor(module(z, *args, **kwargs)) for module in layers]
                 case _:
                     hidden = [module(z) for module in layers]
-            return torch.stack([capped(unembedding(self._scaled_norm(h)), self.softcap) for h in hidden])
+            capped = LossOptions(softcap=self.softcap).capped
+            return torch.stack([capped(unembedding(self._scaled_norm(h))) for h in hidden])
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which forward passes run: bf16 autocast where the model is trained so, else the caller's."""

@@ -1,16 +1,21 @@
 """The loss of one head from its hidden states: projection onto the vocabulary and cross entropy, in plain autograd.
 
 Every head loss has one signature: (hidden (B, S, D), unembedding (V, D), targets (B, S)) -> mean cross entropy over
-the valid targets, a 0-dim tensor in fp32 (fp64 for fp64 models); and `softcap` where a model caps its logits.
+the valid targets, a 0-dim tensor in fp32 (fp64 for fp64 models); and `options`, a `LossOptions`, where the loss is more
+than that. What the options mean stands in that class alone, for autograd and for losses that write their gradient out.
 Projections run in the model's dtype (or autocast's), softmax and loss in fp32. No valid target: loss 0 and zero
 gradients. None of them synchronises with the device.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mtp_mem.errors import BadInput
 
 IGNORE = -100
 """Target value of positions that have no target; torch's own default for `ignore_index`."""
@@ -30,12 +35,109 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """softcap * tanh(logits / softcap); the logits themselves where there is no cap."""
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """What a head's loss is besides the cross entropy of its logits; the defaults are none.
+
+    A row of V logits x with target t, of which z = c tanh(x / c) are the capped ones and s = logsumexp(z):
+
+        loss     = s - (1 - e) z_t - e mean(z) + k s^2
+        dloss/dz = (1 + 2 k s) softmax(z) - (1 - e) onehot(t) - e / V
+        dz/dx    = 1 - (z / c)^2
+
+    Attributes:
+        softcap: c (Gemma 2, section 2), or None: z = x.
+        label_smoothing: e (Szegedy et al. 2016, section 7).
+        z_loss: k (Chowdhery et al. 2022, section 5).
+
+    Raises:
+        BadInput: a value outside its range.
+    """
+
+    softcap: float | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise BadInput(f"softcap = {self.softcap}: must be positive and finite")
+        if not 0 <= self.label_smoothing < 1:
+            raise BadInput(f"label_smoothing = {self.label_smoothing}: must be at least 0 and below 1")
+        if not 0 <= self.z_loss < math.inf:
+            raise BadInput(f"z_loss = {self.z_loss}: must be at least 0 and finite")
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """Names of those that change the loss."""
+        return tuple(name for name in LOSS_OPTIONS if getattr(self, name))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """z, with its graph."""
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def total(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The sum of the valid rows' losses by plain autograd, 0-dim; logits (N, V) in the loss dtype, targets (N,)."""
+        logits = self.capped(logits)
+        loss = F.cross_entropy(
+            logits, targets, ignore_index=IGNORE, reduction="sum", label_smoothing=self.label_smoothing
+        )
+        if self.z_loss:  # written out: the operator logsumexp takes a tensor (N, V) that no instrument sees
+            top = logits.detach().amax(dim=1)  # (N,)
+            s = (logits - top[:, None]).exp().sum(dim=1).log() + top
+            loss = loss + self.z_loss * torch.where(targets != IGNORE, s, 0).square().sum()
+        return loss
+
+    def cap_(self, logits: Tensor) -> Tensor:
+        """z in the place of the logits."""
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def slope(self, capped: Tensor) -> Tensor | None:
+        """dz/dx from z; None where it is 1."""
+        return None if self.softcap is None else (capped / self.softcap).square_().neg_().add_(1)
+
+    def row_losses(self, top: Tensor, log_total: Tensor, target: Tensor, below_top: Tensor | None) -> Tensor:
+        """Each row's loss (rows,), in an order of sums in which an offset that all its logits share costs no digits.
+
+        Args:
+            top: the largest of z.
+            log_total: logsumexp(z - top).
+            target: z_t.
+            below_top: mean(top - z); only label smoothing asks for it.
+        """
+        losses = (top - target) + log_total
+        if below_top is not None:
+            losses += self.label_smoothing * ((target - top) + below_top)
+        if self.z_loss:
+            losses += self.z_loss * (top + log_total).square_()
+        return losses
+
+    def gradient_(
+        self, probabilities: Tensor, top: Tensor, log_total: Tensor, column: Tensor, onehot: Tensor, classes: int
+    ) -> Tensor:
+        """dloss/dz in the place of probabilities, those of a slab of the vocabulary or of all of it.
+
+        Args:
+            probabilities: softmax(z), (rows, C).
+            top: see `row_losses`.
+            log_total: see `row_losses`.
+            column: (rows, 1) int64, of the target.
+            onehot: (rows, 1), 1 where the target lies in the slab, else 0; overwritten.
+            classes: V.
+        """
+        if self.z_loss:
+            probabilities *= (1 + 2 * self.z_loss * (top + log_total))[:, None]
+        if self.label_smoothing:
+            probabilities -= self.label_smoothing / classes
+        return probabilities.scatter_add_(1, column, onehot.mul_(self.label_smoothing - 1))
 
 
-def full(hidden: Tensor, unembedding: Tensor, targets: Tensor, *, softcap: float | None = None) -> Tensor:
+LOSS_OPTIONS = tuple(LossOptions.__dataclass_fields__)
+"""Their names."""
+
+PLAIN = LossOptions()
+
+
+def full(hidden: Tensor, unembedding: Tensor, targets: Tensor, *, options: LossOptions = PLAIN) -> Tensor:
     """All logits at once, (N, V): the reference, plain autograd.
 
     Peak in the loss's backward: 3 tensors (N, V) of the loss dtype (log-softmax, its gradient, the logits' gradient).
@@ -43,11 +145,9 @@ def full(hidden: Tensor, unembedding: Tensor, targets: Tensor, *, softcap: float
     count = (targets != IGNORE).sum().clamp(min=1)
     # One expression on purpose: a name would keep the logits alive through the backward, one (N, V) more.
     return (
-        F.cross_entropy(
-            capped(F.linear(hidden, unembedding).flatten(0, -2).to(loss_dtype(hidden.dtype)), softcap),  # (N, V)
+        options.total(
+            F.linear(hidden, unembedding).flatten(0, -2).to(loss_dtype(hidden.dtype)),  # (N, V)
             targets.flatten(),
-            ignore_index=IGNORE,
-            reduction="sum",
         )
         / count
     )

@@ -18,6 +18,7 @@ from mtp_mem.config.schema import Dtype, ModelConfig
 from mtp_mem.model.head_tree import Heads, Phase, keep_inputs, kept_inputs, no_phase, tree
 from mtp_mem.model.heads import NO_TOKEN, make_head, on_parent
 from mtp_mem.model.layers import PARAMETER_DTYPES, Attention, Factory, Layer, RMSNorm, Rotation, rotation
+from mtp_mem.model.losses import LossOptions
 
 
 def default_attention(dtype: Dtype, device: torch.device) -> Attention:
@@ -110,7 +111,8 @@ class MTPModel(nn.Module):
         roots = tuple(tree(self.config.head, layers, weights))
         # These operators run nowhere else: a model without data that asks for it is predicted for CUDA.
         on_cuda = self.attention != "sdpa" or tokens.is_cuda
-        return Heads(roots, self.norm, self.autocast, phase, self.config.n_future, on_cuda)
+        options = LossOptions(softcap=self.config.logit_softcap)
+        return Heads(roots, self.norm, self.autocast, phase, self.config.n_future, on_cuda, options=options)
 
     def unembeddings(self) -> list[nn.Linear]:
         """Each head's unembedding (V, D), in the order of the heads; the same one n times unless replicated."""
@@ -123,7 +125,8 @@ class MTPModel(nn.Module):
         z, turn = self.trunk(tokens), self.rotation(tokens)
         with self.autocast():
             hidden = self._hidden(z, tokens, turn)
-            return torch.stack([u(self.norm(h)) for h, u in zip(hidden, self.unembeddings(), strict=True)])
+            capped = LossOptions(softcap=self.config.logit_softcap).capped
+            return torch.stack([capped(u(self.norm(h))) for h, u in zip(hidden, self.unembeddings(), strict=True)])
 
     def _hidden(self, z: Tensor, tokens: Tensor, turn: Rotation) -> list[Tensor]:
         heads = self.head_layers

@@ -27,7 +27,7 @@ from mtp_mem.config.schema import Dtype, HeadKind, Training
 from mtp_mem.errors import BadInput, unknown
 from mtp_mem.model.head_tree import Heads, Phase, no_phase, tree
 from mtp_mem.model.layers import PARAMETER_DTYPES
-from mtp_mem.model.losses import capped
+from mtp_mem.model.losses import LossOptions
 
 M = TypeVar("M", bound="Model")
 
@@ -123,7 +123,7 @@ def heads(
         n=len(layers),
         cuda=weights[0].is_cuda,
         draws=draws_random_numbers([*layers, norm]) if draws is None else draws,
-        softcap=softcap,
+        options=LossOptions(softcap=softcap),
     )
 
 
@@ -168,7 +168,7 @@ def plain_logits(model: Model, tokens: Tensor) -> Tensor:
         while pending:
             head, parent = pending.pop()
             hidden = head.layer(parent)
-            logits[head.index] = capped(F.linear(every.norm(hidden), head.unembedding), every.softcap)
+            logits[head.index] = every.options.capped(F.linear(every.norm(hidden), head.unembedding))
             pending += [(child, hidden) for child in head.children]
     return torch.stack([logits[i] for i in range(every.n)])
 

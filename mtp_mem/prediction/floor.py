@@ -4,15 +4,20 @@ It trains nothing: each head's loss is replaced by a gradient of ones. What is l
 chunking can save: the trunk, one head's activations at a time, every parameter's gradient, the optimizer.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from mtp_mem.model.head_tree import Head, Heads
+from mtp_mem.model.losses import LOSS_OPTIONS
 from mtp_mem.strategies.sequential import Sequential
 
 
 class NoLogits(Sequential):
     """Shaped like a strategy so that the instruments can run it; its gradients are wrong, so it is not in the list."""
+
+    loss_options: ClassVar[tuple[str, ...]] = LOSS_OPTIONS
 
     def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG002
         """The unembedding's gradient is made, and no tensor with V columns."""

@@ -13,6 +13,7 @@ from mtp_mem.memory.trace import Category
 from mtp_mem.prediction.caching_allocator import fit
 from mtp_mem.prediction.formulas import slope
 from mtp_mem.report.recommend import peak_bytes, record_formula
+from mtp_mem.runs.identity import training_of, training_words
 from mtp_mem.runs.record import Record
 from mtp_mem.verification.broken_strategies import Broken
 from mtp_mem.verification.checks import Check, Verification
@@ -142,13 +143,15 @@ def comparison(records: Sequence[Record], console: Console) -> Table:
 
 
 def remarks(records: Sequence[Record]) -> list[str]:
-    """What the columns cannot say of a record: what was chosen and why, why it failed, and peaks that were bent."""
+    """What the columns cannot say: an unusual setup, what was chosen and why, what failed, and peaks that were bent."""
     noise = {r.n: (r.gradient_reference, r.gradient_noise) for r in records if r.gradient_noise}
     lines = [
         f"n = {n}: {name} run twice differs from itself by {error:.0e}: some kernel here adds in no fixed order, and"
         " nothing can be bit-identical unless deterministic kernels are required"
         for n, (name, error) in noise.items()
     ]
+    setups = {training_words(r): training_of(r) for r in records}
+    lines += [f"trained in {words}" for words, training in setups.items() if training is None or training.words]
     for r in records:
         words = [r.chosen] if r.chosen else []
         if r.status != "ok" or r.error:

@@ -211,7 +211,14 @@ class Bench:
     def _gradients(self, strategy: Strategy) -> dict[str, list[Tensor | None]]:
         """Of one step, by part of the model, and its losses."""
         self.model.zero_grad(set_to_none=True)
-        losses = forward_backward(self.model, self.batch, strategy)
+        training = self.profile.training
+        losses = forward_backward(
+            self.model,
+            self.batch,
+            strategy,
+            label_smoothing=training.label_smoothing,
+            z_loss=training.z_loss,
+        )
         if not isinstance(losses, Tensor) or losses.shape != (self.model.n_future,):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise BrokenContract(f"returns {shape}, not the n losses ({self.model.n_future},)")

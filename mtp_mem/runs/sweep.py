@@ -88,7 +88,7 @@ def run(
     """
     started = time.monotonic()
     strategies = {case.strategy: load_strategy(case.strategy) for case in todo}  # bad specs fail before any work
-    require(strategies, profile.model, profile.workload)
+    require(strategies, profile.model, profile.workload, profile.training)
     for n in dict.fromkeys(case.n for case in todo):
         if n != todo[0].n and budget_s is not None and time.monotonic() - started >= budget_s:
             return

@@ -16,7 +16,7 @@ from mtp_mem.strategy import Strategy, kernel_limits, load_strategy
 from mtp_mem.verification.checks import Check
 from mtp_mem.verification.contract import Watched, counted_hooks, unchanged
 from mtp_mem.verification.gradient_error import Part, identical, judge
-from mtp_mem.verification.scenarios import Outcome, Problem, Scenario, build, plain_step, run, with_options
+from mtp_mem.verification.scenarios import Outcome, Problem, Scenario, build, plain_step, run, step_with, with_options
 
 STEPS = 6
 LEARNING_RATE = 0.3
@@ -144,9 +144,7 @@ def watched(problem: Problem, strategy: Strategy, *, on_device: bool = False) ->
     may_sync = not on_device or bool(kernel_limits(strategy).waits)
     guarded = Watched(strategy, parameters, may_sync)
     with unchanged(parameters):
-        return run(
-            problem, lambda model, batch: forward_backward(model, batch, guarded, scenario.weights, scenario.scale)
-        )
+        return run(problem, step_with(guarded, scenario))
 
 
 def raised(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mtp_mem.errors import BrokenContract
 from mtp_mem.model.head_tree import Heads
 from mtp_mem.model.losses import loss_dtype
-from mtp_mem.strategy import Strategy
+from mtp_mem.strategy import Strategy, loss_options
 from mtp_mem.verification.global_state import restored
 
 NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32)
@@ -30,6 +30,11 @@ class Watched:
     inner: Strategy
     parameters: Mapping[str, Tensor]
     may_sync: bool = True
+
+    @property
+    def loss_options(self) -> tuple[str, ...]:
+        """Those of the strategy inside."""
+        return loss_options(self.inner)
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
         """As the strategy inside."""

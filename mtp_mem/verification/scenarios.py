@@ -21,11 +21,11 @@ from mtp_mem.data import Batch, make_batch
 from mtp_mem.errors import BadInput
 from mtp_mem.model.head_tree import keep_inputs
 from mtp_mem.model.layers import PARAMETER_DTYPES
-from mtp_mem.model.losses import IGNORE
+from mtp_mem.model.losses import IGNORE, LossOptions
 from mtp_mem.model.mtp_model import MTPModel
 from mtp_mem.model.optimizers import make_optimizer
 from mtp_mem.model.own import Model, plain_logits
-from mtp_mem.step import TrainingStep
+from mtp_mem.step import TrainingStep, forward_backward
 from mtp_mem.strategy import Strategy, load_strategy
 from mtp_mem.verification.gradient_error import Reference
 
@@ -48,6 +48,9 @@ class Scenario:
     kv_heads: int = 2
     weights: tuple[float, ...] | None = None
     scale: float = 1.0
+    softcap: float | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
     frozen: tuple[str, ...] = ()  # parts of the model, or "all but" and the parts that train
     ignored: Literal["tail", "nothing", "a chunk", "a head", "everything", "most of one sequence"] = "tail"
     edge_targets: bool = False  # the first and the last id, and one that no token has, are targets
@@ -94,7 +97,13 @@ class Scenario:
             head=self.head,
             unembedding=self.unembedding,
             match_layers=False,
+            logit_softcap=self.softcap,
         )
+
+    @property
+    def options(self) -> LossOptions:
+        """Of the loss."""
+        return LossOptions(softcap=self.softcap, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
 
 
 def _kinds() -> list[Scenario]:
@@ -136,6 +145,9 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(name="existing .grad", prefilled=True),
     Scenario(name="existing .grad, two microbatches", prefilled=True, batches=(0, 1)),
     Scenario(name="the same batch twice", batches=(0, 0)),
+    Scenario(name="label smoothing", label_smoothing=0.1),
+    Scenario(name="z-loss", z_loss=0.01),
+    Scenario(name="label smoothing, z-loss and a softcap", label_smoothing=0.2, z_loss=0.02, softcap=1.5),
     Scenario(name="logits of 1e4", logits=1e4),
     Scenario(name="dropout in the trunk", trunk="dropout"),
     Scenario(name="checkpointed trunk", trunk="checkpointed"),
@@ -250,16 +262,40 @@ def oracle(problem: Problem) -> Outcome:
         batches=tuple(Batch(b.tokens.cpu(), b.targets.cpu()) for b in problem.batches),
         gradients={name: grad.to("cpu", torch.float64) for name, grad in problem.gradients.items()},
     )
-    return run(exact, lambda m, batch: plain_step(m, batch, problem.scenario.weights, problem.scenario.scale))
+    scenario = problem.scenario
+    loss = (scenario.label_smoothing, scenario.z_loss)
+    return run(exact, lambda m, batch: plain_step(m, batch, scenario.weights, scenario.scale, *loss))
 
 
-def plain_step(model: Model, batch: Batch, weights: Sequence[float] | None, scale: float) -> Tensor:
+def step_with(strategy: Strategy, scenario: Scenario) -> Callable[[Model, Batch], Tensor]:
+    """What `run` is given to run the scenario with a strategy."""
+    return lambda model, batch: forward_backward(
+        model,
+        batch,
+        strategy,
+        scenario.weights,
+        scenario.scale,
+        label_smoothing=scenario.label_smoothing,
+        z_loss=scenario.z_loss,
+    )
+
+
+def plain_step(
+    model: Model,
+    batch: Batch,
+    weights: Sequence[float] | None,
+    scale: float,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
     """scale * sum_i weights[i] * L_i by plain autograd on the logits of `model(tokens)`; returns the L_i (n,)."""
     logits = plain_logits(model, batch.tokens)  # (n, B, S, V)
     shares = torch.log_softmax(logits, dim=-1)
     valid = batch.targets != IGNORE  # (n, B, S)
     picked = shares.gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0]  # (n, B, S)
-    sums = torch.where(valid, -picked, torch.zeros_like(picked)).sum(dim=(1, 2))  # (n,)
+    each = -(1 - label_smoothing) * picked - label_smoothing * shares.mean(dim=-1)
+    each = each + z_loss * torch.logsumexp(logits, dim=-1) ** 2
+    sums = torch.where(valid, each, torch.zeros_like(each)).sum(dim=(1, 2))  # (n,)
     losses = sums / valid.sum(dim=(1, 2)).clamp(min=1)
     upstream = torch.ones_like(losses) if weights is None else torch.tensor(weights, dtype=losses.dtype)
     (scale * upstream * losses).sum().backward()

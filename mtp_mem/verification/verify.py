@@ -15,8 +15,7 @@ from mtp_mem._util import Progress
 from mtp_mem.config.schema import ALL_DTYPES, Dtype
 from mtp_mem.errors import BadInput
 from mtp_mem.model.own import groups as parts
-from mtp_mem.step import forward_backward
-from mtp_mem.strategy import KernelLimits, Strategy, kernel_limits, load_strategy, loadable
+from mtp_mem.strategy import KernelLimits, Strategy, kernel_limits, load_strategy, loadable, loss_options, loss_refusal
 from mtp_mem.verification.behaviour import across_steps, protocol, raised, watched
 from mtp_mem.verification.checks import Check, Verification
 from mtp_mem.verification.gradient_error import Part, identical, judge
@@ -29,6 +28,7 @@ from mtp_mem.verification.scenarios import (
     build,
     oracle,
     run,
+    step_with,
     with_options,
 )
 
@@ -72,7 +72,11 @@ def verify(
         for check in _checks(able, dtypes, scenarios, torch.device(device), progress):
             checks.append(check)
             each(check)
-    remarks = (line for name in named for line in _allowances(name, limits[name], dtypes))
+    remarks = [line for name in named for line in _allowances(name, limits[name], dtypes)]
+    used = {option: None for scenario in scenarios for option in scenario.options.used}
+    for name, strategy in able.items():
+        if missing := [option for option in used if option not in loss_options(strategy)]:
+            remarks.append(f"{name}: not with {', '.join(missing)}, which its loss does not take")
     return Verification(tuple(checks), tuple(remarks))
 
 
@@ -95,7 +99,11 @@ def _checks(
     for scenario in scenarios:
         for dtype in (d for d in dtypes if d in scenario.dtypes):
             progress(f"{scenario.name}, {dtype}")
-            able = {name: strategy for name, strategy in strategies.items() if limits[name].takes(dtype)}
+            able = {
+                name: strategy
+                for name, strategy in strategies.items()
+                if limits[name].takes(dtype) and not loss_refusal(strategy, scenario.options)
+            }
             for multiple in sorted({limits[name].multiple_of for name in able}):
                 alike = {name: strategy for name, strategy in able.items() if limits[name].multiple_of == multiple}
                 yield from verify_problem(build(scenario.in_multiples_of(multiple), dtype, device), dtype, alike)
@@ -140,7 +148,7 @@ def verify_problem(problem: Problem, dtype: Dtype, strategies: dict[str, Strateg
     scenario = problem.scenario
     exact = oracle(problem)
     plain = load_strategy("naive")
-    naive = run(problem, lambda m, batch: forward_backward(m, batch, plain, scenario.weights, scenario.scale))
+    naive = run(problem, step_with(plain, scenario))
     truth = _Truth(exact, naive)
     for name, strategy in strategies.items():
         try:

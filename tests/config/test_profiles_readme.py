@@ -36,6 +36,7 @@ IN_WORDS = {
     "training": "its defaults",
     "n_kv_heads": "`n_attention_heads`",
     "head_dim": "D / `n_attention_heads`",
+    "logit_softcap": "none",
     "ffn_dim": "8/3 D, rounded up to 32",
 }
 """Defaults that are no value."""
