@@ -1,11 +1,14 @@
 """Small helpers of every room: sizes as people read them, fingerprints, and files that are whole or not there."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,19 +32,101 @@ def format_bytes(nbytes: int) -> str:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A block that writes `path`: what the operating system refuses becomes one line that names it.
+
+    Raises:
+        BadInput: in the place of an OSError, with its reason.
+    """
+    try:
+        yield
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written: {e.strerror or e}") from None
+
+
+@contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Gives another name beside `path` to write to; what is there takes the place of `path` at the end of the block.
 
     Raises:
-        OSError: it cannot take the place. Nothing is left behind then, nor where the block raises.
+        BadInput: it cannot be written, or is a device or a folder. Nothing is left behind then, nor where the block
+            raises; what a process that was killed in here left is removed by the next one.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
+    with writing(path):
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise BadInput(f"{path}: cannot be written: is no file")
+        path = Path(os.path.realpath(path))
+        prefix = f".mtp-mem-{fingerprint(path.name)}-"
+        _remove_unheld(path.parent, prefix)
+        handle, name = tempfile.mkstemp(".tmp", prefix, path.parent)
+        partial = Path(name)
+        try:
+            os.fchmod(handle, 0o666 & ~_umask())
+            held(handle)
+            yield partial
+            partial.replace(path)
+        finally:
+            os.close(handle)
+            with contextlib.suppress(OSError):
+                partial.unlink()
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for temporary files that is gone after the block; where that is cut short, the next one removes it.
+
+    Raises:
+        BadInput: it cannot be made.
+    """
+    parent, prefix = Path(tempfile.gettempdir()), "mtp-mem-"
+    with writing(parent):
+        _remove_unheld(parent, prefix)
+        with tempfile.TemporaryDirectory(".tmp", prefix, ignore_cleanup_errors=True) as folder:
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                held(handle)
+                yield Path(folder)
+            finally:
+                os.close(handle)
+
+
+def held(handle: int, wait_s: float = 0) -> bool:
+    """Take a file or folder for this process alone, until it is closed; False where another one has it for so long.
+
+    True also where the file system has no locks.
+    """
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.005)
+        except OSError:
+            return True
+        else:
+            return True
+
+
+def _remove_unheld(folder: Path, prefix: str) -> None:
+    """Remove our own temporary files and folders that no process holds any more."""
+    for path in folder.glob(f"{prefix}*.tmp"):
         with contextlib.suppress(OSError):
-            partial.unlink()
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                if os.fstat(handle).st_uid == os.getuid():
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(handle)
+
+
+def _umask() -> int:
+    """What files of this process lack; it can be read only by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def writable(folder: Path) -> Path:
@@ -50,12 +135,10 @@ def writable(folder: Path) -> Path:
     Raises:
         BadInput: it cannot be made or written.
     """
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except OSError as e:
-        raise BadInput(f"{folder}: cannot be written: {e.strerror}") from None
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mtp_mem._util import atomic_write
+from mtp_mem.config.foreign import clean_text, read_bytes
 from mtp_mem.config.schema import ModelConfig, Workload
 from mtp_mem.errors import BadInput
 from mtp_mem.model.losses import IGNORE as IGNORE
@@ -128,10 +129,9 @@ def _read(path: Path | None) -> tuple[str, str]:
         from pydoc_data.topics import topics  # 450 kB and more, so only on demand
 
         return "\n\n".join(topics[key] for key in sorted(topics)), "CPython's pydoc_data.topics"
+    content = read_bytes(path)
     try:
-        return path.read_text(encoding="utf-8"), str(path)
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
+        return content.decode(), clean_text(str(path))
     except UnicodeDecodeError as e:
         raise BadInput(f"{path}: not UTF-8: {e.reason} at byte {e.start}") from None
 

@@ -5,38 +5,41 @@ Results go to stdout, progress and notes to stderr. Exit codes: 0 ok; 1 a check 
 """
 
 import argparse
-import os
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 
 from mtp_mem._version import __version__
 from mtp_mem.cli import chart, compare, listing, plan, predict, profile, regressions, report, timeline, verify
 from mtp_mem.cli.common import note
-from mtp_mem.errors import MtpMemError, crashed
+from mtp_mem.cli.streams import lost_results, standard_streams
+from mtp_mem.errors import BadInput, MtpMemError, crashed
 
 COMMANDS = (compare, verify, predict, plan, timeline, report, chart, regressions, profile, listing)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
-    args = make_parser().parse_args(argv)
-    # Deprecation notes of the libraries we call are for us, not for the user in front of a table.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
-    try:
-        code: int = args.run(args)
-        return code
-    except MtpMemError as e:
-        note(f"mtp-mem: {e}")
-        return e.exit_code
-    except KeyboardInterrupt:
-        note("mtp-mem: interrupted")
-        return 130
-    except BrokenPipeError:  # the reader of stdout has gone, `| head` say; nothing is wrong here
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception:
-        return crashed()
+    """Run one command; returns its exit code.
+
+    Raises:
+        SystemExit: the arguments are wrong (2), or help was asked for (0).
+    """
+    with standard_streams():
+        args = make_parser().parse_args(argv)
+        # Deprecation notes of the libraries we call are for us, not for the user in front of a table.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
+        try:
+            code: int = args.run(args)
+            if why := lost_results():
+                raise BadInput(f"standard output: cannot be written: {why}")
+            return code
+        except MtpMemError as e:
+            note(f"mtp-mem: {e}")
+            return e.exit_code
+        except KeyboardInterrupt:
+            note("mtp-mem: interrupted")
+            return 130
+        except Exception:
+            return crashed()
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from mtp_mem.cli.setup import chosen_profile, model_options, names, training_opt
 
 if TYPE_CHECKING:
     from mtp_mem.config.schema import Profile
+
+NARROWEST = 80
 
 AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 """(name, what it runs, its help) -> its parser, with `--json`."""
@@ -85,10 +88,14 @@ def note(line: str) -> None:
 
 
 def console() -> Console:
-    """Stdout as wide as the terminal; a pipe gets what fits 120 columns, or COLUMNS."""
-    if sys.stdout.isatty() or "COLUMNS" in os.environ:
-        return Console(highlight=False, soft_wrap=False)
-    return Console(highlight=False, width=120)
+    """Stdout as wide as COLUMNS says or the terminal is; a pipe gets what fits 120 columns.
+
+    Never narrower than a table's first columns need: a terminal wraps a line, but what is cut from it is lost.
+    """
+    asked = os.environ.get("COLUMNS", "")
+    usual = Console().width if sys.stdout.isatty() else 120
+    width = int(asked) if re.fullmatch("0*[1-9][0-9]{0,3}", asked) else usual
+    return Console(highlight=False, width=max(width, NARROWEST))
 
 
 @contextlib.contextmanager

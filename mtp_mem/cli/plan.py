@@ -135,11 +135,8 @@ def keep(content: dict[str, Any], path: Path) -> Path:
     """Write the plan, whole or not at all."""
     from mtp_mem._util import atomic_write
 
-    try:
-        with atomic_write(path) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be written: {e.strerror}") from None
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 

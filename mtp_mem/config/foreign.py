@@ -5,7 +5,9 @@ What a value means is for the reader to check, field by field (mtp_mem/config/to
 
 import json
 import math
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,25 @@ from mtp_mem.errors import BadInput
 LARGEST_FILE = 2**28
 LONGEST_TEXT, DEEPEST = 1000, 40
 
-_UNCLEAN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
+_UNCLEAN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+def read_bytes(path: Path, largest: int = LARGEST_FILE) -> bytes:
+    """What a file holds; nothing else that has a name (a pipe, a device, a folder) is waited for.
+
+    Raises:
+        BadInput: it cannot be read, is no file, or has more than `largest` bytes.
+    """
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BadInput(f"{path}: is no file")
+            content = file.read(largest + 1)
+    except (OSError, ValueError) as e:  # ValueError: NUL in the name
+        raise BadInput(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    if len(content) > largest:
+        raise BadInput(f"{path}: larger than any file of ours ({largest:,} bytes)")
+    return content
 
 
 def read_json(path: Path, *, nan: bool = False) -> Any:
@@ -27,13 +47,7 @@ def read_json(path: Path, *, nan: bool = False) -> Any:
     Raises:
         BadInput: it cannot be read, is too large, or is no JSON.
     """
-    try:
-        size = path.stat().st_size
-        if size > LARGEST_FILE:
-            raise BadInput(f"{path}: {size:,} bytes: larger than any file of ours ({LARGEST_FILE:,})")
-        content = path.read_bytes()
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
+    content = read_bytes(path)
     try:
         return document(content, nan=nan)
     except BadInput as e:

@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def huggingface_profile(path: Path, kind: HeadKind | None = None) -> Profile:
         BadInput: it is no config of a decoder that transformers knows.
         Missing: transformers is not installed.
     """
-    path = path / "config.json" if path.is_dir() else path
+    path = path / "config.json" if os.path.isdir(path) else path
     table = _read(path)
     config, architecture = _decoder_config(table, path)
     depths = int(getattr(config, "num_nextn_predict_layers", None) or 0)
@@ -158,7 +159,7 @@ def transformers() -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    table = read_json(path)
+    table = read_json(path, nan=True)  # `"time_step_limit": [0.0, Infinity]` stands in configs of Mamba
     expected = "expected the config.json of a transformers ...ForCausalLM"
     if not isinstance(table, dict):
         raise BadInput(f"{path}: {expected}, not a JSON {type(table).__name__}")

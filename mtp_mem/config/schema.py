@@ -159,8 +159,8 @@ class Workload:
         for name in ("batch", "sequence"):
             if getattr(self, name) < 1:
                 raise BadInput(f"workload.{name} = {getattr(self, name)}: must be at least 1")
-        if not self.clip_norm > 0:  # nan is not
-            raise BadInput(f"workload.clip_norm = {self.clip_norm}: must be positive")
+        if not 0 < self.clip_norm < math.inf:  # nan is not
+            raise BadInput(f"workload.clip_norm = {self.clip_norm}: must be positive and finite")
         _one_of("workload.dtype", self.dtype, Dtype)
         _one_of("workload.tokenizer", self.tokenizer, Tokenizer)
 
@@ -304,7 +304,7 @@ class Profile:
     training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[^\W_][^/\\\x00-\x1f\x7f]{0,99}", self.name):
+        if not re.fullmatch(r"[^\W_][^/\\\x00-\x1f\x7f\ufffd]{0,99}", self.name):
             raise BadInput(
                 f"name = {short(self.name)}: results go to a folder of this name; expected 1 to 100 characters, a"
                 " letter or digit first, no slash and no control character"

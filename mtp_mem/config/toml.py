@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from mtp_mem.config.foreign import clean, clean_text, read_bytes
 from mtp_mem.errors import BadInput, unknown
 
 T = TypeVar("T")
@@ -19,17 +20,17 @@ WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true 
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The table that a file holds.
+    """The table that a file holds, its texts cleaned (mtp_mem/config/foreign.py).
 
     Raises:
         BadInput: it cannot be read, or is no TOML.
     """
+    content = read_bytes(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        why = "nested too deep" if isinstance(e, RecursionError) else str(e)
+        table: dict[str, Any] = clean(tomllib.loads(content.decode()))
+        return table
+    except (ValueError, RecursionError, BadInput) as e:
+        why = "nested too deep" if isinstance(e, RecursionError) else clean_text(str(e))
         raise BadInput(f"{path}: is not valid TOML: {why}") from None
 
 

@@ -1,12 +1,13 @@
 """From results files to a report: read, group, draw, write."""
 
-import tempfile
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_mem._util import atomic_write, format_bytes, writable
+from mtp_mem._util import atomic_write, format_bytes, scratch_folder, writable
 from mtp_mem.errors import BadInput
 from mtp_mem.report import charts
 from mtp_mem.report.content import gpu_of, section
@@ -14,7 +15,7 @@ from mtp_mem.report.page import Chart, Group, to_html
 from mtp_mem.report.recommend import peak_bytes
 from mtp_mem.report.timeline_page import drawing, read_timeline
 from mtp_mem.runs.identity import CONDITIONS, machine, setting, training_words
-from mtp_mem.runs.read_results import Located, groups, read
+from mtp_mem.runs.read_results import Located, files_of, groups, read
 from mtp_mem.runs.record import Record
 
 
@@ -46,8 +47,10 @@ def build(
     """
     notes: list[str] = []
     located = read(results, notes)
-    if out.is_dir() or any(out.resolve() == one.path.resolve() for one in located):
-        raise BadInput(f"{out}: is {'a folder' if out.is_dir() else 'one of the results'}")
+    if os.path.isdir(out):
+        raise BadInput(f"{out}: is a folder")
+    if os.path.realpath(out) in {os.path.realpath(path) for path in (*files_of(results), *timelines)}:
+        raise BadInput(f"{out}: is one of the files to read")
     pictures = []
     for path in _timelines(results, located, timelines):
         try:
@@ -58,8 +61,7 @@ def build(
             notes.append(f"skipped: {e}")
     apart = groups(located, notes)
     writable(out.parent)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = writable(charts_folder) if charts_folder else Path(scratch)
+    with scratch_folder() if charts_folder is None else nullcontext(writable(charts_folder)) as folder:
         folders = [folder / f"group-{i}" for i in range(1, len(apart) + 1)] if len(apart) > 1 else [folder]
         sections = tuple(Group(section(g), _draw(g, writable(at))) for g, at in zip(apart, folders, strict=True))
         panels = _panels(apart, folder)
@@ -68,18 +70,15 @@ def build(
         kept = (
             [c.png.with_suffix(suffix) for c in drawn for suffix in (".png", ".svg", ".csv")] if charts_folder else []
         )
-    try:
-        with atomic_write(out) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as e:
-        raise BadInput(f"{out}: cannot be written: {e.strerror}") from None
+    with atomic_write(out) as partial:
+        partial.write_text(text, encoding="utf-8")
     return Report((out, *(kept if charts_folder else ())), sections, tuple(notes))
 
 
 def _timelines(results: Sequence[Path], located: Sequence[Located], given: Sequence[Path]) -> list[Path]:
     """The given ones, those beside a used results file, and those below the given folders."""
     beside = [path for one in located if (path := one.path.with_name("timeline.json")).is_file()]
-    below = [path for folder in results if folder.is_dir() for path in sorted(folder.rglob("timeline.json"))]
+    below = [path for folder in results if os.path.isdir(folder) for path in sorted(folder.rglob("timeline.json"))]
     return list(dict.fromkeys([*given, *beside, *below]))
 
 

@@ -1,5 +1,6 @@
 """What changed between two sets of results: pytest-benchmark's JSON or our own results.jsonl, old against new."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -135,12 +136,12 @@ def json_document(path: Path, key: str) -> dict[str, Any] | None:
     Raises:
         BadInput: the file cannot be read.
     """
-    if path.is_dir() or path.suffix == ".jsonl":
+    if os.path.isdir(path) or path.suffix == ".jsonl":
         return None
     try:
         document = read_json(path, nan=True)  # pytest-benchmark writes them, and they count as worse
     except BadInput:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise
         return None
     return document if isinstance(document, dict) and key in document else None

@@ -1,5 +1,6 @@
 """A timeline.json as a picture to hover over: bands by category, and the tensors that each band consists of."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def read_timeline(path: Path) -> Trace:
     try:
         return Trace.from_json(read_json(path))
     except (ValueError, BadInput) as e:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise
         raise BadInput(f"{path}: no timeline.json (cut off?): {e}".split("\n")[0]) from None
 

@@ -1,5 +1,6 @@
 """Results files for people who only look: nothing is written, what is damaged is skipped and named."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,9 @@ from mtp_mem.errors import BadInput
 from mtp_mem.runs.identity import machine, setting
 from mtp_mem.runs.record import Record
 from mtp_mem.runs.results_file import read_lines
+
+SAID = 3
+"""Of what is wrong with files without a single usable record, so many are named in the one line of the error."""
 
 
 @dataclass(frozen=True)
@@ -29,26 +33,33 @@ def read(paths: Sequence[Path], notes: list[str]) -> list[Located]:
     Raises:
         BadInput: a path that is not there or cannot be read, a folder without results, no usable record at all.
     """
-    files = list(dict.fromkeys(file for path in paths for file in _files(path)))
+    files = files_of(paths)
     located: dict[str, Located] = {}
     for file in files:
         usable = 0
-        try:
-            for line, record in read_lines(file, notes):
-                located.pop(record.case, None)
-                located[record.case] = Located(record, file, line)
-                usable += 1
-        except OSError as e:
-            raise BadInput(f"{file}: cannot be read: {e.strerror}") from None
+        for line, record in read_lines(file, notes):
+            located.pop(record.case, None)
+            located[record.case] = Located(record, file, line)
+            usable += 1
         if not usable:
-            notes.append(f"{file}: {'no usable record' if file.stat().st_size else 'empty'}")
+            notes.append(f"{file}: {'no usable record' if os.path.getsize(file) else 'empty'}")
     if not located:
-        raise BadInput("; ".join([*notes, "nothing to report: no usable record"]))
+        more = [f"and {len(notes) - SAID} more"] if len(notes) > SAID else []
+        raise BadInput("; ".join([*notes[:SAID], *more, "nothing to report: no usable record"]))
     return list(located.values())
 
 
+def files_of(paths: Sequence[Path]) -> list[Path]:
+    """The given files, and the results files below the given folders, each once.
+
+    Raises:
+        BadInput: a folder without results.
+    """
+    return list(dict.fromkeys(file for path in paths for file in _files(path)))
+
+
 def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return [path]
     files = sorted(path.rglob("results.jsonl"))
     if not files:

@@ -21,6 +21,7 @@ EXACTNESS: dict[Backend, Exactness] = {"cuda": "measured", "cpu": "tracked", "fa
 LARGEST = 2**63
 TIMES, LEAST = ("step_ms", "step_ms_p20", "step_ms_p80", "tokens_per_s"), 1e-9
 ERRORS = ("gradient_error", "gradient_noise")
+NOT_FINITE = ("inf", "-inf", "nan")
 
 NEEDED: dict[str, dict[str, Any]] = {
     "model": {"vocab_size": int, "dim": int, "n_layers": int, "n_attention_heads": int, "n_kv_heads": int | None}
@@ -80,9 +81,10 @@ class Record:
     environment: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; a number that JSON cannot hold (an infinite error) becomes the string "inf"."""
+        """A JSON object; a number that JSON cannot hold (an infinite error, a loss) becomes "inf", "-inf" or "nan"."""
         table = dataclasses.asdict(self)
-        return table | {key: "inf" for key in ERRORS if table[key] == float("inf")}
+        table |= {key: _spelt(table[key]) for key in ERRORS}
+        return table | {"losses": self.losses and [_spelt(loss) for loss in self.losses]}
 
     @staticmethod
     def from_json(table: dict[str, Any]) -> "Record":
@@ -97,12 +99,13 @@ class Record:
             raise BadInput(f"schema {schema!r}; this version reads schema {SCHEMA}{newer}")
         known = {f.name: table[f.name] for f in dataclasses.fields(Record) if f.name in table}
         known |= {key: math.inf for key in ERRORS if known.get(key) == "inf"}
+        if isinstance(losses := known.get("losses"), list):
+            known["losses"] = [float(loss) if loss in NOT_FINITE else loss for loss in losses]
         record = from_table(Record, known)
         for name, value in known.items():
-            for number in value if name == "losses" and value else [value]:
-                largest = math.inf if name in ERRORS else LARGEST
-                if isinstance(number, (int, float)) and not 0 <= number <= largest:
-                    raise BadInput(f"{name} = {short(number)}: expected a number from 0 to 2**63")
+            largest = math.inf if name in ERRORS else LARGEST
+            if isinstance(value, (int, float)) and not 0 <= value <= largest:
+                raise BadInput(f"{name} = {short(value)}: expected a number from 0 to 2**63")
         for name in TIMES:
             if (value := known.get(name)) is not None and value < LEAST:
                 raise BadInput(f"{name} = {value}: expected at least {LEAST}")
@@ -119,6 +122,11 @@ class Record:
                 if type(value) is int and value < 1:
                     raise BadInput(f"{group}.{key} = {value}: below one")
         return record
+
+
+def _spelt(number: float | None) -> float | str | None:
+    """The number, or its name where JSON has none for it."""
+    return number if number is None or math.isfinite(number) else str(number)
 
 
 def new_record(

@@ -1,24 +1,35 @@
-"""The file of records: one JSON object a line, appended as each case ends, and replaced by newer ones only."""
+"""The file of records: one JSON object a line, appended as each case ends, and replaced by newer ones only.
 
+Two runs may write one file: each change is made under a lock, a line is whole or not there, the second run is told.
+"""
+
+import contextlib
 import json
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mtp_mem._util import atomic_write, writable
-from mtp_mem.config.foreign import document
+from mtp_mem._util import atomic_write, held, writable, writing
+from mtp_mem.config.foreign import document, read_bytes
 from mtp_mem.errors import BadInput
 from mtp_mem.runs.identity import key
 from mtp_mem.runs.record import Record
+
+PATIENCE_S = 10
+"""For a lock that is held for milliseconds; whoever holds it longer has been stopped."""
+NAMED = 20
+"""Damaged lines of a file that are named one by one."""
 
 
 def read_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
     """Each record of a results file with the number of its line; lines that are none are skipped, and named in `notes`.
 
     Raises:
-        OSError: the file cannot be read.
+        BadInput: the file cannot be read.
     """
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    skipped = 0
+    for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -27,11 +38,15 @@ def read_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
                 raise BadInput("not a JSON object")
             yield number, Record.from_json(table)
         except BadInput as e:
-            notes.append(f"{path}:{number}: skipped: {e}")
+            skipped += 1
+            if skipped <= NAMED:
+                notes.append(f"{path}:{number}: skipped: {e}")
+    if skipped > NAMED:
+        notes.append(f"{path}: {skipped - NAMED} more lines are no records")
 
 
 class ResultsFile:
-    """A `results.jsonl` in the folder `out`: reading it skips what is damaged, and says so in `notes`.
+    """A `results.jsonl` in the folder `out`; `notes` says what was skipped in reading it, and who else writes there.
 
     Raises:
         BadInput: the folder cannot be made or written.
@@ -40,31 +55,41 @@ class ResultsFile:
     def __init__(self, out: Path) -> None:
         self.path = writable(out) / "results.jsonl"
         self.notes: list[str] = []
-        try:
-            with self.path.open("ab"):
+        with writing(out):
+            presence = os.open(out, os.O_RDONLY)
+            weakref.finalize(self, os.close, presence)
+            with self._alone():
                 pass
-        except OSError as e:
-            raise BadInput(f"{out}: cannot be written: {e.strerror}") from None
+        if not held(presence):
+            self.notes.append(
+                f"another run writes to {out} now: the records of both are kept, but each disturbs the other's times"
+            )
 
     def read(self) -> list[Record]:
         """All records that can be read, oldest first; of records of one case only the last."""
         records: dict[str, Record] = {}
-        self.notes = []
         for _, record in read_lines(self.path, self.notes):
             records[record.case] = record
         return list(records.values())
 
     def append(self, record: Record) -> None:
-        """Write one record so that a kill at any moment loses no earlier one."""
-        line = json.dumps(record.to_json()).encode() + b"\n"
-        with self.path.open("rb+") as file:
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a kill cut the last line off: leave it, and start a new one
-                    line = b"\n" + line
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        """Write one record so that a kill at any moment loses no earlier one.
+
+        Raises:
+            BadInput: it cannot be written, for want of space say; the file is as it was then.
+        """
+        line = json.dumps(record.to_json(), allow_nan=False).encode() + b"\n"
+        with writing(self.path), self._alone() as file:
+            size = os.fstat(file).st_size
+            if size and os.pread(file, 1, size - 1) != b"\n":  # a kill cut the last line off: leave it, start a new one
+                line = b"\n" + line
+            try:
+                while line:
+                    line = line[os.write(file, line) :]
+                os.fsync(file)
+            except OSError:
+                os.ftruncate(file, size)
+                raise
 
     def replace(self, records: Sequence[Record]) -> None:
         """Drop what these records, which were appended, take the place of: earlier ones of the same cases.
@@ -74,18 +99,36 @@ class ResultsFile:
         Raises:
             BadInput: the file cannot be written again; it is as it was then.
         """
-        last: dict[tuple[str, ...], int] = {}
-        dropped = set()
-        replaced = {key(record) for record in records}
-        for number, record in read_lines(self.path, []):
-            if (case := key(record)) in replaced:
-                dropped.add(last.get(case, 0))
-                last[case] = number
-        if not dropped - {0}:
-            return
-        lines = [line + b"\n" for line in self.path.read_bytes().removesuffix(b"\n").split(b"\n")]
-        try:
+        with writing(self.path), self._alone():
+            last: dict[tuple[str, ...], int] = {}
+            dropped = set()
+            replaced = {key(record) for record in records}
+            for number, record in read_lines(self.path, []):
+                if (case := key(record)) in replaced:
+                    dropped.add(last.get(case, 0))
+                    last[case] = number
+            if not dropped - {0}:
+                return
+            lines = [line + b"\n" for line in read_bytes(self.path).removesuffix(b"\n").split(b"\n")]
             with atomic_write(self.path) as partial:
                 partial.write_bytes(b"".join(line for number, line in enumerate(lines, 1) if number not in dropped))
-        except OSError as e:
-            raise BadInput(f"{self.path}: cannot be written: {e.strerror}") from None
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[int]:
+        """The file, open to append, with a lock that every other writer waits for."""
+        while True:
+            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                held(file, PATIENCE_S)
+                if _is_at(file, self.path):  # another run may just have replaced it
+                    yield file
+                    return
+            finally:
+                os.close(file)
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False

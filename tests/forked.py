@@ -1,0 +1,83 @@
+"""`mtp-mem` in a process of its own that starts at once: forked from one that has imported everything already."""
+
+import io
+import multiprocessing
+import os
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from command_line import Ended
+
+CLOSED = Path("closed")
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["torch", "mtp_mem.cli", "mtp_mem.runs.sweep", "mtp_mem.runs.isolated", "mtp_mem.report.build", "forked"]
+)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a process finds: where it runs, its streams (CLOSED, or a file), variables and limits."""
+
+    folder: Path
+    stdout: Path
+    stderr: Path
+    variables: Mapping[str, str] = field(default_factory=dict)
+    limits: Mapping[int, int] = field(default_factory=dict)  # resource.RLIMIT_... -> bytes
+
+
+def start(
+    folder: Path,
+    *args: str,
+    stdout: Path | None = None,
+    stderr: Path | None = None,
+    variables: Mapping[str, str] | None = None,
+    limits: Mapping[int, int] | None = None,
+) -> BaseProcess:
+    """The command with `folder` as the working directory; by default its streams are files beside the folder."""
+    out, err = (folder.with_name(f"{folder.name}.{name}") for name in ("out", "err"))
+    around = Surroundings(folder, stdout or out, stderr or err, variables or {}, limits or {})
+    process = _CONTEXT.Process(target=_command, args=(around, args))
+    process.start()
+    return process
+
+
+def run(folder: Path, *args: str, **surroundings: Any) -> Ended:
+    """How the command ended; its exit code is below zero where a signal ended it."""
+    process = start(folder, *args, **surroundings)
+    process.join(60)
+    process.kill()
+    texts = []
+    for name in ("stdout", "stderr"):
+        path = surroundings.get(name) or folder.with_name(f"{folder.name}.{name[3:]}")
+        texts.append(path.read_text(errors="surrogateescape") if path.is_file() else "")
+    return Ended(process.exitcode if process.exitcode is not None else 1000, *texts)
+
+
+def _command(around: Surroundings, args: tuple[str, ...]) -> None:
+    """In the new process: what a shell and the interpreter's start do, then the command."""
+    os.chdir(around.folder)
+    os.environ.update(around.variables)
+    encoding, _, errors = os.environ.get("PYTHONIOENCODING", "utf-8").partition(":")
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        path: Path = getattr(around, name)
+        if path == CLOSED:
+            os.close(fd)
+            stream = None
+        else:
+            opened = os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if path.is_file() else 0), 0o666)
+            os.dup2(opened, fd)
+            os.close(opened)
+            stream = io.TextIOWrapper(io.BufferedWriter(io.FileIO(fd, "w", closefd=False)), encoding, errors or None)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    for limit, nbytes in around.limits.items():
+        resource.setrlimit(limit, (nbytes, nbytes))
+    from mtp_mem.cli import main
+
+    sys.exit(main(args))
