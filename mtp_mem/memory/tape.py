@@ -1,0 +1,165 @@
+"""A tape: what the CUDA caching allocator did for one stream of one device, as sizes and addresses and nothing else.
+
+It says what was there before the first event, the events, and what was there after the last. `memory/snapshot.py`
+makes one from PyTorch's memory snapshots; as a file (`.tape.json.gz`) it has no stack frames, no paths and no names.
+"""
+
+import bisect
+import gzip
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from mtp_mem._util import MiB, atomic_write
+from mtp_mem.errors import BadInput
+
+Kind = Literal["alloc", "free", "segment", "drop", "map", "unmap", "oom"]
+KINDS: tuple[Kind, ...] = Kind.__args__  # type: ignore[attr-defined]
+LARGEST_NUMBER = 2**62
+
+MODELLED = ("expandable_segments", "max_split_size_mb", "large_segment_size_mb")
+NOT_MODELLED = (
+    "roundup_power2_divisions",
+    "garbage_collection_threshold",
+    "max_non_split_rounding_mb",
+    "backend",
+    "throw_on_cudamalloc_oom",
+)
+"""Settings of PYTORCH_CUDA_ALLOC_CONF that change where blocks lie or what is given back."""
+
+
+class TapeEvent(NamedTuple):
+    """One event.
+
+    `alloc` and `free` of a block, with the bytes asked for; `segment` and `drop`: memory that was got and given back;
+    `map` and `unmap`: the same for pages of an expandable segment; `oom`: this many bytes were not to be had.
+    """
+
+    kind: Kind
+    address: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Tape:
+    """One stream of one device.
+
+    Attributes:
+        expandable: whether segments are expandable.
+        segments: address -> (bytes, whether of the pool for small blocks) before the first event; of expandable
+            segments the ranges with memory behind them.
+        blocks: address -> (bytes of the block, bytes asked for) in use before the first event.
+        events: in order.
+        last_segments: as `segments`, after the last event; empty where nobody knows.
+        last_blocks: as `blocks`, after the last event.
+        settings: of the allocator, by their names in PYTORCH_CUDA_ALLOC_CONF.
+    """
+
+    expandable: bool
+    segments: dict[int, tuple[int, bool]]
+    blocks: dict[int, tuple[int, int]]
+    events: list[TapeEvent]
+    last_segments: dict[int, tuple[int, bool]] = field(default_factory=dict)
+    last_blocks: dict[int, tuple[int, int]] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def not_modelled(self) -> list[str]:
+        """Settings that are in force here and that the model of the allocator does not have."""
+        return [f"{name}:{value}" for name, value in self.settings.items() if name in NOT_MODELLED]
+
+    def megabytes(self, name: str) -> int | None:
+        """A setting in bytes; None where it is not set."""
+        value = self.settings.get(name, "")
+        return int(value) * MiB if value.isdecimal() and len(value) < 10 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written into a file."""
+        conf = ",".join(f"{name}:{value}" for name, value in self.settings.items())
+        return {
+            "about": {"conf": conf},
+            "expandable": self.expandable,
+            "segments": [[address, *row] for address, row in self.segments.items()],
+            "blocks": [[address, *row] for address, row in self.blocks.items()],
+            "events": self.events,
+            "last_segments": [[address, *row] for address, row in self.last_segments.items()],
+            "last_blocks": [[address, *row] for address, row in self.last_blocks.items()],
+        }
+
+    @staticmethod
+    def from_json(document: Any) -> "Tape":
+        """The tape in a JSON document.
+
+        Raises:
+            BadInput: it is of another form, or its events contradict each other.
+        """
+        try:
+            about = document.get("about") or {}
+            tape = Tape(
+                document["expandable"] is True,
+                {address: (nbytes, small is True) for address, nbytes, small in document["segments"]},
+                {address: (nbytes, requested) for address, nbytes, requested in document["blocks"]},
+                [TapeEvent(*event) for event in document["events"]],
+                {address: (nbytes, small is True) for address, nbytes, small in document["last_segments"]},
+                {address: (nbytes, requested) for address, nbytes, requested in document["last_blocks"]},
+                parse_settings(str(about.get("conf") or "")),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise BadInput("not a tape: expected segments, blocks and events as rows of numbers") from None
+        tape.check()
+        return tape
+
+    def check(self) -> None:
+        """Raises BadInput where numbers are none, blocks overlap, or events contradict each other."""
+        for segments, blocks in ((self.segments, self.blocks), (self.last_segments, self.last_blocks)):
+            _check_rows(segments, ((start, nbytes) for start, (nbytes, _) in segments.items()), "segment")
+            _check_rows(blocks, ((start, nbytes) for start, (nbytes, _) in blocks.items()), "block")
+            _check_rows(None, ((start, requested) for start, (_, requested) in blocks.items()), "block")
+            starts = sorted(segments)
+            for start, (nbytes, _) in blocks.items() if segments else ():
+                at = bisect.bisect_right(starts, start) - 1
+                if at < 0 or start + nbytes > starts[at] + segments[starts[at]][0]:
+                    raise BadInput(f"a block at {start:x} lies in no segment")
+        live, segments_now = set(self.blocks), set(self.segments)
+        for number, event in enumerate(self.events):
+            kind, address, nbytes = event
+            if kind not in KINDS:
+                raise BadInput(f"event {number}: no kind of event; known: {', '.join(KINDS)}")
+            _check_rows(None, [(address, nbytes or (kind == "oom"))], f"event {number}")
+            group = segments_now if kind in ("segment", "drop") else live
+            if kind in ("alloc", "segment"):
+                if address in group:
+                    raise BadInput(f"event {number}: {kind} at {address:x}, where one still is")
+                group.add(address)
+            elif kind in ("free", "drop"):
+                if address not in group:
+                    raise BadInput(f"event {number}: {kind} at {address:x}, where none is")
+                group.remove(address)
+
+    def save(self, path: Path) -> None:
+        """Write the tape, compressed; the same tape gives the same bytes."""
+        content = gzip.compress(json.dumps(self.to_json(), separators=(",", ":")).encode(), 9, mtime=0)
+        with atomic_write(path) as partial:
+            partial.write_bytes(content)
+
+
+def parse_settings(conf: str) -> dict[str, str]:
+    """The settings in a text such as `expandable_segments:True,max_split_size_mb:128` that change placement."""
+    pairs = re.findall(r"([a-z_0-9]+)\s*:\s*(\[[\w:>,.\s]*\]|[\w.]+)", conf)
+    return {name: value for name, value in pairs if name in MODELLED or name in NOT_MODELLED}
+
+
+def _check_rows(keys: Mapping[int, Any] | None, rows: Iterable[tuple[Any, Any]], what: str) -> None:
+    """Addresses and sizes are whole numbers that a GPU can have; with `keys`, none overlaps the next."""
+    end = -1
+    for start, nbytes in sorted(rows) if keys is not None and all(type(key) is int for key in keys) else rows:
+        if type(start) is not int or type(nbytes) not in (int, bool) or not 0 <= start < LARGEST_NUMBER:
+            raise BadInput(f"{what}: not an address and a number of bytes")
+        if not 0 < nbytes < LARGEST_NUMBER:
+            raise BadInput(f"{what} at {start:x}: not a number of bytes")
+        if keys is not None and start < end:
+            raise BadInput(f"{what}s overlap at {start:x}")
+        end = start + nbytes

@@ -1,0 +1,241 @@
+"""The model of the caching allocator against a recording of a real one: the same decisions, event by event.
+
+For each allocation on the tape the model must choose the address that the GPU chose, get new memory exactly when the
+GPU did, as much and where it did, and give back the same. It is told nothing but the addresses of new segments, and
+when memory was given back. After the first difference it goes on by itself, and its totals stand beside the GPU's.
+"""
+
+import bisect
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mtp_mem.memory.tape import Kind, Tape
+from mtp_mem.prediction.caching_allocator import ADDRESSES, LARGE_SEGMENT, Block, CachingAllocator
+
+GOT: tuple[Kind, ...] = ("segment", "map")
+GAVE: tuple[Kind, ...] = ("drop", "unmap")
+
+
+class Totals(NamedTuple):
+    """Bytes asked for, in blocks, and in segments."""
+
+    requested: int
+    allocated: int
+    reserved: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """How the model did on a tape.
+
+    Attributes:
+        difference: the first one, in words; empty: none.
+        at: the number of its event; the number of events: it is in what there is after them.
+        totals: before the first event and after each; requested and reserved are the GPU's, allocated is the model's.
+        model_reserved_peak: the model's own.
+        other_reserved_peak: what segments of the other kind (expandable or not) would have reserved.
+        counts: events of each kind.
+    """
+
+    difference: str
+    at: int
+    totals: list[Totals]
+    model_reserved_peak: int
+    other_reserved_peak: int
+    counts: Counter[Kind]
+
+    @property
+    def exact(self) -> bool:
+        """Nothing differs."""
+        return not self.difference
+
+    def peak(self, of: str) -> int:
+        """The first moment (0: before the first event) of the highest `requested`, `allocated` or `reserved`."""
+        values = [getattr(totals, of) for totals in self.totals]
+        return values.index(max(values))
+
+
+class Followed(CachingAllocator):
+    """The model with new segments where the GPU's are, which keeps what it got from the GPU since it was last asked."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__(
+            expandable=tape.expandable,
+            large_segment=tape.megabytes("large_segment_size_mb") or LARGE_SEGMENT,
+            max_split=tape.megabytes("max_split_size_mb"),
+        )
+        self.got: list[tuple[int, int]] = []
+        self.next_segment: int | None = None
+        self._next_address = 1 << 62  # where no GPU has memory
+        self._begin_with(tape)
+        self.reset_peaks()
+
+    def _begin_with(self, tape: Tape) -> None:
+        """The tape's segments, with its blocks taken and the rest of them free."""
+        addresses, last = sorted(tape.blocks), dict[bool, Block]()
+        for start, (nbytes, small) in sorted(tape.segments.items()):
+            before = last.get(small) if self.expandable else None
+            if before is not None:  # a range of the same expandable segment
+                end = before.address + before.nbytes
+                before = self._append(before, Block(end, start - end, small, mapped=False, segment=before.segment))
+            segment = start if before is None else before.segment
+            for address, size, requested in _pieces(tape, addresses, start, start + nbytes):
+                block = Block(address, size, small, not requested, segment=segment)
+                if requested:
+                    self.taken[address] = (block, requested)
+                    self.requested, self.allocated = self.requested + requested, self.allocated + size
+                before = self._append(before, block)
+            self.reserved += nbytes
+            if before is not None:
+                last[small] = before
+        for block in last.values() if self.expandable else ():
+            end, room = block.address + block.nbytes, ADDRESSES // LARGE_SEGMENT * self.page(block.small)
+            self._append(block, Block(end, room, block.small, mapped=False, segment=block.segment))
+
+    def _append(self, before: Block | None, block: Block) -> Block:
+        if block.nbytes == 0 and before is not None:
+            return before
+        if before is not None:
+            before.after, block.before = block, before
+        if block.free:
+            self._list(block)
+        return block
+
+    def _place(self, nbytes: int) -> int:
+        return super()._place(nbytes) if self.next_segment is None else self.next_segment
+
+    def _new(self, size: int, small: bool) -> Block:
+        block = super()._new(size, small)
+        self.got.append((block.address, block.nbytes))
+        return block
+
+    def _map(self, block: Block, nbytes: int) -> Block:
+        address, before = block.address, self.reserved
+        block = super()._map(block, nbytes)
+        self.got.append((address, self.reserved - before))
+        return block
+
+
+def hold(tape: Tape) -> Held:
+    """Replay a tape in the model.
+
+    Args:
+        tape: one that has been checked.
+    """
+    model = Followed(tape)
+    totals = [Totals(model.requested, model.allocated, model.reserved)]
+    asked: dict[int, int] = {address: requested for address, (_, requested) in tape.blocks.items()}
+    requested, reserved = model.requested, model.reserved
+    difference, at = "", 0
+    got: list[tuple[int, int]] = []  # by the GPU, for the allocation that comes next
+    for number, (kind, address, nbytes) in enumerate(tape.events):
+        said = ""
+        if kind in GOT:
+            got.append((address, nbytes))
+            reserved += nbytes
+        elif kind in GAVE:
+            reserved -= nbytes
+            if number == 0 or tape.events[number - 1].kind not in GAVE:
+                said = _give_back(model, tape, number)
+        elif kind == "free":
+            model.release(address)
+            requested -= asked.pop(address)
+        elif kind == "alloc":
+            asked[address] = nbytes
+            requested += nbytes
+            model.next_segment = got[0][0] if got and not difference else None
+            model.allocate(address, nbytes)
+            block = model.taken[address][0]
+            if model.got != got:
+                said = f"the model got {_memory(model.got)}, the GPU {_memory(got)}"
+            elif block.address != address:
+                said = f"the model put it at {block.address:x}, the GPU at {address:x}"
+            model.got.clear()
+            got.clear()
+        elif number and tape.events[number - 1].kind not in GAVE:  # out of memory, and nothing was to be given back
+            said = _give_back(model, tape, number)
+        if said and not difference:
+            difference, at = f"event {number}, {kind} of {nbytes:,} B: {said}", number
+        totals.append(Totals(requested, model.allocated, reserved))
+    if not difference:
+        difference, at = _end(model, tape), len(tape.events)
+    counts = Counter(event.kind for event in tape.events)
+    return Held(difference, at, totals, model.reserved_peak, _other_kind(tape), counts)
+
+
+def _give_back(model: Followed, tape: Tape, number: int) -> str:
+    """Give back what the model would, and say how that differs from what the GPU gave back from this event on."""
+    recorded: dict[int, int] = {}
+    for kind, address, nbytes in tape.events[number:]:
+        if kind not in GAVE:
+            break
+        recorded[address] = nbytes
+    partly = "garbage_collection_threshold" in tape.settings or model.max_split is not None
+    given = model.empty_cache(only=recorded if partly else None)
+    if given == recorded:
+        return ""
+    return f"the model gives back {_memory(list(given.items()))}, the GPU {_memory(list(recorded.items()))}"
+
+
+def _end(model: Followed, tape: Tape) -> str:
+    """How the model's last state differs from the recorded one."""
+    if not tape.last_segments:
+        return ""
+    reserved = sum(nbytes for nbytes, _ in tape.last_segments.values())
+    if model.reserved != reserved:
+        return f"after the last event: the model holds {model.reserved:,} B of segments, the GPU {reserved:,} B"
+    blocks = {address: (block.nbytes, requested) for address, (block, requested) in model.taken.items()}
+    other = sorted(
+        address for address in {*blocks, *tape.last_blocks} if blocks.get(address) != tape.last_blocks.get(address)
+    )
+    if not other:
+        return ""
+    first = other[0]
+    model_has, gpu_has = (f"{rows[first][0]:,} B" if first in rows else "none" for rows in (blocks, tape.last_blocks))
+    return (
+        f"after the last event: {len(other)} blocks differ, the first at {first:x}: the model has {model_has}, the GPU"
+        f" {gpu_has}"
+    )
+
+
+def _other_kind(tape: Tape) -> int:
+    """Peak of the bytes reserved by segments of the other kind; what was live before lies there by its addresses."""
+    model = CachingAllocator(expandable=not tape.expandable)
+    for address, (_, requested) in sorted(tape.blocks.items()):
+        model.allocate(address, requested)
+    model.reset_peaks()
+    last: Kind = "alloc"
+    for kind, address, nbytes in tape.events:
+        if kind == "alloc":
+            model.allocate(address, nbytes)
+        elif kind == "free":
+            model.release(address)
+        elif kind in GAVE and last not in GAVE:
+            model.empty_cache()
+        last = kind
+    return model.reserved_peak
+
+
+def _pieces(tape: Tape, addresses: Sequence[int], start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(address, bytes, bytes asked for or 0 where it is free) of what a segment consists of."""
+    for address in addresses[bisect.bisect_left(addresses, start) : bisect.bisect_left(addresses, end)]:
+        if start < address:
+            yield start, address - start, 0
+        size, requested = tape.blocks[address]
+        yield address, size, requested
+        start = address + size
+    if start < end:
+        yield start, end - start, 0
+
+
+def _memory(parts: Sequence[tuple[int, int]]) -> str:
+    total = sum(nbytes for _, nbytes in parts)
+    return (
+        f"{total:,} B in {len(parts)} pieces"
+        if len(parts) > 1
+        else f"{total:,} B at {parts[0][0]:x}"
+        if parts
+        else "no memory"
+    )
