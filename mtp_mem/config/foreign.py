@@ -54,21 +54,6 @@ def read_json(path: Path, *, nan: bool = False) -> Any:
         raise BadInput(f"{path}: {e}") from None
 
 
-def read_bytes(path: Path) -> bytes:
-    """What a file holds.
-
-    Raises:
-        BadInput: it cannot be read, or is larger than LARGEST_FILE.
-    """
-    try:
-        size = path.stat().st_size
-        if size > LARGEST_FILE:
-            raise BadInput(f"{path}: {size:,} bytes: larger than any file of ours ({LARGEST_FILE:,})")
-        return path.read_bytes()
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
-
-
 def document(content: bytes | str, *, nan: bool = False) -> Any:
     """The document, its texts without control characters and no longer than 1000 characters.
 
