@@ -1,7 +1,8 @@
 """Other projects' Triton kernels as the strategies call them, on a CPU in Triton's interpreter: `tox -e kernels`.
 
-The interpreter has no bf16 products and no `log1p`. Liger leaves its products to torch and goes through the whole
-verifier; Cut Cross-Entropy is given fp16 rows, and its `log1p` is written out.
+The interpreter has no bf16 products, no `log1p` and no `tanh`, so that no softcap is checked here. Liger leaves its
+products to torch and goes through the whole verifier; Cut Cross-Entropy is given fp16 rows, and its `log1p` is written
+out.
 """
 
 import os
@@ -27,9 +28,10 @@ N, D, V = 300, 40, 301  # more than one block of each, and a rest
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16-mixed"])
 def test_liger_is_right(dtype: Dtype) -> None:
-    found = verify(["liger"], dtypes=[dtype])
+    some = [scenario for scenario in SCENARIOS if scenario.softcap is None]  # its tanh is CUDA's own
+    found = verify(["liger"], dtypes=[dtype], scenarios=some)
     assert [check.explain() for check in found.failures] == []
-    assert len(found.checks) == sum(dtype in scenario.dtypes for scenario in SCENARIOS)
+    assert len(found.checks) == 2 + sum(dtype in scenario.dtypes for scenario in some)
     assert found.remarks == (
         "liger waits for the device: the host counts its targets and looks at the upstream gradient",
     )
