@@ -1,4 +1,4 @@
-"""The command as a user runs it: in a process of its own, with its exit codes, files and one-line errors."""
+"""The command as a user runs it, with its exit codes, files and one-line errors; a few times in its own process."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import mtp_mem
+from command_line import Ended, mtp_mem
 
 from mtp_mem.cli import main
 
@@ -39,14 +39,17 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(work: Path, *args: str, columns: int = 100, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def process(work: Path, *args: str) -> "subprocess.Popen[str]":
+    """The command in a process of its own, as a user starts it."""
+    return subprocess.Popen(
         [sys.executable, "-m", "mtp_mem", *args],
         cwd=work,
-        env={**os.environ, "COLUMNS": str(columns), **env},
-        capture_output=True,
+        env={**os.environ, "COLUMNS": "100"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
+        # A test run in the background ignores SIGINT, and a child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
 
 
@@ -55,11 +58,13 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def compared(work: Path) -> subprocess.CompletedProcess[str]:
-    return run(work, "compare", "--profile", "small.toml")
+def compared(work: Path) -> Ended:
+    running = process(work, "compare", "--profile", "small.toml")
+    out, err = running.communicate(timeout=300)
+    return Ended(running.returncode, out, err)
 
 
-def test_compare(work: Path, compared: subprocess.CompletedProcess[str]) -> None:
+def test_compare(work: Path, compared: Ended) -> None:
     assert compared.returncode == 0, compared.stderr
     assert compared.stderr == ""  # no progress bar in a pipe, no warnings
     out = work / "results" / "small"
@@ -98,17 +103,17 @@ def test_compare(work: Path, compared: subprocess.CompletedProcess[str]) -> None
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_the_table_fits(work: Path, compared: subprocess.CompletedProcess[str], columns: int) -> None:
-    out = run(work, "compare", "--profile", "small.toml", columns=columns).stdout
+def test_the_table_fits(work: Path, compared: Ended, columns: int) -> None:
+    out = mtp_mem(work, "compare", "--profile", "small.toml", columns=columns).stdout
     assert max(map(len, out.splitlines())) <= columns
     assert "…" not in out
     for column in ("n", "strategy", "over base", "/naive", "step ms", "gradients"):
         assert column in out.splitlines()[0]
 
 
-def test_json_is_one_document_and_nothing_is_run_twice(work: Path, compared: subprocess.CompletedProcess[str]) -> None:
+def test_json_is_one_document_and_nothing_is_run_twice(work: Path, compared: Ended) -> None:
     before = (work / "results/small/results.jsonl").read_bytes()
-    again = run(work, "compare", "--profile", "small.toml", "--json")
+    again = mtp_mem(work, "compare", "--profile", "small.toml", "--json")
     document = json.loads(again.stdout)
     assert len(document["records"]) == 8
     assert document["advice"].startswith("At n = 3 use")
@@ -116,13 +121,13 @@ def test_json_is_one_document_and_nothing_is_run_twice(work: Path, compared: sub
     assert (work / "results/small/results.jsonl").read_bytes() == before
 
 
-def test_a_damaged_line_is_named_and_its_case_run_again(work: Path, compared: subprocess.CompletedProcess[str]) -> None:
+def test_a_damaged_line_is_named_and_its_case_run_again(work: Path, compared: Ended) -> None:
     whole = (work / "results/small/results.jsonl").read_text().splitlines()
     out = work / "damaged"
     out.mkdir()
     newer = json.dumps({**json.loads(whole[0]), "schema": 99})
     (out / "results.jsonl").write_text("\n".join([newer, *whole[1:7], whole[7][:100]]))
-    found = run(work, "compare", "--profile", "small.toml", "--out", "damaged")
+    found = mtp_mem(work, "compare", "--profile", "small.toml", "--out", "damaged")
     assert found.returncode == 0
     assert "results.jsonl:1: skipped: schema 99; this version reads schema 1" in found.stderr
     assert "results.jsonl:8: skipped: not a whole JSON object" in found.stderr
@@ -132,55 +137,43 @@ def test_a_damaged_line_is_named_and_its_case_run_again(work: Path, compared: su
     assert [json.loads(line)["strategy"] for line in kept[8:]] == ["naive", "checkpointed"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_run_continues(work: Path, how: signal.Signals) -> None:
-    out = work / f"interrupted-{how.name}"
-    command = [
-        sys.executable,
-        "-m",
-        "mtp_mem",
-        "compare",
-        "--profile",
-        "small.toml",
-        "--rounds",
-        "4",
-        "--out",
-        out.name,
-    ]
-    process = subprocess.Popen(
-        command,
-        cwd=work,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        # A test run in the background ignores SIGINT, and a child would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
-    )
-    deadline = time.monotonic() + 120
-    while not (out / "results.jsonl").exists() or (out / "results.jsonl").read_text().count("\n") < 4:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(how)
-    _, err = process.communicate(timeout=60)
-    finished = (out / "results.jsonl").read_text()
-    if how != signal.SIGKILL:
-        assert process.returncode == 130
-        assert "the same command runs the others" in err
-        assert "Traceback" not in err
-    assert finished.count("\n") == 4
-    again = run(work, "compare", "--profile", "small.toml", "--rounds", "4", "--out", out.name)
+def test_an_interrupted_run_continues(work: Path) -> None:
+    results = work / "interrupted" / "results.jsonl"
+    options = ("--n", "1,2,3,4", "--strategies", "sequential,checkpointed", "--rounds", "1", "--out", "interrupted")
+    args = ("compare", "--profile", "small.toml", *options)
+    finished = ""
+    for done, how in ((2, signal.SIGINT), (4, signal.SIGTERM), (6, signal.SIGKILL)):  # lines: two at each n
+        running = process(work, *args)
+        deadline = time.monotonic() + 120
+        while not results.exists() or results.read_text().count("\n") < done:
+            assert running.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        running.send_signal(how)
+        _, err = running.communicate(timeout=60)
+        if how == signal.SIGKILL:
+            assert running.returncode == -how
+        else:
+            assert running.returncode == 130
+            assert "the same command runs the others" in err
+            assert "Traceback" not in err
+        assert results.read_text().startswith(finished)
+        finished = results.read_text()
+        assert finished.count("\n") == done
+    again = mtp_mem(work, *args)
     assert again.returncode == 0
-    assert "4 of 8 cases are in" in again.stderr
-    assert (out / "results.jsonl").read_text().startswith(finished)
-    assert len(lines(out / "results.jsonl")) == 8
+    assert "6 of 8 cases are in" in again.stderr
+    assert results.read_text().startswith(finished)
+    assert [(r["strategy"], r["n"]) for r in lines(results)] == [
+        (strategy, n) for n in (1, 2, 3, 4) for strategy in ("sequential", "checkpointed")
+    ]
 
 
 def test_fresh_starts_over(work: Path) -> None:
     args = ("compare", "--profile", "small.toml", "--n", "1", "--strategies", "sequential", "--out", "fresh")
-    assert run(work, *args).returncode == 0
+    assert mtp_mem(work, *args).returncode == 0
     first = lines(work / "fresh/results.jsonl")
-    assert run(work, *args, "--fresh").returncode == 0
+    assert mtp_mem(work, *args, "--fresh").returncode == 0
     second = lines(work / "fresh/results.jsonl")
     assert len(first) == len(second) == 1
     assert first != second
@@ -221,9 +214,9 @@ class Greedy:
 def test_third_party_strategies(work: Path) -> None:
     (work / "theirs.py").write_text(THIRD_PARTY)
     args = ("compare", "--profile", "small.toml", "--n", "3", "--strategies", "naive", "--out", "theirs", "--json")
-    right = run(work, *args, "--strategy", "theirs:Forward", "--strategy", "theirs:Greedy")
+    right = mtp_mem(work, *args, "--strategy", "theirs:Forward", "--strategy", "theirs:Greedy")
     assert right.returncode == 0, right.stderr
-    wrong = run(work, *args, "--strategy", "theirs:Doubled", "--strategy", "theirs:Broken")
+    wrong = mtp_mem(work, *args, "--strategy", "theirs:Doubled", "--strategy", "theirs:Broken")
     assert wrong.returncode == 1, wrong.stderr
     records = {r["strategy"]: r for ended in (right, wrong) for r in json.loads(ended.stdout)["records"]}
     assert {name: (r["status"], r["gradient"]) for name, r in records.items()} == {
@@ -275,19 +268,20 @@ def test_bad_input_is_one_line(work: Path, args: list[str], code: int, words: st
     assert sorted(p.name for p in work.iterdir() if p.name != "results") == [n for n in before if n != "results"]
 
 
-def test_cuda_asked_for_and_absent(work: Path) -> None:
-    found = run(work, "compare", "--profile", "small.toml", "--device", "cuda", CUDA_VISIBLE_DEVICES="")
+def test_cuda_asked_for_and_absent(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    found = mtp_mem(work, "compare", "--profile", "small.toml", "--device", "cuda")
     assert found.returncode == 3
     assert found.stderr.count("\n") == 1
     assert "device cuda" in found.stderr
 
 
 def test_list_and_env(work: Path) -> None:
-    listed = run(work, "list")
+    listed = mtp_mem(work, "list")
     assert listed.returncode == 0
     assert all(name in listed.stdout for name in ("naive", "sequential", "chunked_vocab", "checkpointed", "quick"))
-    assert json.loads(run(work, "list", "--json").stdout)["strategies"]["sequential"].startswith("Each head")
-    found = json.loads(run(work, "env", "--json").stdout)
+    assert json.loads(mtp_mem(work, "list", "--json").stdout)["strategies"]["sequential"].startswith("Each head")
+    found = json.loads(mtp_mem(work, "env", "--json").stdout)
     assert found["device"]
     assert found["host_bytes"] > 2**30
 
@@ -305,7 +299,7 @@ def test_anything_unexpected_is_not_a_failed_check(
 
 @pytest.mark.parametrize("columns", [80, 120])
 def test_the_list_fits_the_terminal(work: Path, columns: int) -> None:
-    listed = run(work, "list", COLUMNS=str(columns)).stdout
+    listed = mtp_mem(work, "list", columns=columns).stdout
     assert max(map(len, listed.splitlines())) <= columns
     assert " ".join(listed.split()).count("the paper's schedule") == 1  # wrapped, not cut
 
@@ -313,4 +307,4 @@ def test_the_list_fits_the_terminal(work: Path, columns: int) -> None:
 def test_the_console_script_is_the_module(work: Path) -> None:
     script = Path(sys.executable).with_name("mtp-mem")
     said = subprocess.run([script, "list", "--json"], capture_output=True, text=True, check=True).stdout
-    assert said == run(work, "list", "--json").stdout
+    assert said == mtp_mem(work, "list", "--json").stdout
