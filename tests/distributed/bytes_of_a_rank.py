@@ -1,10 +1,12 @@
-"""On every rank of `torchrun --nproc-per-node 2`: bytes of real steps of FSDP2, tracked; rank 0 prints them.
+"""Bytes of real steps of FSDP2 on two gloo ranks, tracked; rank 0 prints them.
 
-With the argument `predicted`, in one process: the same steps on tensors without data, over a fake process group.
+Then, in one process, the bytes of the same steps on tensors without data, over a fake process group.
 """
 
 import json
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import transformers
+from distributed.ranks import on_ranks
 from model.test_huggingface import TINY
 
 from mtp_mem import ModelConfig, Training, TrainingStep, Workload, load_strategy, make_batch, make_optimizer
@@ -31,10 +34,10 @@ OWN: dict[str, Any] = {"vocab_size": 131, "dim": 64, "n_layers": 6, "n_attention
 
 
 def configs() -> dict[str, ModelConfig]:
-    path = Path(sys.argv[0]).parent / f"llama-{'predicted' if 'predicted' in sys.argv else dist.get_rank()}.json"
-    path.write_text(json.dumps(transformers.LlamaConfig(**TINY).to_dict()))
-    llama = huggingface_profile(path).model.with_n(N)
-    path.unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "llama.json"
+        path.write_text(json.dumps(transformers.LlamaConfig(**TINY).to_dict()))
+        llama = huggingface_profile(path).model.with_n(N)
     return {"own": ModelConfig(**OWN), "own, tied": ModelConfig(**OWN, unembedding="tied"), "llama": llama}
 
 
@@ -65,19 +68,18 @@ def simulated(config: ModelConfig, dtype: Any, training: Training, specs: tuple[
     return {spec: simulation.trace(load_strategy(spec)) for spec in specs}
 
 
-if __name__ == "__main__":
-    predicted = "predicted" in sys.argv
-    if not predicted:
-        dist.init_process_group("gloo")
+def report(how: str, traces_of: Callable[..., dict[str, Trace]]) -> None:
     models = configs()
     for name, dtype, changes, specs in CASES:
         training = Training(sharding="fsdp2", world=WORLD, **changes)
-        for spec, trace in (simulated if predicted else real)(models[name], dtype, training, specs).items():
+        for spec, trace in traces_of(models[name], dtype, training, specs).items():
             peak = trace.peak()
             case = f"{name}, {dtype}, {changes}, {spec}"
-            line = {"case": case, "baseline": trace.baseline, "peak": peak.nbytes, "phase": peak.phase}
-            if predicted or dist.get_rank() == 0:
+            line = {"how": how, "case": case, "baseline": trace.baseline, "peak": peak.nbytes, "phase": peak.phase}
+            if how == "predicted" or dist.get_rank() == 0:
                 print(json.dumps(line | {"phases": trace.phase_peaks(), "parts": dict(peak.by_category)}), flush=True)
-    if not predicted:
-        dist.barrier()
-        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    on_ranks(WORLD, lambda: report("real", real))
+    report("predicted", simulated)

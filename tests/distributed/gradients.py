@@ -1,7 +1,6 @@
-"""On every rank of `torchrun --nproc-per-node 2 gradients.py`: strategies under DDP and FSDP2 against one process.
+"""Strategies under DDP and FSDP2 on two gloo ranks, and under HSDP on two groups of two, against one process.
 
 Prints one JSON line for each case: how far the averaged gradient is from the single-process joint one, and collectives.
-With four ranks FSDP2 is HSDP: two groups of two.
 """
 
 import json
@@ -21,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import transformers
+from distributed.ranks import on_ranks
 from model.test_huggingface import TINY
 
 from mtp_mem import Batch, ModelConfig, MTPModel, forward_backward, from_hf, future_targets, head_loss, load_strategy
@@ -189,21 +189,24 @@ def refused() -> None:
             print(json.dumps({"how": "refused", "spec": "naive", "words": str(e)}), flush=True)
 
 
+def on_four() -> None:
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    under_fsdp2("hf", False, 1, both, ("joint", "sequential", "chunked_tokens:chunk=7"))
+
+
+def on_two() -> None:
+    for tied in (False, True):
+        for micro in (1, 2):
+            under_ddp("own", tied, micro)
+            under_fsdp2("hf", tied, micro, None)
+        in_mixed_precision(tied)
+    under_fsdp2("own", False, 1, None)
+    under_fsdp2("own, deepseek", False, 1, None)
+    under_fsdp2("hf, checkpointed", False, 1, None)
+    uneven()
+    refused()
+
+
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    if dist.get_world_size() == 4:
-        both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-        under_fsdp2("hf", False, 1, both, ("joint", "sequential", "chunked_tokens:chunk=7"))
-    else:
-        for tied_ in (False, True):
-            for micro_ in (1, 2):
-                under_ddp("own", tied_, micro_)
-                under_fsdp2("hf", tied_, micro_, None)
-            in_mixed_precision(tied_)
-        under_fsdp2("own", False, 1, None)
-        under_fsdp2("own, deepseek", False, 1, None)
-        under_fsdp2("hf, checkpointed", False, 1, None)
-        uneven()
-        refused()
-    dist.barrier()
-    dist.destroy_process_group()
+    on_ranks(2, on_two)
+    on_ranks(4, on_four)
