@@ -330,10 +330,12 @@ class GPU:
     workspace_bytes: int  # of one cuBLAS handle
     multiprocessors: int
     source: str
+    threads_per_multiprocessor: int = 2048  # that can be resident at once
     expandable_segments: bool = False  # torch's default
 
     def __post_init__(self) -> None:
-        for name, least in (("total_bytes", 1), ("workspace_bytes", 0), ("multiprocessors", 0)):
+        least_of = {"total_bytes": 1, "workspace_bytes": 0, "multiprocessors": 0, "threads_per_multiprocessor": 512}
+        for name, least in least_of.items():
             if not least <= getattr(self, name) < 2**63:
                 raise BadInput(f"{name} = {getattr(self, name)}: must be at least {least}")
 

@@ -26,10 +26,10 @@ Category = Literal[
 ]
 CATEGORIES: tuple[Category, ...] = Category.__args__  # type: ignore[attr-defined]
 
-Buffers = Callable[[tuple[Any, ...], int], list[int]]
+Buffers = Callable[[tuple[Any, ...]], list[int]]
 """What a kernel takes from the allocator unseen by a dispatch mode.
 
-(the operator's arguments, multiprocessors of the target) -> sizes in bytes, live at once until the operator ends.
+The operator's arguments -> sizes in bytes, live at once until the operator ends.
 """
 
 

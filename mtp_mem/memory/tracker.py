@@ -49,7 +49,7 @@ class Tracker(TorchDispatchMode):
         dim: D, likewise.
         parameters: by name; their `.grad` is to be recognised as gradients.
         run: runs an operator, and says whether the result may lie in new memory; by default the operator itself.
-        kernels: adds the buffers that CUDA kernels of a GPU with so many `multiprocessors` take inside an operator.
+        kernels: adds the buffers that CUDA kernels take inside an operator, by operator.
     """
 
     def __init__(
@@ -58,14 +58,13 @@ class Tracker(TorchDispatchMode):
         dim: int,
         parameters: Named,
         kernels: Mapping[Any, Buffers] | None = None,
-        multiprocessors: int = 0,
         run: Run | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self._engine_only = calibrate()
         self._vocab_size, self._dim = vocab_size, dim
-        self._kernels, self._multiprocessors = kernels or {}, multiprocessors
+        self._kernels = kernels or {}
         self._run: Run = run or (lambda func, args, kwargs: (func(*args, **kwargs), True))
         self._parameters: list[tuple[str, weakref.ref[Tensor]]] = []
         self._parameter_shapes: set[tuple[int, ...]] = set()
@@ -169,7 +168,7 @@ class Tracker(TorchDispatchMode):
                         self._live.discard(old)
                         self.trace.events.append(Event("move", key, old))
         if buffers is not None:
-            self._kernel_buffers(name, buffers(args, self._multiprocessors))
+            self._kernel_buffers(name, buffers(args))
         return out
 
     def _kernel_buffers(self, name: str, sizes: list[int]) -> None:

@@ -3,11 +3,15 @@
 `mtp-mem predict --check` holds each row against a CUDA device.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
+from mtp_mem.config.schema import GPU
 from mtp_mem.memory.trace import Buffers
+from mtp_mem.prediction.reduction_buffers import reduction_buffers
 
 _aten = torch.ops.aten
 
@@ -16,7 +20,7 @@ def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def flash_forward(args: tuple[Any, ...], multiprocessors: int) -> list[int]:
+def flash_forward(args: tuple[Any, ...], gpu: GPU) -> list[int]:
     """flash_api.cpp, set_params_splitkv: a grid too small for the GPU is split over the keys, partial results in fp32.
 
     The number of splits is the smallest whose waves are at least 85 % as full as the fullest of all candidates.
@@ -25,7 +29,7 @@ def flash_forward(args: tuple[Any, ...], multiprocessors: int) -> list[int]:
     B, H, S, head_dim = query.shape
     block = 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64
     key_blocks, tiles = -(-key.shape[2] // block), B * H * -(-S // 64)
-    slots = 2 * multiprocessors
+    slots = 2 * gpu.multiprocessors
     dropout = len(args) > 3 and args[3] > 0
     if dropout or tiles >= 0.8 * slots:
         return []
@@ -42,7 +46,7 @@ def flash_forward(args: tuple[Any, ...], multiprocessors: int) -> list[int]:
     return [4 * rows, 4 * rows * _up(head_dim, 32 if head_dim <= 128 else 64)]
 
 
-def flash_backward(args: tuple[Any, ...], _multiprocessors: int) -> list[int]:
+def flash_backward(args: tuple[Any, ...], _gpu: GPU) -> list[int]:
     """flash_api.cpp, mha_bwd: fp32 softmax sums and query-gradient accumulator; expanded dk, dv for grouped queries.
 
     Deterministic algorithms multiply the accumulator by the number of splits; that is not modelled.
@@ -56,11 +60,10 @@ def flash_backward(args: tuple[Any, ...], _multiprocessors: int) -> list[int]:
     return buffers
 
 
-def efficient_backward(args: tuple[Any, ...], _multiprocessors: int) -> list[int]:
+def efficient_backward(args: tuple[Any, ...], _gpu: GPU) -> list[int]:
     """attention_backward.cu and kernel_backward.h: in fp32 the product of output and gradient, its row sums twice.
 
-    Then, in the product's place, the accumulator of the query's gradient in tiles of 64 by 64 with a lock each. Not
-    seen on CUDA.
+    Then, in the product's place, the accumulator of the query's gradient in tiles of 64 by 64 with a lock each.
     """
     output = args[5]
     B, H, S, head_dim = output.shape
@@ -69,7 +72,7 @@ def efficient_backward(args: tuple[Any, ...], _multiprocessors: int) -> list[int
     return [rows, rows, max(rows * head_dim, tiles * (16 + 4 * 64 * 64))]
 
 
-def embedding_backward(args: tuple[Any, ...], _multiprocessors: int) -> list[int]:
+def embedding_backward(args: tuple[Any, ...], _gpu: GPU) -> list[int]:
     """Embedding.cu, EmbeddingBackwardKernel.cu: more than 3072 indices are sorted and summed in fp32 partial rows."""
     gradient, indices, V = args[0], args[1].numel(), args[2]
     if indices <= 3072:
@@ -79,17 +82,63 @@ def embedding_backward(args: tuple[Any, ...], _multiprocessors: int) -> list[int
     return [8 * indices] * 3 + [8 * segments] * 2 + [8 * partial_rows, 4 * partial_rows * gradient.shape[-1]]
 
 
-def foreach_norm(args: tuple[Any, ...], _multiprocessors: int) -> list[int]:
+def foreach_norm(args: tuple[Any, ...], _gpu: GPU) -> list[int]:
     """ForeachReduceOp.cu: one fp32 partial for each tensor and each 65536 elements of the largest tensor."""
     tensors = args[0]
     return [4 * len(tensors) * -(-max(t.numel() for t in tensors) // 65536)]
 
 
-KERNELS: dict[Any, Buffers] = {
-    _aten._scaled_dot_product_flash_attention.default: flash_forward,
-    _aten._scaled_dot_product_flash_attention_backward.default: flash_backward,
-    _aten._scaled_dot_product_efficient_attention_backward.default: efficient_backward,
-    _aten.embedding_dense_backward.default: embedding_backward,
-    _aten._foreach_norm.Scalar: foreach_norm,
+def sum_over(args: tuple[Any, ...], gpu: GPU) -> list[int]:
+    """ReduceSumProdKernel.cu: sums over some dimensions, or all; whole numbers are copied to int64 first."""
+    tensor, dims = args[0], args[1] if len(args) > 1 and args[1] else ()
+    if tensor.is_floating_point():
+        return reduction_buffers(tensor, dims, gpu, vector=8 if tensor.element_size() == 2 else 4)
+    copied = [] if tensor.dtype == torch.int64 else [8 * tensor.numel()]
+    return copied + reduction_buffers(tensor, dims, gpu, partial=8)
+
+
+def reduce_over(args: tuple[Any, ...], gpu: GPU) -> list[int]:
+    """ReduceMomentKernel.cu, ReduceMaxValuesKernel.cu: means and maxima over some dimensions, in fp32."""
+    return reduction_buffers(args[0], args[1] if len(args) > 1 and args[1] else (), gpu)
+
+
+def vector_norm(args: tuple[Any, ...], gpu: GPU) -> list[int]:
+    """ReduceNormKernel.cu: the norm of all elements, or over some dimensions."""
+    return reduction_buffers(args[0], args[2] if len(args) > 2 and args[2] else (), gpu)
+
+
+class Kernel(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        buffers: (the operator's arguments, the target) -> sizes in bytes, live at once until the operator ends. Its
+            docstring names the source, in PyTorch 2.13.
+        seen: on which GPUs these sizes were seen; empty: nowhere, they are read from the source alone.
+    """
+
+    buffers: Callable[[tuple[Any, ...], GPU], list[int]]
+    seen: str = ""
+
+
+KERNELS: dict[Any, Kernel] = {
+    _aten._scaled_dot_product_flash_attention.default: Kernel(flash_forward),
+    _aten._scaled_dot_product_flash_attention_backward.default: Kernel(flash_backward),
+    _aten._scaled_dot_product_efficient_attention_backward.default: Kernel(efficient_backward),
+    _aten.embedding_dense_backward.default: Kernel(embedding_backward),
+    _aten._foreach_norm.Scalar: Kernel(foreach_norm),
+    _aten.sum.dim_IntList: Kernel(sum_over, "sums over rows: 13 sizes in public histories of real GPUs"),
+    _aten.sum.default: Kernel(sum_over),
+    _aten.mean.dim: Kernel(reduce_over),
+    _aten.amax.default: Kernel(reduce_over),
+    _aten.linalg_vector_norm.default: Kernel(vector_norm),
 }
-"""The buffers inside an operator's kernel, by ATen overload. Each function names its source in PyTorch 2.13."""
+"""The buffers inside an operator's kernel, by ATen overload."""
+
+
+def kernels_of(gpu: GPU) -> dict[Any, Buffers]:
+    """The table for one target, as a tracker takes it."""
+    return {operator: partial(_sizes, kernel, gpu) for operator, kernel in KERNELS.items()}
+
+
+def _sizes(kernel: Kernel, gpu: GPU, args: tuple[Any, ...]) -> list[int]:
+    return kernel.buffers(args, gpu)

@@ -36,7 +36,7 @@ from mtp_mem.model.mtp_model import MTPModel, cuda_attention
 from mtp_mem.model.optimizers import optimizer_state, simulated_optimizer
 from mtp_mem.model.own import Model, set_up
 from mtp_mem.prediction.floor import NoLogits
-from mtp_mem.prediction.kernel_buffers import KERNELS
+from mtp_mem.prediction.kernel_buffers import kernels_of
 from mtp_mem.prediction.meta_results import MetaResults
 from mtp_mem.step import TrainingStep
 from mtp_mem.strategy import Strategy, kernel_limits
@@ -87,13 +87,12 @@ class Simulation:
     ) -> None:
         attention: Attention = cuda_attention(workload.dtype) if cuda else "sdpa"
         training = training or Training()
-        kernels = {} if gpu is None else KERNELS
+        kernels = {} if gpu is None else kernels_of(gpu)
         sharded = training.sharding in ("fsdp2", "hsdp")
         fake = _Mode() if sharded or workload.dtype == "bf16-mixed" else None
         results = MetaResults(fake)
-        multiprocessors = 0 if gpu is None else gpu.multiprocessors
         make = sharded_tracker if sharded else Tracker
-        tracker = make(config.vocab_size, config.dim, [], kernels, multiprocessors, results.run)
+        tracker = make(config.vocab_size, config.dim, [], kernels, results.run)
         self._tracker, self._for_cuda, self._sharded, self._stepped = tracker, cuda, sharded, False
         self._mode: AbstractContextManager[object] = fake or contextlib.nullcontext()
         device = "cpu" if fake else "meta"

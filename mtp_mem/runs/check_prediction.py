@@ -108,12 +108,12 @@ def run(
                 " the same command runs the others"
             )
             return document, False
-    for name, table, kernel_bytes in check_kernels("cuda" if measured else "cpu", gpu.multiprocessors):
-        comparison = (
-            "" if kernel_bytes is None else f", measured {kernel_bytes:,}, difference {table - kernel_bytes:+,}"
-        )
+    for name, seen, table, kernel_bytes in check_kernels("cuda" if measured else "cpu", gpu):
+        comparison = f", {seen or 'not seen on CUDA'}"
+        if kernel_bytes is not None:
+            comparison = f", measured {kernel_bytes:,}, difference {table - kernel_bytes:+,}"
         show(f"kernel {name}: table {table:,}{comparison}")
-        document["kernels"].append({"kernel": name, "table": table, "measured": kernel_bytes})
+        document["kernels"].append({"kernel": name, "table": table, "measured": kernel_bytes, "seen": seen})
     _write(out, document)
     if measured:
         show("right: 0 B requested, 1 % allocated" if right else "NOT right: see the differences above")
@@ -172,11 +172,15 @@ def is_right(row: Row) -> bool:
     return row.difference["requested"] == 0 and abs(row.difference["allocated"]) <= slack and row.retries == 0
 
 
-def check_kernels(device: str, multiprocessors: int) -> Iterator[tuple[str, int, int | None]]:
-    """Name, bytes by the table, and bytes measured around the operator alone (None off CUDA), row by row."""
+def check_kernels(device: str, gpu: GPU) -> Iterator[tuple[str, str, int, int | None]]:
+    """Name, where such sizes were seen, bytes by the table, and bytes measured around the operator alone, row by row.
+
+    Off CUDA nothing is measured: None.
+    """
     for name, operator, args in _kernel_cases(device):
         measured = _inside(operator, args) if device == "cuda" else None
-        yield name, sum(KERNELS[operator](args, multiprocessors)), measured
+        kernel = KERNELS[operator]
+        yield name, kernel.seen, sum(kernel.buffers(args, gpu)), measured
 
 
 def device_here() -> GPU:
@@ -189,6 +193,7 @@ def device_here() -> GPU:
         total_bytes=properties.total_memory,
         workspace_bytes=query() if query else default,
         multiprocessors=properties.multi_processor_count,
+        threads_per_multiprocessor=properties.max_threads_per_multi_processor,
         source="the device itself",
     )
 
@@ -214,6 +219,14 @@ def _kernel_cases(device: str) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         args = (zeros((1, S, D)), indices, V, -1, False)
         yield f"embedding backward S={S} V={V} D={D}", aten.embedding_dense_backward.default, args
     yield "norms of gradients", aten._foreach_norm.Scalar, ([zeros((size,)) for size in (10, 1000, 10_000_000)],)
+    for rows, columns in ((4096, 1024), (8192, 4096), (1000, 512)):
+        matrix = torch.zeros((rows, columns), device=place)
+        yield f"sum over {rows} rows of {columns}", aten.sum.dim_IntList, (matrix, [0])
+    rows_and_columns = torch.zeros((8192, 4096), device=place)
+    yield "mean along 8192 rows of 4096", aten.mean.dim, (rows_and_columns, [-1], True)
+    yield "maximum along 8192 rows of 4096", aten.amax.default, (rows_and_columns, [1])
+    yield "number of 262144 that hold", aten.sum.default, (torch.zeros((4, 65536), dtype=torch.bool, device=place),)
+    yield "norm of 1000000 values", aten.linalg_vector_norm.default, (torch.zeros((1_000_000,), device=place),)
 
 
 def _inside(operator: Any, args: tuple[Any, ...]) -> int:

@@ -81,17 +81,18 @@ def test_the_allocator_s_view_of_a_predicted_step(spec: str) -> None:
 
 
 def test_buffers_inside_kernels() -> None:
+    gpu = load_gpu("h200")
     q = torch.empty(1, 32, 8192, 128, dtype=torch.bfloat16, device="meta")
     small = torch.empty(1, 8, 1024, 64, dtype=torch.bfloat16, device="meta")
     kv = torch.empty(1, 8, 8192, 128, dtype=torch.bfloat16, device="meta")
     rows, indices = torch.empty(8192, 4096, device="meta"), torch.empty(8192, device="meta")
-    assert sum(kernel_buffers.flash_backward((None, q, q), 132)) == 129 * 2**20  # 32 * 8192 * (128 + 1) * 4
-    assert kernel_buffers.flash_backward((None, q, kv), 132)[2:] == [2 * 8192 * 32 * 128] * 2
-    assert kernel_buffers.flash_forward((q, q, q, 0.0), 132) == []
-    assert sum(kernel_buffers.flash_forward((small, small, small, 0.0), 132)) == 2 * 8 * 1024 * (64 + 1) * 4
-    assert kernel_buffers.embedding_backward((rows, indices[:3072], 128256), 132) == []
-    assert kernel_buffers.embedding_backward((rows, indices, 128256), 132)[-1] == (819 + 8192) * 4096 * 4
-    assert kernel_buffers.foreach_norm(([rows, indices],), 132) == [4 * 2 * 512]
+    assert sum(kernel_buffers.flash_backward((None, q, q), gpu)) == 129 * 2**20  # 32 * 8192 * (128 + 1) * 4
+    assert kernel_buffers.flash_backward((None, q, kv), gpu)[2:] == [2 * 8192 * 32 * 128] * 2
+    assert kernel_buffers.flash_forward((q, q, q, 0.0), gpu) == []
+    assert sum(kernel_buffers.flash_forward((small, small, small, 0.0), gpu)) == 2 * 8 * 1024 * (64 + 1) * 4
+    assert kernel_buffers.embedding_backward((rows, indices[:3072], 128256), gpu) == []
+    assert kernel_buffers.embedding_backward((rows, indices, 128256), gpu)[-1] == (819 + 8192) * 4096 * 4
+    assert kernel_buffers.foreach_norm(([rows, indices],), gpu) == [4 * 2 * 512]
 
 
 class ReadsBack:
