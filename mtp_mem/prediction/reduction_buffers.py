@@ -44,7 +44,7 @@ def reduction_buffers(tensor: Tensor, dims: Sequence[int], gpu: GPU, *, partial:
         axis = max(reduced + kept, key=lambda axis: (axis[0] - 1) * axis[1])
         part = reduced if axis in reduced else kept
         part[part.index(axis)] = (-(-axis[0] // 2), axis[1])
-    return _buffers(reduced, kept, tensor.storage_offset(), gpu, partial, vector)
+    return _buffers(reduced, kept, int(tensor.storage_offset()), gpu, partial, vector)
 
 
 def _merged(axes: list[Axis]) -> list[Axis]:
