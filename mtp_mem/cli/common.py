@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mtp_mem.cli.setup import chosen_profile, model_options, names, training_options
 
 if TYPE_CHECKING:
-    from mtp_mem.config.schema import Profile
+    from mtp_mem.config.schema import GPU, Profile
 
 NARROWEST = 80
 
@@ -96,6 +96,14 @@ def console() -> Console:
     usual = Console().width if sys.stdout.isatty() else 120
     width = int(asked) if re.fullmatch("0*[1-9][0-9]{0,3}", asked) else usual
     return Console(highlight=False, width=max(width, NARROWEST))
+
+
+def show_assumptions(gpu: "GPU") -> None:
+    """What a prediction for this GPU rests on, below its figures."""
+    from mtp_mem.prediction.peaks import assumptions
+
+    for line in assumptions(gpu):
+        console().print(f"Assumed: {line}.", markup=False)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtp_mem.cli.common import AddCommand, console, progress
+from mtp_mem.cli.common import AddCommand, console, progress, show_assumptions
 from mtp_mem.cli.setup import chosen_profile, gpu_of, gpu_options, model_options, names, training_options
 from mtp_mem.errors import BadInput, BrokenContract, Missing, MtpMemError
 
@@ -126,6 +126,7 @@ def plan_setups(
         screen.print(f"{spec} is left out: {reason}", markup=False)
     screen.print(setup_advice(rows, limit), markup=False)
     screen.print(f"Predicted for {gpu.name}, not measured on one. FLOPs are those of the products.", markup=False)
+    show_assumptions(gpu)
     if len(files) > 1:
         screen.print(f"plan {files[0]}, chart {files[1]} (.svg, .csv)", markup=False)
     return code
@@ -230,3 +231,4 @@ def show(result: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None
         " for them. No time is predicted.",
         markup=False,
     )
+    show_assumptions(gpu)

@@ -6,7 +6,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtp_mem.cli.common import AddCommand, budget_option, case_options, console, note, profile_of, progress
+from mtp_mem.cli.common import (
+    AddCommand,
+    budget_option,
+    case_options,
+    console,
+    note,
+    profile_of,
+    progress,
+    show_assumptions,
+)
 from mtp_mem.cli.setup import gpu_of, gpu_options
 from mtp_mem.errors import BadInput
 
@@ -120,6 +129,8 @@ def _show(records: "list[Record]", path: Path, gpu: "GPU") -> None:
     screen.print(f"\nrecords {path}, chart {path.with_name('memory-vs-n.png')} (.svg, .csv)", markup=False)
     screen.print(
         f"Predicted for {gpu.name} ({format_bytes(gpu.total_bytes)}), not measured on one; CUDA context and"
-        " libraries come on top.\n",
+        " libraries come on top.",
         markup=False,
     )
+    show_assumptions(gpu)
+    screen.print()

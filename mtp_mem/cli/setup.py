@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,15 +116,19 @@ def with_setup(profile: "Profile", args: argparse.Namespace) -> "Profile":
 
 
 def gpu_of(name: str, args: argparse.Namespace) -> "GPU":
-    """The GPU by its name, with `--gpu-memory` in the place of its own."""
+    """The GPU by its name, with `--gpu-memory` for its own, and its allocator set as the environment says."""
     from mtp_mem._util import format_bytes
     from mtp_mem.config.schema import load_gpu
+    from mtp_mem.prediction.cuda.allocator_settings import allocator_settings, from_environment
 
     gpu = load_gpu(name)
+    allocator_settings(gpu.allocator, f"{name}: allocator")
     nbytes: int | None = args.gpu_memory
-    if nbytes is None:
-        return gpu
-    return dataclasses.replace(gpu, name=f"{gpu.name} with {format_bytes(nbytes)}", total_bytes=nbytes)
+    if nbytes is not None:
+        gpu = dataclasses.replace(gpu, name=f"{gpu.name} with {format_bytes(nbytes)}", total_bytes=nbytes)
+    if text := from_environment(os.environ):
+        gpu = dataclasses.replace(gpu, name=f"{gpu.name}, {text}", allocator=text)
+    return gpu
 
 
 def names(text: str) -> tuple[str, ...]:

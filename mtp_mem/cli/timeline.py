@@ -42,13 +42,14 @@ def run(args: argparse.Namespace) -> int:
     config = profile.model.with_n(args.n or max(profile.sweep.n))
     out = writable(args.out or Path("results") / f"timeline-{profile.name}")
     device = torch.device("cpu")
+    assumed: list[str] = []
     if args.gpu is not None or args.gpu_memory is not None:
         gpu = gpu_of(profile.gpus[0] if args.gpu is None else args.gpu, args)
         peaks.check_predictable(profile)
         strategy, _ = resolve_auto(strategy, config, profile.workload, profile.training, cuda=True, gpu=gpu)
         with _blamed(args.strategy, strategy):
             trace = simulated_step.simulate(config, profile.workload, strategy, profile.training, gpu=gpu)
-        how = f"predicted for {gpu.name}"
+        how, assumed = f"predicted for {gpu.name}", peaks.assumptions(gpu)
     else:
         from mtp_mem.data import load_corpus
 
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         "peak_op": peak.op,
         "bytes_at_peak": peak.by_category,
         "largest": [dataclasses.asdict(storage) for storage in peak.live[: chart.LARGEST]],
+        "assumptions": assumed,
         "files": [str(path) for path in files],
     }
     if args.json:

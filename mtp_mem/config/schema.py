@@ -327,17 +327,25 @@ class GPU:
 
     name: str
     total_bytes: int  # what CUDA reports to a process
-    workspace_bytes: int  # of one cuBLAS handle
     multiprocessors: int
     source: str
+    capability: str = ""  # of compute, "9.0"
     threads_per_multiprocessor: int = 2048  # that can be resident at once
+    workspace_bytes: int | None = None  # of one cuBLAS workspace; None: by capability and torch's version
+    workspaces_kept: bool | None = None  # from product to product; None: by torch's version
     expandable_segments: bool = False  # torch's default
+    allocator: str = ""  # settings as in PYTORCH_ALLOC_CONF
 
     def __post_init__(self) -> None:
         least_of = {"total_bytes": 1, "workspace_bytes": 0, "multiprocessors": 0, "threads_per_multiprocessor": 512}
         for name, least in least_of.items():
-            if not least <= getattr(self, name) < 2**63:
-                raise BadInput(f"{name} = {getattr(self, name)}: must be at least {least}")
+            value = getattr(self, name)
+            if value is not None and not least <= value < 2**63:
+                raise BadInput(f"{name} = {value}: must be at least {least}")
+        if not re.fullmatch(r"(\d+\.\d+)?", self.capability):
+            raise BadInput(f"capability = {self.capability!r}: expected a compute capability, 9.0 say")
+        if not self.capability and self.workspace_bytes is None:
+            raise BadInput("capability is missing: from it follows the size of cuBLAS workspaces; or workspace_bytes")
 
 
 def builtin_folder() -> Path:

@@ -75,6 +75,7 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     start: int = 0  # index of the step's first event; what comes before, earlier steps left behind
     made_by_first_step: list[int] | None = None  # of `resident`: what a first step makes and keeps; None: not known
+    products: list[tuple[int, bool]] = field(default_factory=list)  # (next event, whether autograd's thread)
 
     @property
     def baseline(self) -> int:

@@ -32,6 +32,8 @@ _PLUMBING = {"__torch_dispatch__", "_fn", "inner", "wrapper", "handle_torch_func
 
 EMPTY = ("empty", "new_empty", "zeros", "new_zeros")
 """Operators that make a tensor of nothing, for sums."""
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+"""Operators that cuBLAS runs on CUDA."""
 LOOKED_AT = 64
 """Storages of each phase that the heads' code makes whose makers are looked at: what is compiled makes some of them."""
 
@@ -73,8 +75,9 @@ class Tracker(TorchDispatchMode):
         self._keys: dict[int, int] = {}  # address of the storage -> key; addresses are used again, keys are not
         self._live: set[int] = set()
         self._endings: dict[int, weakref.ref[Any]] = {}  # by key; told when a storage ends
-        # By identity of the operator, whose own hash is Python: its name, the buffers of its kernel, its Python body.
-        self._operators: dict[int, tuple[str, Buffers | None, bool]] = {}
+        # By identity of the operator, whose own hash is Python: its name, the buffers of its kernel, whether it is a
+        # Python body, whether a matrix product.
+        self._operators: dict[int, tuple[str, Buffers | None, bool, bool]] = {}
         self._looked_at = 0  # storages of this phase whose makers were looked at
         self._finished = False
 
@@ -118,7 +121,8 @@ class Tracker(TorchDispatchMode):
         made = {event.key for event in warm_up if event.kind != "free"}
         before = [event for event in warm_up if event.key in made]
         events = before + trace.events[begun:]
-        return Trace(trace.storages, trace.resident, events, len(before), trace.made_by_first_step)
+        products = [(at - begun + len(before), backward) for at, backward in trace.products if at >= begun]
+        return Trace(trace.storages, trace.resident, events, len(before), trace.made_by_first_step, products)
 
     def step_alone(self, begun: int) -> Trace:
         """One step of several: whatever was live as it began, at event `begun`, counts as live before it."""
@@ -129,7 +133,8 @@ class Tracker(TorchDispatchMode):
                 live.pop(event.key if event.kind == "free" else event.old, None)
             if event.kind != "free":
                 live[event.key] = None
-        return Trace(trace.storages, list(live), trace.events[begun:], 0, trace.made_by_first_step)
+        products = [(at - begun, backward) for at, backward in trace.products if at >= begun]
+        return Trace(trace.storages, list(live), trace.events[begun:], 0, trace.made_by_first_step, products)
 
     def phase(self, name: str) -> None:
         """A phase of the step begins."""
@@ -148,15 +153,24 @@ class Tracker(TorchDispatchMode):
             return args[0].fake_device
         operator = self._operators.get(id(func))
         if operator is None:
-            operator = (str(func).removeprefix("aten."), self._kernels.get(func), func.namespace == "torch_nn")
+            name = str(func).removeprefix("aten.")
+            product = name.partition(".")[0] in PRODUCTS
+            operator = (name, self._kernels.get(func), func.namespace == "torch_nn", product)
             self._operators[id(func)] = operator
-        name, buffers, in_python = operator
+        name, buffers, in_python, product = operator
         if in_python:
             with self:
                 return _python_body(func)(*args, **(kwargs or {}))
         out, makes = self._run(func, args, kwargs or {})
-        if not makes:
-            return out
+        if makes:
+            self._count(func, name, args, out)
+        if product:
+            self.trace.products.append((len(self.trace.events), torch._C._current_graph_task_id() != -1))
+        if buffers is not None:
+            self._kernel_buffers(name, buffers(args))
+        return out
+
+    def _count(self, func: Any, name: str, args: tuple[Any, ...], out: Any) -> None:
         old = self._moved_from(args[0], out) if func is _ADD and _issued_by_engine() else None
         for tensor in (out,) if isinstance(out, Tensor) else () if out is None else tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -167,9 +181,6 @@ class Tracker(TorchDispatchMode):
                     else:
                         self._live.discard(old)
                         self.trace.events.append(Event("move", key, old))
-        if buffers is not None:
-            self._kernel_buffers(name, buffers(args))
-        return out
 
     def _kernel_buffers(self, name: str, sizes: list[int]) -> None:
         keys = []

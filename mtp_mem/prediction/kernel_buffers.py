@@ -11,7 +11,9 @@ import torch
 
 from mtp_mem.config.schema import GPU
 from mtp_mem.memory.trace import Buffers
-from mtp_mem.prediction.reduction_buffers import reduction_buffers
+from mtp_mem.memory.tracker import PRODUCTS
+from mtp_mem.prediction.cuda.cublas import product_buffers, workspaces
+from mtp_mem.prediction.cuda.reduction_buffers import reduction_buffers
 
 _aten = torch.ops.aten
 
@@ -136,8 +138,14 @@ KERNELS: dict[Any, Kernel] = {
 
 
 def kernels_of(gpu: GPU) -> dict[Any, Buffers]:
-    """The table for one target, as a tracker takes it."""
-    return {operator: partial(_sizes, kernel, gpu) for operator, kernel in KERNELS.items()}
+    """The table for one target, as a tracker takes it; with workspaces of products where these are not kept."""
+    table: dict[Any, Buffers] = {operator: partial(_sizes, kernel, gpu) for operator, kernel in KERNELS.items()}
+    rule = workspaces(gpu)
+    if not rule.kept:
+        of_product = partial(product_buffers, nbytes=rule.nbytes)
+        for packet in (getattr(_aten, name) for name in PRODUCTS):
+            table |= {getattr(packet, overload): of_product for overload in packet.overloads()}
+    return table
 
 
 def _sizes(kernel: Kernel, gpu: GPU, args: tuple[Any, ...]) -> list[int]:

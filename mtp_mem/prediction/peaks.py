@@ -1,12 +1,16 @@
 """Peaks of a step on a GPU that need not be here, from its trace and the model of the CUDA allocator."""
 
+import dataclasses
 from typing import Any
 
+from mtp_mem._util import format_bytes
 from mtp_mem.config.schema import GPU, Profile
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.trace import Trace
 from mtp_mem.prediction import simulated_step
-from mtp_mem.prediction.caching_allocator import replay
+from mtp_mem.prediction.cuda.allocator_settings import AllocatorSettings, allocator_settings
+from mtp_mem.prediction.cuda.cublas import THREADS, workspaces
+from mtp_mem.prediction.cuda.replay import replay
 
 
 def check_predictable(profile: Profile) -> None:
@@ -22,17 +26,37 @@ def check_predictable(profile: Profile) -> None:
         )
 
 
-def predicted(trace: Trace, gpu: GPU, workspaces: tuple[int, ...] | None = None) -> dict[str, Any]:
+def settings_of(gpu: GPU) -> AllocatorSettings:
+    """How the target's allocator is set."""
+    settings = allocator_settings(gpu.allocator)
+    if settings.expandable is None:
+        settings = dataclasses.replace(settings, expandable=gpu.expandable_segments)
+    return settings
+
+
+def assumptions(gpu: GPU) -> list[str]:
+    """What every prediction for this target rests on, beside the step itself; a sentence each."""
+    rule, settings = workspaces(gpu), settings_of(gpu)
+    size = f"{format_bytes(rule.nbytes)} ({rule.nbytes:,} B)"
+    kept = f"{THREADS} of {size}, kept from the first products on" if rule.kept else f"{size} during each product"
+    stated = [f"cuBLAS workspaces: {kept} ({rule.because})"]
+    if settings.not_modelled:
+        stated.append(f"the allocator is set to what its model does not know: {', '.join(settings.not_modelled)}")
+    return stated
+
+
+def predicted(trace: Trace, gpu: GPU, resident: tuple[int, ...] | None = None) -> dict[str, Any]:
     """The allocator's figures and the tracked ones that explain them.
 
     Args:
         trace: from the fake instrument.
         gpu: the target.
-        workspaces: cuBLAS workspaces that stay allocated; by default as many of the GPU's size as a step makes.
+        resident: sizes of cuBLAS workspaces that stay allocated, and of what else is in no tensor; by default by the
+            rule.
     """
-    resident = (gpu.workspace_bytes,) * simulated_step.CUBLAS_WORKSPACES if workspaces is None else workspaces
+    resident = workspaces(gpu).resident if resident is None else resident
     peak = trace.peak()
-    blocks = replay(trace, expandable=gpu.expandable_segments, workspaces=resident)
+    blocks = replay(trace, settings_of(gpu), resident)
     by_category: dict[str, int] = {str(category): nbytes for category, nbytes in peak.by_category.items()}
     by_category["workspace"] = by_category.get("workspace", 0) + sum(resident)
     return {

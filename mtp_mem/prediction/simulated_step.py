@@ -41,7 +41,6 @@ from mtp_mem.prediction.meta_results import MetaResults
 from mtp_mem.step import TrainingStep
 from mtp_mem.strategy import Strategy, kernel_limits
 
-CUBLAS_WORKSPACES = 2  # one per thread that multiplies: forward, and autograd's device thread
 STEPS_BEFORE = 1  # the replay's first pass over the step itself, which makes the optimizer's state
 
 

@@ -11,6 +11,7 @@ from mtp_mem._util import format_bytes
 from mtp_mem.config.schema import GPU, Profile
 from mtp_mem.environment import environment
 from mtp_mem.prediction.largest_fit import AXES, Answer, Plan, advice
+from mtp_mem.prediction.peaks import assumptions
 from mtp_mem.prediction.setups import Tried, cheapest, setup_advice, share
 
 TIGHT = "*"
@@ -137,6 +138,7 @@ def _what(profile: Profile, gpu: GPU, n: int, limit: int) -> dict[str, Any]:
         "gpu": dataclasses.asdict(gpu),
         "limit_bytes": limit,
         "environment": environment("cpu"),
+        "assumptions": assumptions(gpu),
     }
 
 

@@ -128,6 +128,7 @@ class Bench:
 
     def _measure(self, strategy: Strategy) -> dict[str, Any]:
         step, chosen = self.step(strategy), self.resolve_auto(strategy)[1]
+        free(self.device)  # of what building the model and restoring its weights left
         with sampled_rss() as rss:
             for _ in range(WARM_UP[self.device.type]):
                 step()

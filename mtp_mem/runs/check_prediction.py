@@ -1,8 +1,8 @@
 """Is the prediction right? `mtp-mem predict --check` holds it against a CUDA device, byte by byte.
 
 Each case is measured in a process of its own, under the default allocator and under expandable segments, and predicted
-with the workspaces that were found there. Then each row of the kernel table is run alone. Without a CUDA device it says
-so and prints the predictions.
+with the workspaces that were kept there, or without any. Then each row of the kernel table is run alone. Without a CUDA
+device it says so and prints the predictions.
 """
 
 import json
@@ -23,6 +23,8 @@ from mtp_mem.config.schema import GPU, ModelConfig, Profile, Sweep, Workload, lo
 from mtp_mem.environment import code_digest
 from mtp_mem.errors import BadInput
 from mtp_mem.prediction import simulated_step
+from mtp_mem.prediction.cuda.allocator_settings import VARIABLES
+from mtp_mem.prediction.cuda.cublas import workspaces
 from mtp_mem.prediction.kernel_buffers import KERNELS
 from mtp_mem.prediction.peaks import predicted
 from mtp_mem.runs import isolated
@@ -44,7 +46,6 @@ SHAPES = {
 ALLOCATORS = {"default": "expandable_segments:False", "expandable": "expandable_segments:True"}
 FILE = "check.json"
 FIELDS = ("requested", "allocated", "reserved")
-SM90_WORKSPACE, OTHER_WORKSPACE = 4096 * 8 * 1024, 8_519_680
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def check(gpu: GPU, before: Sequence[Row] = (), *, quick: bool, measure: bool) -
                     profile = Profile(name=shape, model=model, workload=workload, sweep=Sweep(n=(n,)))
                     facts = None
                     if measure:
-                        variables = {"PYTORCH_CUDA_ALLOC_CONF": ALLOCATORS[allocator]}
+                        variables = dict.fromkeys(VARIABLES, ALLOCATORS[allocator])
                         facts = isolated.measure(profile, n, spec, "cuda", environment=variables)
                     yield compare(shape, spec, n, allocator, profile, target, facts)
 
@@ -144,13 +145,17 @@ def compare(
     shape: str, spec: str, n: int, allocator: str, profile: Profile, gpu: GPU, facts: dict[str, Any] | None
 ) -> Row:
     """Predict one case and set it beside what `isolated.measure` found of it."""
+    measured, resident = facts is not None and facts["status"] == "ok", None
+    if facts is not None and measured:
+        nbytes = workspaces(gpu).nbytes
+        count, rest = divmod(facts["live_unnamed_bytes"], nbytes) if nbytes else (0, facts["live_unnamed_bytes"])
+        resident = (nbytes,) * count + ((rest,) if rest else ())
+        gpu = replace(gpu, workspaces_kept=count > 0)
     trace = simulated_step.simulate(profile.model.with_n(n), profile.workload, load_strategy(spec), gpu=gpu)
-    if facts is None or facts["status"] != "ok":
-        peaks = predicted(trace, gpu)
+    peaks = predicted(trace, gpu, resident)
+    if facts is None or not measured:
         error = None if facts is None else facts["error"]
         return Row(shape, n, spec, allocator, {key: peaks[f"peak_{key}_bytes"] for key in FIELDS}, error=error)
-    count, rest = divmod(facts["live_unnamed_bytes"], gpu.workspace_bytes)
-    peaks = predicted(trace, gpu, (gpu.workspace_bytes,) * count + ((rest,) if rest else ()))
     return Row(
         shape,
         n,
@@ -187,11 +192,11 @@ def device_here() -> GPU:
     """The CUDA device of this process as a target."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     query = getattr(torch.backends.cuda, "cublas_workspace_size", None)  # since torch 2.13
-    default = SM90_WORKSPACE if properties.major == 9 else OTHER_WORKSPACE
     return GPU(
         name=properties.name,
         total_bytes=properties.total_memory,
-        workspace_bytes=query() if query else default,
+        capability=f"{properties.major}.{properties.minor}",
+        workspace_bytes=query() if query else None,
         multiprocessors=properties.multi_processor_count,
         threads_per_multiprocessor=properties.max_threads_per_multi_processor,
         source="the device itself",

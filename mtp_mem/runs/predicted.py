@@ -11,7 +11,7 @@ from mtp_mem.errors import one_line
 from mtp_mem.model.build import parameters
 from mtp_mem.prediction import simulated_step
 from mtp_mem.prediction.auto import resolve_auto
-from mtp_mem.prediction.peaks import predicted
+from mtp_mem.prediction.peaks import assumptions, predicted
 from mtp_mem.runs.identity import case_id, implementation
 from mtp_mem.runs.record import Record, new_record
 from mtp_mem.strategy import load_strategy
@@ -22,6 +22,7 @@ def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
     workload, named = profile.workload, {**dataclasses.asdict(profile.workload), "source": f"for {gpu.name}"}
     training = profile.training.facts(workload.dtype)
     env = {**environment("cpu"), "target": gpu.name, "target_bytes": gpu.total_bytes}
+    env["assumptions"] = assumptions(gpu)
     with simulated_step.without_collections():
         for n in profile.sweep.n:
             config = profile.model.with_n(n)

@@ -64,6 +64,10 @@ def kind(hint: Any) -> str:
 
 
 def default(cls: type[Any], field: dataclasses.Field[Any]) -> str:
+    if (cls, field.name) == (GPU, "workspace_bytes"):
+        return "by `capability` and torch's version"
+    if (cls, field.name) == (GPU, "workspaces_kept"):
+        return "by torch's version"
     if field.name in IN_WORDS and cls is not GPU:
         return IN_WORDS[field.name]
     if field.default is dataclasses.MISSING:

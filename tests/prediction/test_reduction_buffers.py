@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mtp_mem.config.schema import GPU, load_gpu
+from mtp_mem.prediction.cuda.reduction_buffers import reduction_buffers
 from mtp_mem.prediction.kernel_buffers import KERNELS
-from mtp_mem.prediction.reduction_buffers import reduction_buffers
 
 SEEN = [
     (4096, 1024, 108, [33554432, 32]),

@@ -14,7 +14,9 @@ from mtp_mem.config.schema import load_gpu, load_gpus
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.cpu import track
 from mtp_mem.prediction import kernel_buffers
-from mtp_mem.prediction.caching_allocator import replay
+from mtp_mem.prediction.cuda.allocator_settings import AllocatorSettings
+from mtp_mem.prediction.cuda.cublas import workspaces
+from mtp_mem.prediction.cuda.replay import replay
 from mtp_mem.prediction.floor import NoLogits
 from mtp_mem.prediction.peaks import predicted
 from mtp_mem.prediction.simulated_step import Simulation, simulate
@@ -75,8 +77,9 @@ def test_the_allocator_s_view_of_a_predicted_step(spec: str) -> None:
     gpu = load_gpu("h200")
     config = tiny(vocab_size=4099, n_layers=5, n_future=3)
     trace = simulate(config, Workload(batch=2, sequence=64, dtype="bf16"), load_strategy(spec), gpu=gpu)
-    default, expandable = (replay(trace, expandable=e, workspaces=(gpu.workspace_bytes,)) for e in (False, True))
-    assert default.requested_peak == expandable.requested_peak == trace.peak().nbytes + gpu.workspace_bytes
+    nbytes = workspaces(gpu).nbytes
+    default, expandable = (replay(trace, AllocatorSettings(expandable=e), (nbytes,)) for e in (False, True))
+    assert default.requested_peak == expandable.requested_peak == trace.peak().nbytes + nbytes
     assert default.requested_peak <= expandable.allocated_peak <= default.allocated_peak <= default.reserved_peak
 
 
@@ -146,7 +149,7 @@ def test_every_gpu_says_where_its_figures_come_from() -> None:
     for name, gpu in load_gpus().items():
         assert gpu.source, name
         assert 14 * 2**30 < gpu.total_bytes < 200 * 2**30
-        assert gpu.workspace_bytes % 512 == 0
+        assert workspaces(gpu).nbytes % 512 == 0
 
 
 def test_a_trace_does_not_depend_on_what_else_is_rehearsed() -> None:

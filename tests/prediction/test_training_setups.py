@@ -14,6 +14,7 @@ from mtp_mem.errors import BadInput
 from mtp_mem.memory.cpu import track
 from mtp_mem.model.optimizers import make_optimizer, optimizer_state, state_by_rule
 from mtp_mem.model.own import set_up
+from mtp_mem.prediction.cuda.cublas import workspaces
 from mtp_mem.prediction.peaks import predicted
 from mtp_mem.prediction.simulated_step import simulate
 from mtp_mem.step import clip_gradients, forward_backward
@@ -208,7 +209,7 @@ def test_other_precisions_are_predicted_for_cuda(dtype: str) -> None:
     trace = simulate(CONFIG, workload, load_strategy("naive"), gpu=gpu)
     operator = "flash" if dtype == "bf16-mixed" else "efficient"
     assert any(f"_scaled_dot_product_{operator}_attention_backward" in s.op for s in trace.storages.values())
-    assert predicted(trace, gpu)["baseline_bytes"] == trace.baseline + 2 * gpu.workspace_bytes
+    assert predicted(trace, gpu)["baseline_bytes"] == trace.baseline + 2 * workspaces(gpu).nbytes
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from small import tiny
 from mtp_mem.cli import main
 from mtp_mem.config.schema import GPU, Profile, Sweep, Workload, load_gpu
 from mtp_mem.memory.trace import Trace
+from mtp_mem.prediction.cuda.cublas import workspaces
 from mtp_mem.runs import check_prediction
 
 
@@ -96,11 +97,11 @@ def test_what_counts_as_right() -> None:
     assert alone.measured is None
     assert not check_prediction.is_right(alone)
     # A device that shows one workspace fewer than expected: predicted with what was found, not with what was assumed.
-    shown = {f"peak_{key}_bytes": alone.predicted[key] - gpu.workspace_bytes for key in check_prediction.FIELDS}
+    shown = {f"peak_{key}_bytes": alone.predicted[key] - workspaces(gpu).nbytes for key in check_prediction.FIELDS}
     facts = {
         "status": "ok",
         **shown,
-        "live_unnamed_bytes": gpu.workspace_bytes,
+        "live_unnamed_bytes": workspaces(gpu).nbytes,
         "alloc_retries": 0,
         "peak_spread_bytes": 0,
     }

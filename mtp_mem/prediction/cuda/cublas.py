@@ -1,0 +1,79 @@
+"""cuBLAS workspaces: how large they are and how long they live, by compute capability and torch's version.
+
+PyTorch takes them from the caching allocator (aten/src/ATen/cuda/CublasHandlePool.cpp):
+
+| torch | bytes | live |
+|---|---|---|
+| 2.11 | 32 MiB at capability 9, else 8,519,680 | kept for each thread and stream from its first product on |
+| 2.12 to 2.14 | 32 MiB at 9, 10, 12, and from 2.14 at 11 (pull requests 175344, 189312) | the same |
+| 2.15 on | the same | during each product; kept as before where TORCH_CUBLAS_WORKSPACE_CACHE=1 (194311) |
+
+A training step multiplies in two threads, forward and autograd's own, so that two are kept. Frames of public histories
+showed 33,554,432 B at 9.0 and 8,519,680 B before it, two after a step. Nothing of 2.12's, 2.14's and 2.15's rows was
+seen on a GPU; between which versions they begin follows from the pull requests' dates, and for 2.15 from its manual.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mtp_mem._util import MiB
+from mtp_mem.config.schema import GPU
+
+LARGE, SMALL = 32 * MiB, 8_519_680
+THREADS = 2
+"""That multiply in a training step: the one that runs the forward passes, and autograd's for the device."""
+WITH_BIAS = MiB
+"""Of a product with a bias vector from 2.15 on, which cuBLASLt runs (CUBLASLT_WORKSPACE_SIZE)."""
+SIZE_VARIABLE, CACHE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG", "TORCH_CUBLAS_WORKSPACE_CACHE"
+
+
+@dataclass(frozen=True)
+class Workspaces:
+    """Of one target.
+
+    Attributes:
+        nbytes: of one.
+        kept: whether each thread keeps its own; else each product takes one and gives it back.
+        because: what that follows from.
+    """
+
+    nbytes: int
+    kept: bool
+    because: str
+
+    @property
+    def resident(self) -> tuple[int, ...]:
+        """Sizes of those that are live between steps, in the order in which they are taken."""
+        return (self.nbytes,) * THREADS if self.kept else ()
+
+
+def workspaces(gpu: GPU, torch_version: str = torch.__version__) -> Workspaces:
+    """The rule for a target: what its entry says, else what the version of torch that is installed here would do."""
+    version = tuple(int(part) for part in re.findall(r"\d+", torch_version)[:2])
+    reasons = [f"torch {torch_version}"]
+    config = re.findall(r":(\d+):(\d+)", os.environ.get(SIZE_VARIABLE, ""))
+    if gpu.workspace_bytes is not None:
+        nbytes = gpu.workspace_bytes
+        reasons.append("size as the GPU's entry says")
+    elif config:
+        nbytes = sum(int(kib) * int(count) for kib, count in config) << 10
+        reasons.append(f"{SIZE_VARIABLE}={os.environ[SIZE_VARIABLE]}")
+    else:
+        major = int(gpu.capability.partition(".")[0])
+        since = {9: (0, 0), 10: (2, 12), 11: (2, 14), 12: (2, 12)}
+        nbytes = LARGE if major in since and version >= since[major] else SMALL
+        reasons.append(f"compute capability {gpu.capability}")
+    kept = gpu.workspaces_kept
+    if kept is None:
+        kept = version < (2, 15) or os.environ.get(CACHE_VARIABLE) == "1"
+    return Workspaces(nbytes, kept, ", ".join(reasons))
+
+
+def product_buffers(args: tuple[Any, ...], nbytes: int) -> list[int]:
+    """What a product takes where workspaces are not kept."""
+    bias = isinstance(args[0], torch.Tensor) and args[0].dim() == 1
+    return [WITH_BIAS if bias else nbytes]
