@@ -32,6 +32,7 @@ def forward_backward(
     sync: bool = True,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Add the gradient of scale * sum_i weights[i] * L_i to every trainable parameter's `.grad`.
 
@@ -45,6 +46,7 @@ def forward_backward(
         sync: whether a model that is sharded by FSDP2 reduces its gradients: False for all but the last micro-batch.
         label_smoothing: of every head's loss; see `mtp_mem.model.losses.LossOptions`.
         z_loss: likewise.
+        hidden: (B, S, D), a leaf in the place of the trunk's output: nothing below the cut runs.
 
     Returns:
         The unweighted losses L_i, (n,), detached: fp32, or fp64 for fp64 models.
@@ -53,10 +55,10 @@ def forward_backward(
         BadInput: targets or weights of another shape, or a strategy that has no such loss.
     """
     refuse_wrapped(model)
-    phase("trunk forward")
+    phase("trunk forward" if hidden is None else "heads forward")
     upstream = _upstream(model, batch, weights, scale)
-    z = model.trunk(batch.tokens)  # (B, S, D)
-    cut = z.detach().requires_grad_(z.requires_grad)
+    z = model.trunk(batch.tokens) if hidden is None else hidden  # (B, S, D)
+    cut = z.detach().requires_grad_(z.requires_grad) if hidden is None else hidden
     with around_the_heads(model, sync=sync) as turn:
 
         def both(name: str) -> None:
@@ -66,7 +68,7 @@ def forward_backward(
         heads = model.heads(z, both).with_loss(label_smoothing=label_smoothing, z_loss=z_loss)
         require_loss(strategy, heads.options)
         losses = strategy.backward(cut, heads, batch.targets, upstream)
-    if z.requires_grad:
+    if hidden is None and z.requires_grad:
         phase("trunk backward")
         torch.autograd.backward(z, cut.grad)
     return losses
@@ -82,10 +84,11 @@ class TrainingStep:
     strategy: Strategy
     clip_norm: float = 1.0
     training: Training = field(default_factory=Training)
+    hidden: Tensor | None = None  # (B, S, D), a leaf that stands for the trunk's output: the step is its heads alone
 
     def __call__(self, phase: Phase = no_phase) -> Tensor:
         """Returns the n losses of the last micro-batch, detached; every micro-batch is the batch once more."""
-        self.model.zero_grad(set_to_none=self.training.set_to_none)
+        self.forget_gradients()
         training, count = self.training, self.training.micro_batches
         for i in range(count):
             losses = forward_backward(
@@ -97,12 +100,24 @@ class TrainingStep:
                 sync=i == count - 1,
                 label_smoothing=training.label_smoothing,
                 z_loss=training.z_loss,
+                hidden=self.hidden,
             )
+        if self.hidden is not None:
+            return losses
         phase("clip")
         clip_gradients(self.model.parameters(), self.clip_norm)
         phase("optimizer")
         self.optimizer.step()
         return losses
+
+    def forget_gradients(self) -> None:
+        """Those of the step before."""
+        self.model.zero_grad(set_to_none=self.training.set_to_none)
+        if self.hidden is not None and self.hidden.grad is not None:
+            if self.training.set_to_none:
+                self.hidden.grad = None
+            else:
+                self.hidden.grad.zero_()
 
 
 @torch.no_grad()

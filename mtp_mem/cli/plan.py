@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     gpu = gpu_of(profile.gpus[0] if args.gpu is None else args.gpu, args)
     limit = int(gpu.total_bytes * (1 - percent / 100))
     check_predictable(profile)
+    if profile.training.part != "step":
+        raise BadInput(f"training.part = {profile.training.part!r}: plan fits whole steps; expected step")
     workload = profile.workload
     base = Point(batch=workload.batch, sequence=workload.sequence, n=one_n(args.n, profile))
     profile.model.with_n(base.n)  # raises where the layers do not allow it

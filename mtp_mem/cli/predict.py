@@ -16,7 +16,7 @@ from mtp_mem.cli.common import (
     progress,
     show_assumptions,
 )
-from mtp_mem.cli.setup import gpu_of, gpu_options
+from mtp_mem.cli.setup import gpu_of, gpu_options, part_option
 from mtp_mem.errors import BadInput
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def add(command: AddCommand) -> None:
     """Register the command."""
     sub = command("predict", run, "peaks on GPUs that need not be here: the step on tensors without data")
     case_options(sub, PROFILE)
+    part_option(sub)
     gpu_options(sub, several=True)
     sub.add_argument(
         "--check",
@@ -118,6 +119,7 @@ def gpu_folder(name: str) -> str:
 def _show(records: "list[Record]", path: Path, gpu: "GPU") -> None:
     from mtp_mem._util import format_bytes
     from mtp_mem.report import tables
+    from mtp_mem.runs.identity import training_words
 
     screen = console()
     screen.print(tables.prediction(records, screen, gpu))
@@ -128,8 +130,8 @@ def _show(records: "list[Record]", path: Path, gpu: "GPU") -> None:
         screen.print(line, markup=False)
     screen.print(f"\nrecords {path}, chart {path.with_name('memory-vs-n.png')} (.svg, .csv)", markup=False)
     screen.print(
-        f"Predicted for {gpu.name} ({format_bytes(gpu.total_bytes)}), not measured on one; CUDA context and"
-        " libraries come on top.",
+        f"Predicted for {gpu.name} ({format_bytes(gpu.total_bytes)}), {training_words(records[0])}, not measured on"
+        " one; CUDA context and libraries come on top.",
         markup=False,
     )
     show_assumptions(gpu)

@@ -79,6 +79,15 @@ def training_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--set-to-none", metavar="true|false", help="whether gradients are freed between steps")
 
 
+def part_option(sub: argparse.ArgumentParser) -> None:
+    """`--part`."""
+    sub.add_argument(
+        "--part",
+        metavar="WHAT",
+        help="step, or heads: what is above the cut alone, on given hidden states: no trunk, clipping and optimizer",
+    )
+
+
 def gpu_options(sub: argparse.ArgumentParser, *, several: bool) -> None:
     """`--gpu` and `--gpu-memory`."""
     one = "a GPU of the catalogue (see list), or FILE.toml:NAME"

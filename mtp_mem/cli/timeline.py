@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mtp_mem.cli.common import AddCommand, device_option
-from mtp_mem.cli.setup import chosen_profile, count, gpu_of, gpu_options, model_options, training_options
+from mtp_mem.cli.setup import chosen_profile, count, gpu_of, gpu_options, model_options, part_option, training_options
 from mtp_mem.errors import BrokenContract, MtpMemError, one_line
 
 
@@ -19,6 +19,7 @@ def add(command: AddCommand) -> None:
     model_options(sub, "quick")
     sub.add_argument("--strategy", default="sequential", metavar="SPEC", help="default sequential")
     sub.add_argument("--n", type=count, help="number of heads; default the profile's largest")
+    part_option(sub)
     gpu_options(sub, several=False)
     device_option(sub)
     sub.add_argument("--out", type=Path, metavar="DIR", help="where the files go; default under results/")

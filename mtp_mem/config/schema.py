@@ -25,6 +25,7 @@ OptimizerName = Literal["adamw", "adamw-foreach", "adamw-loop", "adamw-8bit", "s
 MOST_MODULES, LARGEST_SIZE = 10_000, 2**31
 """Layers, heads and blocks, and sizes, beyond any model there is: refused before anything is built."""
 Sharding = Literal["none", "ddp", "fsdp2", "hsdp"]
+Part = Literal["step", "heads"]
 NODE, MOST_RANKS = 8, 2**16
 """GPUs of a node, over which HSDP shards; and more ranks than there are."""
 MASTER = "bf16 + fp32 master"
@@ -187,6 +188,8 @@ class Training:
         sharding: over the ranks of a process group: "ddp" replicates all, "fsdp2" shards all, "hsdp" shards over a
             node's 8 ranks and replicates over nodes.
         world: ranks; the batch is each one's own.
+        part: "step"; "heads": what is above the cut alone, on hidden states that are given, without clipping and
+            optimizer. Only predicted.
     """
 
     trunk_checkpointing: Literal["none", "full"] | int = "none"
@@ -199,9 +202,13 @@ class Training:
     z_loss: float = 0.0
     sharding: Sharding = "none"
     world: int = 1
+    part: Part = "step"
 
     def __post_init__(self) -> None:
         _one_of("training.sharding", self.sharding, Sharding)
+        _one_of("training.part", self.part, Part)
+        if self.part == "heads" and self.sharding != "none":
+            raise BadInput(f"training.part = 'heads' with sharding {self.sharding!r}: expected none")
         if not 1 <= self.world <= MOST_RANKS or (self.sharding == "none" and self.world > 1):
             raise BadInput(
                 f"training.world = {self.world} with sharding {self.sharding!r}: expected 1 without sharding, else 1 to"
@@ -266,6 +273,7 @@ class Training:
             f"label smoothing {self.label_smoothing:g}": self.label_smoothing > 0,
             f"z-loss {self.z_loss:g}": self.z_loss > 0,
             f"{self.sharding} over {self.world} ranks": self.sharding != "none",
+            "the heads alone": self.part == "heads",
         }
         return tuple(text for text, said in words.items() if said)
 

@@ -44,14 +44,14 @@ class Shape:
         """From a record's `model` and `workload`, its setup, and whether CUDA's kernels run or are predicted.
 
         None where no formula applies: a model that is not this package's, bf16-mixed, other head kinds, several
-        micro-batches, frozen parts, fp32 copies, gradients that are kept.
+        micro-batches, frozen parts, fp32 copies, gradients that are kept, the heads alone.
         """
         training = training or Training()
         if "architecture" in model or "factory" in model:
             return None
         if model["head"] != "parallel" or model["unembedding"] == "replicated" or workload["dtype"] not in VALUE_BYTES:
             return None
-        if training.sharding != "none":
+        if training.sharding != "none" or training.part != "step":
             return None
         if training.micro_batches > 1 or training.frozen_parts or training.master_weights or not training.set_to_none:
             return None

@@ -10,7 +10,7 @@ from mtp_mem.memory.trace import Trace
 from mtp_mem.prediction import simulated_step
 from mtp_mem.prediction.cuda.allocator_settings import AllocatorSettings, allocator_settings
 from mtp_mem.prediction.cuda.cublas import THREADS, workspaces
-from mtp_mem.prediction.cuda.replay import replay
+from mtp_mem.prediction.cuda.replay import first_products, replay
 
 
 def check_predictable(profile: Profile) -> None:
@@ -54,7 +54,8 @@ def predicted(trace: Trace, gpu: GPU, resident: tuple[int, ...] | None = None) -
         resident: sizes of cuBLAS workspaces that stay allocated, and of what else is in no tensor; by default by the
             rule.
     """
-    resident = workspaces(gpu).resident if resident is None else resident
+    if resident is None:
+        resident = workspaces(gpu).resident(len(first_products(trace)))
     peak = trace.peak()
     blocks = replay(trace, settings_of(gpu), resident)
     by_category: dict[str, int] = {str(category): nbytes for category, nbytes in peak.by_category.items()}

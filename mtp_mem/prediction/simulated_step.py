@@ -31,10 +31,11 @@ from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.memory.unseen import all_seen
 from mtp_mem.model.build import make_model
+from mtp_mem.model.head_tree import keep_inputs
 from mtp_mem.model.layers import Attention
 from mtp_mem.model.mtp_model import MTPModel, cuda_attention
 from mtp_mem.model.optimizers import optimizer_state, simulated_optimizer
-from mtp_mem.model.own import Model, set_up
+from mtp_mem.model.own import Model, groups, set_up
 from mtp_mem.prediction.floor import NoLogits
 from mtp_mem.prediction.kernel_buffers import kernels_of
 from mtp_mem.prediction.meta_results import MetaResults
@@ -108,24 +109,32 @@ class Simulation:
             optimizer = simulated_optimizer(
                 model, name=training.optimizer, master=training.master_weights, host=unset_fake_temporarily
             )
+            hidden = _hidden_states(model, tokens) if training.part == "heads" else None
+            named = dict(model.named_parameters() if hidden is None else _above_the_cut(model, config))
+            leaves = named if hidden is None else {**named, "hidden states": hidden}
             if not training.set_to_none:
-                for parameter in model.parameters():
-                    parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+                for leaf in leaves.values():
+                    leaf.grad = torch.empty_like(leaf) if leaf.requires_grad else None
         tracker.watch(model.named_parameters())
-        tracker.resident("parameters", model.named_parameters())
-        tracker.resident("other", (("tokens", batch.tokens), ("targets", batch.targets), *model.named_buffers()))
+        tracker.resident("parameters", named.items())
+        if hidden is None:
+            given = {"tokens": batch.tokens, "targets": batch.targets, **dict(model.named_buffers())}
+        else:
+            given = {"hidden states": hidden, "targets": batch.targets}
+        tracker.resident("other", given.items())
         built = len(tracker.trace.resident)
-        gradients = ((f"{name}.grad", p.grad) for name, p in model.named_parameters() if p.grad is not None)
+        gradients = ((f"{name}.grad", leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None)
         tracker.resident("gradients", gradients)
-        state = optimizer_state(model, optimizer)
-        # What an unfused optimizer keeps on the host is not CUDA's.
-        tracker.resident("optimizer", (pair for pair in state if not cuda or _without_data(pair[1])))
+        if hidden is None:
+            state = optimizer_state(model, optimizer)
+            # What an unfused optimizer keeps on the host is not CUDA's.
+            tracker.resident("optimizer", (pair for pair in state if not cuda or _without_data(pair[1])))
         if training.sharding == "ddp":
             tracker.resident("communication buffers", _buckets(model))
         tracker.trace.made_by_first_step = tracker.trace.resident[built:]
         # From the second micro-batch on all are alike.
         training = dataclasses.replace(training, micro_batches=min(2, training.micro_batches))
-        self._step = TrainingStep(model, optimizer, batch, NoLogits(), workload.clip_norm, training)
+        self._step = TrainingStep(model, optimizer, batch, NoLogits(), workload.clip_norm, training, hidden)
 
     @property
     def baseline(self) -> int:
@@ -163,13 +172,13 @@ class Simulation:
                     with tracker, all_seen():
                         if warm_up:
                             step(tracker.phase)
-                            self._forget_gradients()
+                            step.forget_gradients()
                         begun = len(tracker.trace.events)
                         step(tracker.phase)
                     alone = self._sharded and not warm_up
                     return tracker.step_alone(begun) if alone else tracker.step_since(begun, warmed_up)
                 finally:
-                    self._forget_gradients()
+                    step.forget_gradients()
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as e:
             raise self._unpredictable(strategy, e) from None
         except (RuntimeError, NotImplementedError) as e:
@@ -190,13 +199,25 @@ class Simulation:
         why = f"it needs real data or a GPU kernel ({operator}{error})".split("\n")[0]
         return BadInput(f"{culprit} cannot be predicted: {why}")
 
-    def _forget_gradients(self) -> None:
-        self._step.model.zero_grad(set_to_none=self._step.training.set_to_none)
-
 
 def _without_data(tensor: torch.Tensor) -> bool:
     tensor = getattr(tensor, "_local_tensor", tensor)  # of a DTensor the shard
     return isinstance(tensor, FakeTensor) or tensor.is_meta
+
+
+def _hidden_states(model: Model, tokens: torch.Tensor) -> torch.Tensor:
+    """What the heads read where no trunk runs: (B, S, D), a leaf that needs a gradient."""
+    with torch.no_grad():
+        z = model.trunk(tokens)
+    return keep_inputs(z.detach().requires_grad_(), getattr(z, "mtp_inputs", None))
+
+
+def _above_the_cut(model: Model, config: ModelConfig) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """All parameters but those of the parts "trunk" and "embedding"; of this too where heads use it."""
+    owned = groups(model)
+    shared = config.unembedding == "tied" or (config.head == "deepseek" and config.n_future > 1)
+    below = {id(p) for part in ("trunk", *(() if shared else ("embedding",))) for p in owned.get(part, [])}
+    yield from ((name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in below)
 
 
 def _buckets(model: Model) -> Iterator[tuple[str, torch.Tensor]]:

@@ -36,6 +36,10 @@ class Bench:
     """One model with its optimizer and batch, on which strategies take turns."""
 
     def __init__(self, profile: Profile, config: ModelConfig, corpus: Corpus, device: torch.device) -> None:
+        if profile.training.part != "step":
+            raise BadInput(
+                f"training.part = {profile.training.part!r}: steps here run whole; predict and timeline --gpu take it"
+            )
         if profile.training.sharding != "none":
             raise BadInput(
                 f"training.sharding = {profile.training.sharding!r}: steps here run in one process; predict, plan and"

@@ -37,7 +37,7 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_by_capability_and_version(gpu: str, version: str, nbytes: int, kept: bool) -> None:
     rule = workspaces(load_gpu(gpu), version)
-    assert (rule.nbytes, rule.kept, rule.resident) == (nbytes, kept, (nbytes, nbytes) if kept else ())
+    assert (rule.nbytes, rule.kept, rule.resident()) == (nbytes, kept, (nbytes, nbytes) if kept else ())
 
 
 def test_what_the_environment_and_the_gpu_s_entry_say(monkeypatch: pytest.MonkeyPatch) -> None:

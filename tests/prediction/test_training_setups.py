@@ -12,6 +12,7 @@ from mtp_mem import ModelConfig, MTPModel, Training, TrainingStep, Workload, loa
 from mtp_mem.config.schema import load_gpu
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.cpu import track
+from mtp_mem.model.head_tree import keep_inputs
 from mtp_mem.model.optimizers import make_optimizer, optimizer_state, state_by_rule
 from mtp_mem.model.own import set_up
 from mtp_mem.prediction.cuda.cublas import workspaces
@@ -235,3 +236,29 @@ def test_what_no_setup_is(changes: dict[str, object], words: str) -> None:
 def test_what_this_model_cannot_freeze(frozen: tuple[str, ...], words: str) -> None:
     with pytest.raises(BadInput, match=words):
         set_up(MTPModel(CONFIG), Training(frozen=frozen))
+
+
+@pytest.mark.parametrize("spec", ["naive", "sequential", "chunked_tokens:chunk=16"])
+@pytest.mark.parametrize("unembedding", ["shared", "tied"])
+def test_the_heads_alone_are_those_of_the_real_step(spec: str, unembedding: str) -> None:
+    training = Training(part="heads", set_to_none=False)
+    config = tiny(vocab_size=517, n_future=2, unembedding=unembedding)
+    model, batch = build(config)
+    hidden = keep_inputs(model.trunk(batch.tokens).detach().requires_grad_(), batch.tokens)
+    step = TrainingStep(model, make_optimizer(model), batch, load_strategy(spec), training=training, hidden=hidden)
+    step()
+    assert all(parameter.grad is None for parameter in model.trunk_layers.parameters())
+    real = track(step)
+    workload = Workload(batch=batch.tokens.shape[0], sequence=batch.tokens.shape[1], dtype="fp32")
+    alone = simulate(config, workload, load_strategy(spec), training, cuda=False)
+    assert alone.peak().nbytes - alone.baseline == real.peak().nbytes - real.baseline
+    below = sum(p.numel() for p in model.trunk_layers.parameters())
+    below += 0 if unembedding == "tied" else model.embedding.weight.numel()
+    above = sum(p.numel() for p in model.parameters()) - below
+    # Parameters and their gradients, hidden states and theirs, two rows of targets; no tokens, no optimizer state.
+    assert alone.baseline == 4 * 2 * (above + hidden.numel()) + 8 * 2 * batch.tokens.numel()
+
+
+def test_the_heads_alone_are_predicted_and_not_run() -> None:
+    with pytest.raises(BadInput, match=r"training.part = 'heads' with sharding 'ddp': expected none"):
+        Training(part="heads", sharding="ddp", world=2)

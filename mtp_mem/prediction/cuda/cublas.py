@@ -45,10 +45,9 @@ class Workspaces:
     kept: bool
     because: str
 
-    @property
-    def resident(self) -> tuple[int, ...]:
-        """Sizes of those that are live between steps, in the order in which they are taken."""
-        return (self.nbytes,) * THREADS if self.kept else ()
+    def resident(self, threads: int = THREADS) -> tuple[int, ...]:
+        """Sizes of those that are live between steps in which so many threads multiply."""
+        return (self.nbytes,) * threads if self.kept else ()
 
 
 def workspaces(gpu: GPU, torch_version: str = torch.__version__) -> Workspaces:

@@ -26,19 +26,19 @@ def replay(trace: Trace, settings: AllocatorSettings, workspaces: Sequence[int] 
     allocator = CachingAllocator(
         expandable=bool(settings.expandable), large_segment=settings.large_segment, max_split=settings.max_split
     )
-    keys = {-1 - i: nbytes for i, nbytes in enumerate(workspaces)}
-    taken_at = _first_products(trace, keys) if trace.made_by_first_step is not None else {}
-    late = trace.made_by_first_step or []
-    for key in keys.keys() - {key for made in taken_at.values() for key in made}:
-        allocator.allocate(key, keys[key])
+    late, moments = [], []
+    if trace.made_by_first_step is not None:
+        late, moments = trace.made_by_first_step, first_products(trace)[: len(workspaces)]
+    for i in range(len(moments), len(workspaces)):
+        allocator.allocate(-1 - i, workspaces[i])
     for key in trace.resident[: len(trace.resident) - len(late)]:
         allocator.allocate(key, trace.storages[key].nbytes)
     _run(allocator, trace, 0, trace.start)
     if trace.made_by_first_step is not None:
-        live = {*allocator.taken, *late, *keys}
+        live = {*allocator.taken, *late, *range(-len(workspaces), 0)}
         phases = [trace.storages[event.key].phase for event in trace.events[trace.start :]]
         stepped = trace.start + (phases.index("optimizer") if "optimizer" in phases else len(phases))
-        _run(allocator, trace, trace.start, stepped, {at: {k: keys[k] for k in made} for at, made in taken_at.items()})
+        _run(allocator, trace, trace.start, stepped, {at: (-1 - i, workspaces[i]) for i, at in enumerate(moments)})
         for key in late:
             allocator.allocate(key, trace.storages[key].nbytes)
         _run(allocator, trace, stepped, len(trace.events))
@@ -50,26 +50,21 @@ def replay(trace: Trace, settings: AllocatorSettings, workspaces: Sequence[int] 
     return allocator
 
 
-def _first_products(trace: Trace, keys: Mapping[int, int]) -> dict[int, list[int]]:
-    """Event -> the workspaces that are taken before it."""
-    taken_at: dict[int, list[int]] = {}
-    for key, in_backward in zip(sorted(keys, reverse=True), (False, True), strict=False):
-        at = next((at for at, backward in trace.products if backward == in_backward and at >= trace.start), None)
-        if at is not None:
-            taken_at.setdefault(at, []).append(key)
-    return taken_at
+def first_products(trace: Trace) -> list[int]:
+    """The events before which threads take their workspaces: the forward passes' thread, then autograd's."""
+    first: dict[bool, int] = {}
+    for at, in_backward in trace.products:
+        if at >= trace.start:
+            first.setdefault(in_backward, at)
+    return [first[thread] for thread in sorted(first)]
 
 
 def _run(
-    allocator: CachingAllocator,
-    trace: Trace,
-    begin: int,
-    end: int,
-    taken_at: Mapping[int, Mapping[int, int]] | None = None,
+    allocator: CachingAllocator, trace: Trace, begin: int, end: int, also: Mapping[int, tuple[int, int]] | None = None
 ) -> None:
     for i in range(begin, end):
-        for key, nbytes in (taken_at or {}).get(i, {}).items():
-            allocator.allocate(key, nbytes)
+        if also and i in also:
+            allocator.allocate(*also[i])
         event = trace.events[i]
         if event.kind == "alloc":
             allocator.allocate(event.key, trace.storages[event.key].nbytes)
