@@ -1,9 +1,8 @@
-"""Two published benchmarks as models and losses for `mtp-mem predict --part heads`: peaks that an A100 showed.
+"""Published benchmarks of a head and its loss, as models and losses for `mtp-mem predict --part heads`.
 
-Liger-Kernel measures a plain unembedding with cross entropy, and cross entropy alone, on an A100 with 80 GB
-(benchmark/data/all_benchmark_data.csv of linkedin/Liger-Kernel, provider "huggingface"). There is no trunk, no norm and
-no optimizer, gradients stay from step to step, and the loss is computed in the logits' own dtype, where every strategy
-of mtp_mem takes fp32. docs/evidence.md has the command lines and what they give.
+They have an unembedding and a loss, and no trunk, no norm and no optimizer. Liger-Kernel keeps gradients from step to
+step and computes the loss in the logits' own dtype, where every strategy of mtp_mem takes fp32; cut-cross-entropy caps
+the logits in their own dtype. docs/evidence.md has the command lines, the published figures and their sources.
 """
 
 import re
@@ -53,11 +52,12 @@ def linear_head(_n: int) -> Benchmark:
 
 
 def __getattr__(name: str) -> Callable[[int], Benchmark]:
-    """`logits_32768`: cross entropy alone of 32768 logits, for `--model`."""
-    match = re.fullmatch(r"logits_([1-9]\d*)", name)
+    """For `--model`: `head_4096x128256` is an unembedding alone, `logits_32768` cross entropy of so many logits."""
+    match = re.fullmatch(r"head_(\d+)x(\d+)|logits_(\d+)", name)
     if match is None:
         raise AttributeError(name)
-    return lambda _n: Benchmark(int(match[1]), 0, unused=0)
+    dim, rows, logits = (int(digits or 0) for digits in match.groups())
+    return lambda _n: Benchmark(dim or logits, rows, unused=0)
 
 
 class InItsOwnDtype(Sequential):
@@ -74,3 +74,19 @@ def cross_entropy(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tenso
     """Mean over the targets, 0-dim fp32; no product where there is no unembedding."""
     logits = partial(F.linear, weight=unembedding) if len(unembedding) else nn.Identity()
     return F.cross_entropy(logits(hidden).flatten(0, -2), targets.flatten()).float()
+
+
+class CappedInItsOwnDtype(Sequential):
+    """Sequential, with logits capped as in Gemma 2 in their own dtype, and the cross entropy in fp32."""
+
+    def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        """See `Sequential`."""
+        loss = heads.loss(head, hidden, targets, capped_cross_entropy)
+        heads.backward([loss], [weight])
+        return loss.detach()
+
+
+def capped_cross_entropy(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the targets, 0-dim fp32."""
+    capped = 30 * torch.tanh(F.linear(hidden, unembedding) / 30)
+    return F.cross_entropy(capped.flatten(0, -2).float(), targets.flatten())
