@@ -15,12 +15,11 @@ Held against recordings of real GPUs it was exact (docs/evidence.md).
 """
 
 import bisect
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal
 
 from mtp_mem._util import MiB
-from mtp_mem.memory.trace import Event, Trace
 
 Fit = Literal["yes", "tight", "no"]
 """Whether a step fits; `tight`: what it allocates does, the segments it reserves with their unused parts do not."""
@@ -276,48 +275,6 @@ def _free_from(block: Block | None, enough: int) -> int:
     while total < enough and block is not None and block.free:
         total, block = total + block.nbytes, block.after
     return total
-
-
-def replay(trace: Trace, *, expandable: bool, workspaces: tuple[int, ...] = ()) -> CachingAllocator:
-    """Put a trace through the allocator; the peaks are those of the measured step.
-
-    Args:
-        trace: one step. Where it says what the first step makes, that step comes before: a steady step finds the
-            blocks that an earlier one left behind, and the optimizer's state lies among them.
-        expandable: `expandable_segments:True`.
-        workspaces: sizes of buffers that stay (cuBLAS), allocated when the model is built.
-    """
-    allocator = CachingAllocator(expandable=expandable)
-    for i, nbytes in enumerate(workspaces):
-        allocator.allocate(-1 - i, nbytes)
-    late = trace.made_by_first_step or []
-    for key in trace.resident[: len(trace.resident) - len(late)]:
-        allocator.allocate(key, trace.storages[key].nbytes)
-    before, step = trace.events[: trace.start], trace.events[trace.start :]
-    _run(allocator, trace, before)
-    if trace.made_by_first_step is not None:
-        live = {*allocator.taken, *late}
-        phases = [trace.storages[event.key].phase for event in step]
-        stepped = phases.index("optimizer") if "optimizer" in phases else len(step)
-        _run(allocator, trace, step[:stepped])
-        for key in late:
-            allocator.allocate(key, trace.storages[key].nbytes)
-        _run(allocator, trace, step[stepped:])
-        for key in sorted(set(allocator.taken) - live):
-            allocator.release(key)
-    allocator.reset_peaks()
-    _run(allocator, trace, step)
-    return allocator
-
-
-def _run(allocator: CachingAllocator, trace: Trace, events: Sequence[Event]) -> None:
-    for event in events:
-        if event.kind == "alloc":
-            allocator.allocate(event.key, trace.storages[event.key].nbytes)
-        elif event.kind == "free":
-            allocator.release(event.key)
-        else:
-            allocator.move(event.key, event.old)
 
 
 def fit(allocated: int, reserved: int, limit: int) -> Fit:
