@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -43,6 +43,13 @@ def start(
     out, err = (folder.with_name(f"{folder.name}.{name}") for name in ("out", "err"))
     around = Surroundings(folder, stdout or out, stderr or err, variables or {}, limits or {})
     process = _CONTEXT.Process(target=_command, args=(around, args))
+    process.start()
+    return process
+
+
+def call(function: Callable[..., Any], *args: Any) -> BaseProcess:
+    """The function in a process of its own."""
+    process = _CONTEXT.Process(target=function, args=args)
     process.start()
     return process
 

@@ -5,8 +5,11 @@ Results go to stdout, progress and notes to stderr. Exit codes: 0 ok; 1 a check 
 """
 
 import argparse
+import contextlib
+import signal
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from mtp_mem._version import __version__
 from mtp_mem.cli import chart, compare, listing, plan, predict, profile, regressions, report, timeline, verify
@@ -28,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Deprecation notes of the libraries we call are for us, not for the user in front of a table.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
         try:
-            code: int = args.run(args)
+            with _heeding_signals():
+                code: int = args.run(args)
             if why := lost_results():
                 raise BadInput(f"standard output: cannot be written: {why}")
             return code
@@ -40,6 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
         except Exception:
             return crashed()
+
+
+@contextlib.contextmanager
+def _heeding_signals() -> Iterator[None]:
+    """A block that a hangup or a termination signal ends as Ctrl-C does: what is half-written is cleared away."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    usual = [n for n in (signal.SIGTERM, signal.SIGHUP) if main_thread and signal.getsignal(n) == signal.SIG_DFL]
+    for number in usual:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in usual:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -110,7 +110,7 @@ def show_assumptions(gpu: "GPU") -> None:
 def progress(total: int | None) -> Iterator[Callable[[str], None]]:
     """A bar on stderr for a person, nothing in a pipe; None: nobody knows yet how many units of work there are.
 
-    Ctrl-C or a termination signal ends the block.
+    Ctrl-C, a hangup or a termination signal ends the block.
 
     The signal is only noted, and acted on when the next unit of work begins: an exception raised at any moment may be
     raised inside a finalizer, and Python drops it there. A second signal interrupts at once.
@@ -123,7 +123,9 @@ def progress(total: int | None) -> Iterator[Callable[[str], None]]:
             raise KeyboardInterrupt
         stopping = True
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    # What is ignored already stays so: under nohup a hangup ends nothing.
+    heeded = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, stop) for number in heeded}
     terminal = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:

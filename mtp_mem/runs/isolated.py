@@ -2,9 +2,10 @@
 
 The parent sends the case as JSON on stdin; the child answers with one line on stdout. It begins with a mark that the
 parent chose, so that nothing else that a strategy prints is taken for it. A child that dies, hangs or gives no answer
-is a result, not the end of the run.
+is a result, not the end of the run. It ends with its parent, however that ends, and processes of its own end with it.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,16 +13,28 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mtp_mem.config.foreign import clean_text
 from mtp_mem.config.other_models import FactoryConfig, HuggingFaceConfig
 from mtp_mem.config.schema import ModelConfig, Profile
 from mtp_mem.config.toml import from_table
 
 TIMEOUT_S = 600
+LAST_BYTES = 2**16
+"""Of what a child says on stderr before it dies, so much is looked at."""
+DIES_WITH_PARENT = """
+import ctypes, os, signal, sys
+getattr(ctypes.CDLL(None), "prctl", lambda *_: 0)(1, signal.SIGKILL)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent has gone")
+"""
+"""A child's first lines, before the seconds that importing torch takes: PR_SET_PDEATHSIG; argv[1] is its parent."""
+MAIN = "from mtp_mem.runs.isolated import main; main()"
 
 
 def measure(
@@ -48,9 +61,8 @@ def measure(
     Returns:
         A record's fields; `status` is "error" with the reason where the child died or ran out of time.
     """
-    mark = secrets.token_hex(8)
     request = {
-        "mark": mark,
+        "mark": secrets.token_hex(8),
         "profile": _without_none(dataclasses.asdict(profile)),
         "n": n,
         "spec": spec,
@@ -59,26 +71,55 @@ def measure(
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
     try:
-        child = subprocess.run(
+        return _answered(request, timeout_s, {**os.environ, **(environment or {})})
+    except OSError as e:
+        return {"status": "error", "error": f"no process for it: {e.strerror or e}"}
+
+
+def _answered(request: dict[str, Any], timeout_s: float, environment: dict[str, str]) -> dict[str, Any]:
+    """What a child makes of the request.
+
+    Raises:
+        OSError: the machine has no room for another process, or for what it prints.
+    """
+    # Files, because a process that the child leaves behind would keep a pipe open.
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(
             # -P: not what lies in the working directory, a clone say, in the place of what is installed.
-            [sys.executable, "-P", "-m", "mtp_mem.runs.isolated"],
-            input=json.dumps(request),
-            env={**os.environ, **(environment or {})},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
+            [sys.executable, "-P", "-c", f"{DIES_WITH_PARENT}{MAIN}", str(os.getpid())],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=errors,
+            process_group=0,
         )
-    except subprocess.TimeoutExpired:
-        return {"status": "error", "error": f"no answer within {timeout_s:g} s; the process was killed"}
-    if child.returncode:
-        return {"status": "error", "error": _last_words(child)}
-    for line in child.stdout.splitlines():
-        _, marked, answered = line.partition(mark)
-        if marked:
-            answer: dict[str, Any] = json.loads(answered)
-            return answer
+        try:
+            child.communicate(json.dumps(request).encode(), timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            return {"status": "error", "error": f"no answer within {timeout_s:g} s; the process was killed"}
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        errors.seek(max(0, errors.seek(0, os.SEEK_END) - LAST_BYTES))
+        if child.returncode:
+            return {"status": "error", "error": _last_words(child.returncode, errors.read())}
+        out.seek(0)
+        for line in out:
+            answer = _answer(line, request["mark"])
+            if answer is not None:
+                return answer
     return {"status": "error", "error": "the process ended without an answer"}
+
+
+def _answer(line: bytes, mark: str) -> dict[str, Any] | None:
+    """What a line of the child's holds, where it is its answer and nothing was printed into the middle of it."""
+    _, marked, answered = line.partition(mark.encode())
+    try:
+        answer = json.loads(answered) if marked else None
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None
 
 
 def main() -> None:
@@ -104,6 +145,7 @@ def main() -> None:
     except (Exception, SystemExit) as e:
         facts = failure(e)
     print(f"\n{request['mark']}{json.dumps(facts)}", flush=True)
+    os._exit(0)  # whatever else the strategy has in mind
 
 
 def _profile(table: dict[str, Any]) -> Profile:
@@ -119,11 +161,7 @@ def _without_none(value: Any) -> Any:
     return [_without_none(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _last_words(child: subprocess.CompletedProcess[str]) -> str:
-    lines = [line for line in child.stderr.splitlines() if line.strip()]
-    how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
-    return f"the process ended with {how}: {lines[-1] if lines else 'no message'}"
-
-
-if __name__ == "__main__":
-    main()
+def _last_words(code: int, said: bytes) -> str:
+    lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    return f"the process ended with {how}: {clean_text(lines[-1]) if lines else 'no message'}"

@@ -2,8 +2,13 @@
 
 import dataclasses
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
+import forked
+import psutil
 import pytest
 import torch
 import transformers
@@ -58,29 +63,59 @@ def test_a_child_that_dies() -> None:
 
 
 TALKS = """
-import atexit, os, sys
+import atexit, os, subprocess, sys, time
 from mtp_mem.strategies.sequential import Sequential
 
 class Talks(Sequential):
     def backward(self, *args):
         os.write(1, b"\\xff\\xfe not text, and no line end")
         atexit.register(print, "a last word")
+        atexit.register(time.sleep, 1000)
+        subprocess.Popen(["sleep", "1000"])
         return super().backward(*args)
 
 class Leaves(Sequential):
     def backward(self, *args):
         os._exit(0)
+
+class Dies(Sequential):
+    def backward(self, *args):
+        sys.stderr.write("\\x1b[2J the end is near\\n")
+        sys.stderr.flush()
+        os.kill(os.getpid(), 9)
 """
 
 
-def test_a_child_that_prints_and_one_that_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_children_that_print_leave_and_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "talks.py").write_text(TALKS)
     monkeypatch.chdir(tmp_path)
     answer = measure(PROFILE, 2, "talks:Talks", "cpu")
-    assert answer["status"] == "ok"
-    assert answer["peak_requested_bytes"] == measure(PROFILE, 2, "sequential", "cpu")["peak_requested_bytes"]
+    assert answer["status"] == "ok", answer
+    assert not sleeping(1000)
     answer = measure(PROFILE, 2, "talks:Leaves", "cpu")
     assert answer == {"status": "error", "error": "the process ended without an answer"}
+    answer = measure(PROFILE, 2, "talks:Dies", "cpu")
+    assert answer == {"status": "error", "error": "the process ended with signal 9: \ufffd[2J the end is near"}
+
+
+def sleeping(seconds: int) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", str(seconds)]]
+
+
+@pytest.mark.parametrize("how", [signal.SIGHUP, signal.SIGTERM, signal.SIGKILL])
+def test_no_child_outlives_its_parent(tmp_path: Path, how: signal.Signals) -> None:
+    """The child has hardly begun: it is importing torch, and would go on for seconds."""
+    parent = forked.call(measure, PROFILE, 2, "sequential", "cpu")
+    deadline = time.monotonic() + 30
+    while not (children := psutil.Process(parent.pid).children()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert children[0].is_running()
+    os.kill(parent.pid or 0, how)
+    parent.join()
+    psutil.wait_procs(children, timeout=10)
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_another_s_model_in_a_process_of_its_own(tmp_path: Path) -> None:
