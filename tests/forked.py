@@ -14,6 +14,7 @@ from typing import Any
 from command_line import Ended
 
 CLOSED = Path("closed")
+WAIT_S = 300  # for what takes a second on a quiet machine
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["torch", "mtp_mem.cli", "mtp_mem.runs.sweep", "mtp_mem.runs.isolated", "mtp_mem.report.build", "forked"]
@@ -57,7 +58,7 @@ def call(function: Callable[..., Any], *args: Any) -> BaseProcess:
 def run(folder: Path, *args: str, **surroundings: Any) -> Ended:
     """How the command ended; its exit code is below zero where a signal ended it."""
     process = start(folder, *args, **surroundings)
-    process.join(60)
+    process.join(WAIT_S)
     process.kill()
     texts = []
     for name in ("stdout", "stderr"):

@@ -15,7 +15,7 @@ from mtp_mem._version import __version__
 from mtp_mem.cli import chart, compare, listing, plan, predict, profile, regressions, report, timeline, verify
 from mtp_mem.cli.common import note
 from mtp_mem.cli.streams import lost_results, standard_streams
-from mtp_mem.errors import BadInput, MtpMemError, crashed
+from mtp_mem.errors import BadInput, Missing, MtpMemError, crashed, one_line
 
 COMMANDS = (compare, verify, predict, plan, timeline, report, chart, regressions, profile, listing)
 
@@ -42,8 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             note("mtp-mem: interrupted")
             return 130
-        except Exception:
-            return crashed()
+        except Exception as e:
+            from mtp_mem.runs.bench import out_of_memory  # with torch, which is there by now or will not be missed
+
+            if not out_of_memory(e):
+                return crashed()
+            note(f"mtp-mem: the memory here is too small: {one_line(e)}")
+            return Missing.exit_code
 
 
 @contextlib.contextmanager

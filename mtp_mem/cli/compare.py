@@ -88,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
             "files": [str(path) for path in (results.path, *files)],
         }
         print(json.dumps(document, indent=1))
+        if line := tables.disturbance(records):
+            note(line)
     else:
         screen = console()
         screen.print(tables.comparison(records, screen))

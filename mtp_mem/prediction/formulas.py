@@ -116,8 +116,10 @@ def baseline(config: ModelConfig, workload: Workload, training: Training | None 
     return weights + kept + 8 * (1 + config.n_future) * workload.tokens
 
 
-def formula_peak(spec: str, config: ModelConfig, workload: Workload, training: Training | None = None) -> int | None:
-    """A step's peak on CUDA in closed form, without what the allocator and kernels add; None without a formula."""
+def formula_peak(
+    spec: str, config: ModelConfig, workload: Workload, training: Training | None = None, *, cuda: bool = True
+) -> int | None:
+    """A step's peak in closed form, without what the allocator and kernels add; None without a formula."""
     fields = (config.facts(), dataclasses.asdict(workload))
-    over_baseline = formula_bytes(spec, *fields, training, cuda=True)
+    over_baseline = formula_bytes(spec, *fields, training, cuda=cuda)
     return None if over_baseline is None else baseline(config, workload, training) + over_baseline

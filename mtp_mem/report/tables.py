@@ -45,6 +45,8 @@ def _gradients(record: Record) -> str:
     return f"{record.gradient} {record.gradient_error:.0e}"
 
 
+DISTURBED = "~"
+
 COLUMNS = (
     Column("n", lambda r, _: str(r.n), 0),
     Column("strategy", lambda r, _: r.strategy, 0, left=True),
@@ -57,7 +59,7 @@ COLUMNS = (
     Column("peak in", lambda r, _: r.peak_phase or "-", 3, left=True),
     Column("RSS", lambda r, _: _bytes(r.host_rss_bytes), 9),
     Column("tokens/s", lambda r, _: "-" if r.tokens_per_s is None else f"{r.tokens_per_s:,.0f}", 4),
-    Column("step ms", lambda r, _: "-" if r.step_ms is None else f"{r.step_ms:.0f}", 2),
+    Column("step ms", lambda r, _: "-" if r.step_ms is None else f"{r.step_ms:.0f}{DISTURBED * bool(r.disturbed)}", 2),
     Column(
         "20-80 %",
         lambda r, _: "-" if r.step_ms_p20 is None else f"{r.step_ms_p20:.0f}-{r.step_ms_p80:.0f}",
@@ -161,7 +163,20 @@ def remarks(records: Sequence[Record]) -> list[str]:
         if r.peak_spread_bytes:
             words.append(f"three repeats of the step differ by {format_bytes(r.peak_spread_bytes)} in their peaks")
         lines += [f"{r.strategy}, n = {r.n}: {text}" for text in words]
-    return lines
+    return [*lines, *filter(None, [disturbance(records)])]
+
+
+def disturbance(records: Sequence[Record]) -> str:
+    """That the machine was at work on something else, where it was; empty where it was not."""
+    noisy = [r for r in records if r.disturbed]
+    if not noisy:
+        return ""
+    others = max(r.others_cpu or 0.0 for r in noisy)
+    spread = max(((r.step_ms_p80 or 0.0) - (r.step_ms_p20 or 0.0)) / (r.step_ms or 1.0) for r in noisy)
+    return (
+        f"{DISTURBED} The times of {len(noisy)} of {len(records)} cases were disturbed: other processes took up to"
+        f" {others:.0%} of the machine's CPU time, equal steps spread by up to {spread:.0%}. --fresh measures again."
+    )
 
 
 SLOPE_TITLES = ("bytes per further head", "fitted", "by formula", "formula is off by")

@@ -272,10 +272,12 @@ def speed(seconds: list[float], tokens: int) -> dict[str, float]:
 
 def failure(error: BaseException) -> dict[str, Any]:
     """Out of memory is a result; anything else a strategy raises is one too, with its message."""
-    text = one_line(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-        return {"status": "oom", "error": text}
-    return {"status": "error", "error": text}
+    return {"status": "oom" if out_of_memory(error) else "error", "error": one_line(error)}
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the machine had too little memory."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def resolve_device(name: str) -> torch.device:

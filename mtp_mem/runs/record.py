@@ -68,6 +68,8 @@ class Record:
     step_ms: float | None = None
     step_ms_p20: float | None = None
     step_ms_p80: float | None = None
+    others_cpu: float | None = None  # share of the machine's CPU time that others took while steps were timed
+    disturbed: bool | None = None  # by that, or by the spread of the steps, the times are not to be relied on
     gradient: Verdict = "unchecked"
     gradient_error: float | None = None
     gradient_group: str | None = None

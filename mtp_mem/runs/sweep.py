@@ -7,6 +7,7 @@ On CUDA the bytes come first, each case in a process of its own while this one h
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,11 +18,13 @@ from mtp_mem._util import Progress, format_bytes
 from mtp_mem.config.schema import ModelConfig, Profile, Training, Workload
 from mtp_mem.data import Corpus
 from mtp_mem.environment import environment
-from mtp_mem.model.build import parameters
+from mtp_mem.memory.host import bounded_memory, host_bytes
+from mtp_mem.model.build import parameters, weight_bytes
 from mtp_mem.prediction.floor import NoLogits
-from mtp_mem.prediction.formulas import formula_peak
+from mtp_mem.prediction.formulas import baseline, formula_peak
 from mtp_mem.runs import isolated
 from mtp_mem.runs.bench import Bench, failure, free, speed
+from mtp_mem.runs.disturbance import CpuWatch, disturbed
 from mtp_mem.runs.identity import case_id, implementation
 from mtp_mem.runs.record import Record, new_record
 from mtp_mem.strategy import Strategy, load_strategy, require
@@ -73,7 +76,7 @@ def run(
 ) -> Iterator[Record]:
     """Run the cases n by n; each n's records are yielded as they become complete.
 
-    On CUDA a case that cannot fit by the closed forms is not run: its record says "oom", and what it needs.
+    A case that cannot fit by the closed forms is not run: its record says "oom", and what it needs.
 
     Args:
         profile: model, workload and rounds.
@@ -93,11 +96,12 @@ def run(
         if n != todo[0].n and budget_s is not None and time.monotonic() - started >= budget_s:
             return
         config, runnable = profile.model.with_n(n), []
+        on_cuda = device.type == "cuda"
+        total_bytes = torch.cuda.get_device_properties(device).total_memory if on_cuda else host_bytes()
         for case in [case for case in todo if case.n == n]:
-            reason = None
-            if device.type == "cuda":
-                total_bytes = torch.cuda.get_device_properties(device).total_memory
-                reason = refusal(case.strategy, config, profile.workload, total_bytes, profile.training)
+            reason = refusal(
+                case.strategy, config, profile.workload, total_bytes, profile.training, device_type=device.type
+            )
             if reason is None:
                 runnable.append(case)
             else:
@@ -105,19 +109,33 @@ def run(
                 yield _record(case, profile, config, corpus, device, {"status": "oom", "error": reason})
         if runnable:
             chosen = {case.strategy: strategies[case.strategy] for case in runnable}
-            yield from _run_n(profile, config, corpus, device, runnable, chosen, progress)
+            with nullcontext() if on_cuda else bounded_memory():
+                yield from _run_n(profile, config, corpus, device, runnable, chosen, progress)
             free(device)
 
 
 def refusal(
-    spec: str, config: ModelConfig, workload: Workload, total_bytes: int, training: Training | None = None
+    spec: str,
+    config: ModelConfig,
+    workload: Workload,
+    total_bytes: int,
+    training: Training | None = None,
+    *,
+    device_type: str = "cuda",
 ) -> str | None:
-    """Why a case cannot fit on a CUDA device of `total_bytes`; None where it may, or where no closed form holds."""
-    peak = formula_peak(spec, config, workload, training)
+    """Why a case cannot fit on a device of `total_bytes`; None where it may, or where no closed form holds.
+
+    On a CPU the weights are there twice: steps change them, and each case starts from the same ones.
+    """
+    on_cuda = device_type == "cuda"
+    peak = formula_peak(spec, config, workload, training, cuda=on_cuda)
+    if not on_cuda:
+        copy = weight_bytes(sum(parameters(config).values()), workload.dtype)
+        peak = copy + (baseline(config, workload, training) if peak is None else peak)
     if peak is None or peak <= total_bytes:
         return None
     needs, has = format_bytes(peak), format_bytes(total_bytes)
-    return f"refused before the run: needs {needs} by closed form, the device has {has}"
+    return f"refused before the run: needs {needs} by closed form, the {'device' if on_cuda else 'machine'} has {has}"
 
 
 def _run_n(
@@ -135,7 +153,14 @@ def _run_n(
         for spec in ("", *strategies):
             progress(f"n={n} {spec or 'floor'}: bytes")
             bytes_alone[spec] = isolated.measure(profile, n, spec, str(device), text=corpus.path)
-    bench = Bench(profile, config, corpus, device)
+    try:
+        bench = Bench(profile, config, corpus, device)
+    except (RuntimeError, MemoryError) as e:
+        if (facts := failure(e))["status"] != "oom":
+            raise
+        for case in todo:
+            yield _record(case, profile, config, corpus, device, bytes_alone.get(case.strategy, {}) | facts)
+        return
     facts_by_spec = {spec: bytes_alone.get(spec, {}) for spec in strategies}
     for spec, facts in facts_by_spec.items():  # all of them before the first step, which changes the weights
         if "error" not in facts:
@@ -149,12 +174,17 @@ def _run_n(
                 progress(f"n={n} {spec}: bytes")
                 facts |= _tried(bench, partial(bench.measure, strategies[spec]))
     running = {spec: strategies[spec] for spec, facts in facts_by_spec.items() if "error" not in facts}
-    for spec, seconds in bench.time(running, lambda spec: progress(f"n={n} {spec}: timing")).items():
+    watch = CpuWatch()
+    timed = bench.time(running, lambda spec: progress(f"n={n} {spec}: timing"))
+    others = watch.others()
+    for spec, seconds in timed.items():
         if isinstance(seconds, BaseException):
             failed = failure(seconds)
             facts_by_spec[spec] |= failed | {"error": f"not timed: {failed['error']}"}
         else:
-            facts_by_spec[spec] |= speed(seconds, workload.tokens * profile.training.micro_batches)
+            times = speed(seconds, workload.tokens * profile.training.micro_batches)
+            noisy = disturbed(others, times["step_ms"], times["step_ms_p20"], times["step_ms_p80"])
+            facts_by_spec[spec] |= {**times, "others_cpu": others, "disturbed": noisy}
     for case in todo:
         yield _record(case, profile, config, corpus, device, facts_by_spec[case.strategy], floor=bytes_alone[""])
 
