@@ -57,8 +57,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
             raise BadInput(f"{path}: cannot be written: is no file")
         path = Path(os.path.realpath(path))
         prefix = f".mtp-mem-{fingerprint(path.name)}-"
-        _remove_unheld(path.parent, prefix)
-        handle, name = tempfile.mkstemp(".tmp", prefix, path.parent)
+        _remove_left(path.parent, prefix)
+        handle, name = tempfile.mkstemp(".tmp", f"{prefix}{os.getpid()}-", path.parent)
         partial = Path(name)
         try:
             os.fchmod(handle, 0o666 & ~_umask())
@@ -80,8 +80,8 @@ def scratch_folder() -> Iterator[Path]:
     """
     parent, prefix = Path(tempfile.gettempdir()), "mtp-mem-"
     with writing(parent):
-        _remove_unheld(parent, prefix)
-        with tempfile.TemporaryDirectory(".tmp", prefix, ignore_cleanup_errors=True) as folder:
+        _remove_left(parent, prefix)
+        with tempfile.TemporaryDirectory(".tmp", f"{prefix}{os.getpid()}-", ignore_cleanup_errors=True) as folder:
             handle = os.open(folder, os.O_RDONLY)
             try:
                 held(handle)
@@ -109,9 +109,12 @@ def held(handle: int, wait_s: float = 0) -> bool:
             return True
 
 
-def _remove_unheld(folder: Path, prefix: str) -> None:
-    """Remove our own temporary files and folders that no process holds any more."""
+def _remove_left(folder: Path, prefix: str) -> None:
+    """Remove our own temporary files and folders whose process has gone, and which none on another machine holds."""
     for path in folder.glob(f"{prefix}*.tmp"):
+        pid = path.name.removeprefix(prefix).partition("-")[0]
+        if not pid.isdecimal() or os.path.exists(f"/proc/{pid}"):
+            continue
         with contextlib.suppress(OSError):
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
