@@ -12,12 +12,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 from mtp_mem._version import __version__
-from mtp_mem.cli import chart, compare, listing, plan, predict, profile, regressions, report, timeline, verify
+from mtp_mem.cli import compare, listing, plan, predict, profile, regressions, report, timeline, verify
 from mtp_mem.cli.common import note
 from mtp_mem.cli.streams import lost_results, standard_streams
 from mtp_mem.errors import BadInput, Missing, MtpMemError, crashed, one_line
 
-COMMANDS = (compare, verify, predict, plan, timeline, report, chart, regressions, profile, listing)
+COMMANDS = (compare, verify, predict, plan, timeline, report, regressions, profile, listing)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

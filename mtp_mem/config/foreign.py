@@ -1,4 +1,4 @@
-"""The one door for files that somebody else may have written: JSON of a bounded size and depth, and clean text.
+"""The one door for files that somebody else may have written: JSON and TOML of bounded size and depth, clean text.
 
 What a value means is for the reader to check, field by field (mtp_mem/config/toml.py).
 """
@@ -8,6 +8,7 @@ import math
 import os
 import re
 import stat
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,21 @@ def read_json(path: Path, *, nan: bool = False) -> Any:
         return document(content, nan=nan)
     except BadInput as e:
         raise BadInput(f"{path}: {e}") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table that a file holds, its texts cleaned (`clean`).
+
+    Raises:
+        BadInput: it cannot be read, or is no TOML.
+    """
+    content = read_bytes(path)
+    try:
+        table: dict[str, Any] = clean(tomllib.loads(content.decode()))
+        return table
+    except (ValueError, RecursionError, BadInput) as e:
+        why = "nested too deep" if isinstance(e, RecursionError) else clean_text(str(e))
+        raise BadInput(f"{path}: is not valid TOML: {why}") from None
 
 
 def document(content: bytes | str, *, nan: bool = False) -> Any:

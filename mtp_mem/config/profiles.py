@@ -5,9 +5,10 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from mtp_mem.config.foreign import read_toml
 from mtp_mem.config.other_models import huggingface_profile
 from mtp_mem.config.schema import MASTER, PRECISIONS, Dtype, HeadKind, Profile, builtin_folder
-from mtp_mem.config.toml import convert, from_table, read_toml, short
+from mtp_mem.config.toml import convert, from_table, short
 from mtp_mem.errors import BadInput, unknown
 
 

@@ -13,7 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from mtp_mem.config.toml import convert, read_toml, short
+from mtp_mem.config.foreign import read_toml
+from mtp_mem.config.toml import convert, short
 from mtp_mem.errors import BadInput, unknown
 
 HeadKind = Literal["parallel", "causal", "anticausal", "linear", "deepseek", "medusa"]

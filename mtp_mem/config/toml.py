@@ -1,37 +1,19 @@
-"""TOML files, and the one typed converter: a table's, a document's or an option's values become a dataclass's fields.
+"""The one typed converter: a table's, a document's or an option's values become a dataclass's fields.
 
 Every error names what is wrong, where it stands, and what is valid.
 """
 
 import dataclasses
-import tomllib
 import types
 import typing
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from mtp_mem.config.foreign import clean, clean_text, read_bytes
 from mtp_mem.errors import BadInput, unknown
 
 T = TypeVar("T")
 WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The table that a file holds, its texts cleaned (mtp_mem/config/foreign.py).
-
-    Raises:
-        BadInput: it cannot be read, or is no TOML.
-    """
-    content = read_bytes(path)
-    try:
-        table: dict[str, Any] = clean(tomllib.loads(content.decode()))
-        return table
-    except (ValueError, RecursionError, BadInput) as e:
-        why = "nested too deep" if isinstance(e, RecursionError) else clean_text(str(e))
-        raise BadInput(f"{path}: is not valid TOML: {why}") from None
 
 
 @cache

@@ -49,7 +49,7 @@ def advise(records: Sequence[Record]) -> str:
     naive, best, least = choice.naive, choice.best, choice.least
     sentence = f"At n = {choice.n} use {best.strategy}: it needs {format_bytes(_over(best))} over the baseline"
     if naive is None:
-        sentence += f", gradients {best.gradient} to naive's."
+        sentence += f", gradients {best.gradient} to those of {best.gradient_reference or 'naive'}."
     elif best is naive:
         sentence += ", and nothing as fast needs less."
     else:

@@ -154,7 +154,7 @@ def test_recorded_results_of_two_kinds(tmp_path: Path, capsys: pytest.CaptureFix
         (["empty"], "nothing to report: no usable record"),
         (["cut"], "results.jsonl:1: skipped: not a whole JSON object (cut off?)"),
         (["good", "-o", "good"], "good: is a folder"),
-        (["good", "-o", "good/results.jsonl"], "is one of the results"),
+        (["good", "-o", "good/results.jsonl"], "is one of the files to read"),
         (["good", "-o", "/proc/nowhere/r.html"], "/proc/nowhere: cannot be written"),
         (["good", "--timeline", "cut/results.jsonl"], "cut/results.jsonl: no timeline.json (cut off?): "),
         (["good", "--timeline", "t.json"], "t.json: no timeline.json (cut off?): not a step's storages and events"),
