@@ -38,6 +38,7 @@ def verify(
     *,
     dtypes: Sequence[Dtype] = ALL_DTYPES,
     scenarios: Sequence[Scenario] = (*SCENARIOS, *REAL_SIZES),
+    behaviour: bool = True,
     device: torch.device | str = "cpu",
     progress: Progress = lambda _: None,
     each: Callable[[Check], None] = lambda _: None,
@@ -49,6 +50,7 @@ def verify(
             are set to what each scenario asks for.
         dtypes: of the model; a scenario may be made for fewer.
         scenarios: see mtp_mem/verification/scenarios.py.
+        behaviour: also check the protocol and steps in a row.
         device: where the strategies run; the oracle runs on the CPU.
         progress: told each scenario and dtype as it begins.
         each: given each check as it ends.
@@ -69,7 +71,7 @@ def verify(
     able = {name: strategy for name, strategy in named.items() if name not in unable}
     checks = []
     with _one_thread():
-        for check in _checks(able, dtypes, scenarios, torch.device(device), progress):
+        for check in _checks(able, dtypes, scenarios, behaviour, torch.device(device), progress):
             checks.append(check)
             each(check)
     remarks = [line for name in named for line in _allowances(name, limits[name], dtypes)]
@@ -84,12 +86,13 @@ def _checks(
     strategies: dict[str, Strategy],
     dtypes: Sequence[Dtype],
     scenarios: Sequence[Scenario],
+    behaviour: bool,
     device: torch.device,
     progress: Progress,
 ) -> Iterator[Check]:
     """The protocol, steps in a row, then every scenario in every dtype."""
     limits = {name: kernel_limits(strategy) for name, strategy in strategies.items()}
-    for name, strategy in strategies.items():
+    for name, strategy in strategies.items() if behaviour else ():
         progress(f"{name}: protocol and steps")
         usual = Scenario(name="usual").in_multiples_of(limits[name].multiple_of)
         order: tuple[Dtype, ...] = ("fp64", "fp32", "bf16", "bf16-mixed")
