@@ -38,6 +38,8 @@ class Liger(LibraryKernel):
         rounded once more. It is 0 where no target is valid.
         """
         rows, weight, flat_targets = kernel_arguments(hidden, unembedding, targets, self.limits)
+        if weight.requires_grad and not rows.requires_grad:  # it asks the rows alone whether there is a backward
+            rows = rows.detach().requires_grad_()
         loss = self.library().liger_fused_linear_cross_entropy(
             rows,
             weight,

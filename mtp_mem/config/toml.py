@@ -42,6 +42,7 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str = "", root: ty
     root = root or cls
     hints = type_hints(typing.cast(Any, cls))
     fields = _fields(typing.cast(Any, cls))
+    as_they_are = _types_as_they_are(typing.cast(Any, cls))
     values = {}
     for key, value in table.items():
         if key not in fields:
@@ -49,7 +50,8 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str = "", root: ty
                 if dataclasses.is_dataclass(inner) and key in (f.name for f in dataclasses.fields(inner)):
                     raise BadInput(f"key {where}{key} stands in the wrong table: it belongs to [{name}]")
             raise unknown("key", f"{where}{key}", [where + name for name in fields])
-        values[key] = convert(hints[key], value, f"{where}{key}", root)
+        taken = type(value) in as_they_are[key]
+        values[key] = value if taken else convert(hints[key], value, f"{where}{key}", root)
     for name, f in fields.items():
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise BadInput(f"key {where}{name} is missing (expected {describe(hints[name])})")
@@ -68,7 +70,7 @@ def convert(hint: Any, value: Any, where: str, root: type | None = None) -> Any:
     Raises:
         BadInput: it is of another type.
     """
-    if type(value) is hint or hint is Any:  # not isinstance: true is no whole number
+    if hint is Any or type(value) in _taken_as_they_are(hint):  # not isinstance: true is no whole number
         return value
     origin, args = _parts(hint)
     if origin in (types.UnionType, typing.Union):
@@ -88,6 +90,23 @@ def convert(hint: Any, value: Any, where: str, root: type | None = None) -> Any:
     if hint is float and type(value) is int and abs(value) < 2**1000:
         return float(value)
     raise BadInput(f"{where} = {short(value)}: expected {describe(hint)}")
+
+
+@cache
+def _types_as_they_are(cls: Any) -> dict[str, frozenset[type]]:
+    return {name: _taken_as_they_are(hint) for name, hint in type_hints(cls).items()}
+
+
+@cache
+def _taken_as_they_are(hint: Any) -> frozenset[type]:
+    """Types all of whose values are values of this type hint."""
+    origin, args = _parts(hint)
+    if origin in (types.UnionType, typing.Union):
+        each = frozenset[type]().union(*map(_taken_as_they_are, args))
+        return each - {int} if float in each else each
+    if origin is dict and args == (str, Any):
+        return frozenset({dict})
+    return frozenset({hint}) if isinstance(hint, type) else frozenset()
 
 
 @cache

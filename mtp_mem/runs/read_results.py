@@ -74,9 +74,13 @@ def groups(located: Sequence[Located], notes: list[str]) -> list[list[Record]]:
     others, and files that mix machines.
     """
     kept: dict[tuple[tuple[str, str], ...], dict[tuple[str, int], Located]] = {}
+    settings: dict[str, tuple[tuple[str, str], ...]] = {}  # by what they are read from: many records have one
     for one in located:
         record = one.record
-        cases = kept.setdefault(tuple(sorted(setting(record).items())), {})
+        facts = (record.backend, record.exactness, record.model, record.workload, record.training, record.environment)
+        if (written := repr(facts)) not in settings:
+            settings[written] = tuple(sorted(setting(record).items()))
+        cases = kept.setdefault(settings[written], {})
         before = cases.pop((record.strategy, record.n), None)
         if before:
             notes.append(

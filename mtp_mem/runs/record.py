@@ -99,7 +99,7 @@ class Record:
         if schema != SCHEMA:
             newer = "; update mtp_mem" if isinstance(schema, int) and schema > SCHEMA else ""
             raise BadInput(f"schema {schema!r}; this version reads schema {SCHEMA}{newer}")
-        known = {f.name: table[f.name] for f in dataclasses.fields(Record) if f.name in table}
+        known = {name: table[name] for name in Record.__dataclass_fields__ if name in table}
         known |= {key: math.inf for key in ERRORS if known.get(key) == "inf"}
         if isinstance(losses := known.get("losses"), list):
             known["losses"] = [float(loss) if loss in NOT_FINITE else loss for loss in losses]
