@@ -1,4 +1,4 @@
-"""`mtp-mem timeline`: one step's live bytes by category, and what its peak consists of."""
+"""`mtp-mem timeline` and `snapshot`: what is live in a step of ours, and in what somebody recorded on a GPU."""
 
 import argparse
 import contextlib
@@ -7,14 +7,15 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from mtp_mem.cli.common import AddCommand, device_option
+from mtp_mem.cli.common import AddCommand, console, device_option, note
 from mtp_mem.cli.setup import chosen_profile, count, gpu_of, gpu_options, model_options, part_option, training_options
-from mtp_mem.errors import BrokenContract, MtpMemError, one_line
+from mtp_mem.errors import BadInput, BrokenContract, MtpMemError, one_line
 
 
 def add(command: AddCommand) -> None:
-    """Register the command."""
+    """Register the commands."""
     sub = command("timeline", run, "one step's live bytes by category, and what its peak consists of")
     model_options(sub, "quick")
     sub.add_argument("--strategy", default="sequential", metavar="SPEC", help="default sequential")
@@ -24,6 +25,19 @@ def add(command: AddCommand) -> None:
     device_option(sub)
     sub.add_argument("--out", type=Path, metavar="DIR", help="where the files go; default under results/")
     training_options(sub)
+    sub = command(
+        "snapshot",
+        replay,
+        "what a CUDA memory snapshot's peaks consist of, and whether our model of the allocator does the same;"
+        " exit 0 exact, 1 different, 2 not a snapshot",
+    )
+    what = "torch.cuda.memory._dump_snapshot's pickle, the memory viewer's HTML page, or a .tape.json.gz"
+    sub.add_argument("files", nargs="+", type=Path, metavar="FILE", help=what)
+    sub.add_argument("--vocab", type=count, metavar="V", help="name the blocks that are whole rows of V values")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="draw a timeline of each recording into this folder")
+    sub.add_argument(
+        "--tape", type=Path, metavar="OUT", help="write sizes and addresses alone, to share: a .tape.json.gz"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,6 +100,56 @@ def run(args: argparse.Namespace) -> int:
             print(f"  {format_bytes(nbytes):>10}  {category}")
         print(f"chart {files[0]} (.svg, .csv, .json)")
     return 0
+
+
+def replay(args: argparse.Namespace) -> int:
+    """An answer for each file; the exit code is the worst of them."""
+    from mtp_mem._util import writable
+    from mtp_mem.memory import snapshot
+    from mtp_mem.prediction.recording import hold
+    from mtp_mem.report import recording as report
+
+    code, documents, rows = 0, [], []
+    out = None if args.out is None else writable(args.out)
+    tapes = None if args.tape is None else writable(args.tape.parent)
+    screen = console()
+    for path in args.files:
+        parts: list[dict[str, Any]] = []
+        documents.append({"file": str(path), "error": None, "recordings": parts})
+        try:
+            recordings = snapshot.read(path)
+        except BadInput as e:
+            note(f"mtp-mem: {e}")
+            documents[-1]["error"] = str(e)
+            code = 2
+            continue
+        for recording in recordings:
+            held = hold(recording.tape)
+            code = max(code, int(not held.exact))
+            blocks = report.at_peak(recording, held, args.vocab)
+            rows.append((path.name, recording, held))
+            files = []
+            several = len(args.files) > 1 or len(recordings) > 1
+            if out is not None:
+                folder = out / f"{len(rows)}-{path.name.partition('.')[0]}" if several else out
+                files = report.draw(path.name, recording, held, writable(folder), args.vocab)
+            if tapes is not None:
+                stem = args.tape.name.removesuffix(".gz").removesuffix(".json").removesuffix(".tape")
+                name = f"{stem}-{len(rows)}.tape.json.gz" if several else args.tape.name
+                recording.tape.save(tapes / name)
+                files.append(tapes / name)
+            facts = report.facts(recording, held, blocks, args.vocab)
+            parts.append({**facts, "files": [str(file) for file in files]})
+            if not args.json:
+                report.show(screen, path.name, recording, held, blocks, args.vocab)
+                for file in files:
+                    if file.suffix in (".png", ".gz"):
+                        screen.print(f"  {file}", markup=False)
+    if args.json:
+        print(json.dumps({"snapshots": documents}, indent=1, allow_nan=False))
+    elif len(rows) > 1:
+        screen.print(report.summary(rows))
+    return code
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import bisect
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from mtp_mem.config import plain_pickle
 from mtp_mem.config.foreign import LARGEST_FILE, clean_text, document, read_bytes
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.before_history import before, whole_blocks
-from mtp_mem.memory.tape import LARGEST_NUMBER, Kind, Tape, TapeEvent, parse_settings
+from mtp_mem.memory.tape import LARGEST_NUMBER, Kind, Tape, TapeEvent, plain_settings
 
 KINDS: dict[str, Kind] = {
     "alloc": "alloc",
@@ -57,6 +57,7 @@ class Recording:
     _event_frames: Sequence[Any] = field(default=(), repr=False)
     _block_frames: Mapping[int, Any] = field(default_factory=dict, repr=False)
     _times: Sequence[int] = field(default=(), repr=False)
+    _cleaned: dict[int, list[str]] = field(default_factory=dict, repr=False)  # by the identity of what is cleaned
 
     @property
     def begins_with_process(self) -> bool:
@@ -70,14 +71,11 @@ class Recording:
             event: the number of its allocation; None for a block that lived before the history.
             address: its address.
         """
-        raw = (
-            self._block_frames.get(address)
-            if event is None
-            else self._event_frames[event]
-            if self._event_frames
-            else ()
-        )
-        return list(_frames(raw))
+        history = self._event_frames
+        raw = self._block_frames.get(address) if event is None else history[event] if history else ()
+        if id(raw) not in self._cleaned:
+            self._cleaned[id(raw)] = list(_frames(raw))
+        return self._cleaned[id(raw)]
 
     def milliseconds(self, event: int) -> float | None:
         """When an event was, after the first one; None where the snapshot has no times."""
@@ -198,7 +196,7 @@ class _Part:
     times: list[int] = field(default_factory=list)
     private: list[int] = field(default_factory=lambda: [0, 0])  # segments and events of pools of their own
 
-    def recording(self, device: int, stream: int, settings: dict[str, str]) -> Recording:
+    def recording(self, device: int, stream: int, settings: str) -> Recording:
         """All of it, with the state before the first event.
 
         Raises:
@@ -225,25 +223,25 @@ class _Part:
         return Recording(device, stream, tape, inferred, tuple(left_out), self.event_frames, self.block_frames, times)
 
 
-def _settings(table: Any) -> dict[str, str]:
-    """What a snapshot says of the allocator's settings, by their names in PYTORCH_CUDA_ALLOC_CONF."""
+def _settings(table: Any) -> str:
+    """What a snapshot says of the allocator's settings, as in PYTORCH_CUDA_ALLOC_CONF."""
     if type(table) is not dict:
-        return {}
-    settings = (
-        parse_settings(clean_text(str(table["PYTORCH_CUDA_ALLOC_CONF"])))
-        if type(table.get("PYTORCH_CUDA_ALLOC_CONF")) is str
-        else {}
-    )
-    split, collected, rounding = (
-        table.get(name) for name in ("max_split_size", "garbage_collection_threshold", "roundup_power2_divisions")
-    )
-    if type(split) is int and 0 < split < LARGEST_NUMBER:
-        settings["max_split_size_mb"] = str(split // MiB)
-    if type(collected) is float and 0 < collected <= 1:
-        settings["garbage_collection_threshold"] = f"{collected:.3g}"
-    if type(rounding) is dict and any(type(value) is int and value > 1 for value in rounding.values()):
-        settings.setdefault("roundup_power2_divisions", "set")
-    return settings
+        return ""
+    text = table.get("PYTORCH_CUDA_ALLOC_CONF")
+    settings = [plain_settings(text)] if type(text) is str and text else []
+    split, collected = table.get("max_split_size"), table.get("garbage_collection_threshold")
+    divisions = table.get("roundup_power2_divisions")
+    set_by_program = {
+        "max_split_size_mb": f"{split // MiB}" if type(split) is int and 0 < split < LARGEST_NUMBER else "",
+        "garbage_collection_threshold": f"{collected:.3f}" if type(collected) is float and 0 < collected <= 1 else "",
+        "roundup_power2_divisions": "set" if type(divisions) is dict and _more_than_one(divisions.values()) else "",
+    }
+    settings += [f"{name}:{value}" for name, value in set_by_program.items() if value and name not in str(settings)]
+    return ",".join(settings)
+
+
+def _more_than_one(values: Iterable[Any]) -> bool:
+    return any(type(value) is int and value > 1 for value in values)
 
 
 class _Count:

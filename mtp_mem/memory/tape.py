@@ -13,22 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mtp_mem._util import MiB, atomic_write
+from mtp_mem._util import atomic_write
 from mtp_mem.errors import BadInput
 
 Kind = Literal["alloc", "free", "segment", "drop", "map", "unmap", "oom"]
 KINDS: tuple[Kind, ...] = Kind.__args__  # type: ignore[attr-defined]
 LARGEST_NUMBER = 2**62
-
-MODELLED = ("expandable_segments", "max_split_size_mb", "large_segment_size_mb")
-NOT_MODELLED = (
-    "roundup_power2_divisions",
-    "garbage_collection_threshold",
-    "max_non_split_rounding_mb",
-    "backend",
-    "throw_on_cudamalloc_oom",
-)
-"""Settings of PYTORCH_CUDA_ALLOC_CONF that change where blocks lie or what is given back."""
 
 
 class TapeEvent(NamedTuple):
@@ -55,7 +45,7 @@ class Tape:
         events: in order.
         last_segments: as `segments`, after the last event; empty where nobody knows.
         last_blocks: as `blocks`, after the last event.
-        settings: of the allocator, by their names in PYTORCH_CUDA_ALLOC_CONF.
+        settings: of the allocator, as in PYTORCH_CUDA_ALLOC_CONF.
     """
 
     expandable: bool
@@ -64,23 +54,12 @@ class Tape:
     events: list[TapeEvent]
     last_segments: dict[int, tuple[int, bool]] = field(default_factory=dict)
     last_blocks: dict[int, tuple[int, int]] = field(default_factory=dict)
-    settings: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def not_modelled(self) -> list[str]:
-        """Settings that are in force here and that the model of the allocator does not have."""
-        return [f"{name}:{value}" for name, value in self.settings.items() if name in NOT_MODELLED]
-
-    def megabytes(self, name: str) -> int | None:
-        """A setting in bytes; None where it is not set."""
-        value = self.settings.get(name, "")
-        return int(value) * MiB if value.isdecimal() and len(value) < 10 else None
+    settings: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As it is written into a file."""
-        conf = ",".join(f"{name}:{value}" for name, value in self.settings.items())
         return {
-            "about": {"conf": conf},
+            "about": {"conf": self.settings},
             "expandable": self.expandable,
             "segments": [[address, *row] for address, row in self.segments.items()],
             "blocks": [[address, *row] for address, row in self.blocks.items()],
@@ -105,7 +84,7 @@ class Tape:
                 [TapeEvent(*event) for event in document["events"]],
                 {address: (nbytes, small is True) for address, nbytes, small in document["last_segments"]},
                 {address: (nbytes, requested) for address, nbytes, requested in document["last_blocks"]},
-                parse_settings(str(about.get("conf") or "")),
+                plain_settings(str(about.get("conf") or "")),
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             raise BadInput("not a tape: expected segments, blocks and events as rows of numbers") from None
@@ -146,10 +125,9 @@ class Tape:
             partial.write_bytes(content)
 
 
-def parse_settings(conf: str) -> dict[str, str]:
-    """The settings in a text such as `expandable_segments:True,max_split_size_mb:128` that change placement."""
-    pairs = re.findall(r"([a-z_0-9]+)\s*:\s*(\[[\w:>,.\s]*\]|[\w.]+)", conf)
-    return {name: value for name, value in pairs if name in MODELLED or name in NOT_MODELLED}
+def plain_settings(text: str) -> str:
+    """What of a text are settings, such as `max_split_size_mb:128`; no path gets through."""
+    return ",".join(re.findall(r"[a-z_0-9]+:(?:\[[\w:>,.]*\]|[\w.]+)(?=,|$)", "".join(text[:1000].split())))
 
 
 def _check_rows(keys: Mapping[int, Any] | None, rows: Iterable[tuple[Any, Any]], what: str) -> None:

@@ -22,6 +22,7 @@ Category = Literal[
     "gathered parameters",
     "communication buffers",
     "workspace",
+    "live before the history",  # of an allocator's recording that somebody else made
     "other",
 ]
 CATEGORIES: tuple[Category, ...] = Category.__args__  # type: ignore[attr-defined]

@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mtp_mem.errors import BadInput
 from mtp_mem.memory.tape import Kind, Tape
 from mtp_mem.prediction.caching_allocator import ADDRESSES, LARGE_SEGMENT, Block, CachingAllocator
+from mtp_mem.prediction.cuda.allocator_settings import AllocatorSettings, allocator_settings
 
 GOT: tuple[Kind, ...] = ("segment", "map")
 GAVE: tuple[Kind, ...] = ("drop", "unmap")
@@ -34,9 +36,11 @@ class Held:
         difference: the first one, in words; empty: none.
         at: the number of its event; the number of events: it is in what there is after them.
         totals: before the first event and after each; requested and reserved are the GPU's, allocated is the model's.
+            New memory counts from the allocation on that it was got for.
         model_reserved_peak: the model's own.
         other_reserved_peak: what segments of the other kind (expandable or not) would have reserved.
         counts: events of each kind.
+        not_modelled: settings of the allocator that may move blocks, and that the model does not have.
     """
 
     difference: str
@@ -45,6 +49,12 @@ class Held:
     model_reserved_peak: int
     other_reserved_peak: int
     counts: Counter[Kind]
+    not_modelled: tuple[str, ...]
+
+    @property
+    def unused(self) -> int:
+        """Peak reserved less peak allocated: what another placement of the same blocks could save at most."""
+        return max(totals.reserved for totals in self.totals) - max(totals.allocated for totals in self.totals)
 
     @property
     def exact(self) -> bool:
@@ -60,12 +70,8 @@ class Held:
 class Followed(CachingAllocator):
     """The model with new segments where the GPU's are, which keeps what it got from the GPU since it was last asked."""
 
-    def __init__(self, tape: Tape) -> None:
-        super().__init__(
-            expandable=tape.expandable,
-            large_segment=tape.megabytes("large_segment_size_mb") or LARGE_SEGMENT,
-            max_split=tape.megabytes("max_split_size_mb"),
-        )
+    def __init__(self, tape: Tape, settings: AllocatorSettings) -> None:
+        super().__init__(expandable=tape.expandable, large_segment=settings.large_segment, max_split=settings.max_split)
         self.got: list[tuple[int, int]] = []
         self.next_segment: int | None = None
         self._next_address = 1 << 62  # where no GPU has memory
@@ -124,7 +130,8 @@ def hold(tape: Tape) -> Held:
     Args:
         tape: one that has been checked.
     """
-    model = Followed(tape)
+    settings = _settings(tape)
+    model = Followed(tape, settings)
     totals = [Totals(model.requested, model.allocated, model.reserved)]
     asked: dict[int, int] = {address: requested for address, (_, requested) in tape.blocks.items()}
     requested, reserved = model.requested, model.reserved
@@ -134,7 +141,6 @@ def hold(tape: Tape) -> Held:
         said = ""
         if kind in GOT:
             got.append((address, nbytes))
-            reserved += nbytes
         elif kind in GAVE:
             reserved -= nbytes
             if number == 0 or tape.events[number - 1].kind not in GAVE:
@@ -145,6 +151,7 @@ def hold(tape: Tape) -> Held:
         elif kind == "alloc":
             asked[address] = nbytes
             requested += nbytes
+            reserved += sum(size for _, size in got)
             model.next_segment = got[0][0] if got and not difference else None
             model.allocate(address, nbytes)
             block = model.taken[address][0]
@@ -154,6 +161,10 @@ def hold(tape: Tape) -> Held:
                 said = f"the model put it at {block.address:x}, the GPU at {address:x}"
             model.got.clear()
             got.clear()
+        elif got:
+            said = "the GPU got memory for what it then could not allocate, which is not modelled"
+            reserved += sum(size for _, size in got)
+            got.clear()
         elif number and tape.events[number - 1].kind not in GAVE:  # out of memory, and nothing was to be given back
             said = _give_back(model, tape, number)
         if said and not difference:
@@ -162,7 +173,14 @@ def hold(tape: Tape) -> Held:
     if not difference:
         difference, at = _end(model, tape), len(tape.events)
     counts = Counter(event.kind for event in tape.events)
-    return Held(difference, at, totals, model.reserved_peak, _other_kind(tape), counts)
+    return Held(difference, at, totals, model.reserved_peak, _other_kind(tape, settings), counts, settings.not_modelled)
+
+
+def _settings(tape: Tape) -> AllocatorSettings:
+    try:
+        return allocator_settings(tape.settings)
+    except BadInput:  # a value that we do not know
+        return AllocatorSettings(not_modelled=(tape.settings,))
 
 
 def _give_back(model: Followed, tape: Tape, number: int) -> str:
@@ -200,9 +218,11 @@ def _end(model: Followed, tape: Tape) -> str:
     )
 
 
-def _other_kind(tape: Tape) -> int:
+def _other_kind(tape: Tape, settings: AllocatorSettings) -> int:
     """Peak of the bytes reserved by segments of the other kind; what was live before lies there by its addresses."""
-    model = CachingAllocator(expandable=not tape.expandable)
+    model = CachingAllocator(
+        expandable=not tape.expandable, large_segment=settings.large_segment, max_split=settings.max_split
+    )
     for address, (_, requested) in sorted(tape.blocks.items()):
         model.allocate(address, requested)
     model.reset_peaks()

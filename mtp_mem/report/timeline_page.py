@@ -10,7 +10,7 @@ from mtp_mem.config.foreign import read_json
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.trace import Storage, Trace
 from mtp_mem.report.charts.style import COLOURS
-from mtp_mem.report.charts.timeline import LARGEST, live_by_category, phases
+from mtp_mem.report.charts.timeline import LARGEST, live_by_category, peak_words, phases
 
 MOST_COLUMNS = 3000  # a longer timeline is thinned out to this many moments; each keeps its highest one
 WIDTH, HEIGHT = 1000, 360  # of the drawing, in its own units
@@ -97,7 +97,7 @@ def drawing(trace: Trace) -> dict[str, Any]:
         "peak": {
             "x": x(peak),
             "y": y(at_peak.nbytes),
-            "words": f"peak {format_bytes(at_peak.nbytes)} in {at_peak.phase}",
+            "words": peak_words(at_peak),
             "left": peak > len(totals) / 2,
         },
         "at_peak": [(category, format_bytes(nbytes)) for category, nbytes in at_peak.by_category.items()],

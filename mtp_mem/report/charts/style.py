@@ -34,6 +34,7 @@ MORE_MARKERS = (("X", "<", ">", "p", "h", "*"), ("d", "8", "1", "2", "3", "4"))
 # Light to dark and hatched in turn, so that neighbouring bands differ without colour too.
 COLOURS: dict[Category, tuple[str, str]] = {
     "parameters": ("#444444", ""),
+    "live before the history": ("#444444", ""),
     "optimizer": ("#999999", ""),
     "other": ("#cccccc", ""),
     "gradients": ("#CC79A7", "//"),
@@ -194,11 +195,11 @@ def write_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Callabl
         with path.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(columns)
-            table.writerows([[_cell(value) for value in row] for row in rows])
+            table.writerows([[cell(value) for value in row] for row in rows])
 
     return write
 
 
-def _cell(value: Any) -> Any:
+def cell(value: Any) -> Any:
     """A text that a spreadsheet would take for a formula is quoted."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value

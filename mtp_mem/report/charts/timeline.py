@@ -3,6 +3,7 @@
 import csv
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -11,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mtp_mem._util import atomic_write, format_bytes
-from mtp_mem.memory.trace import CATEGORIES, Category, Storage, Trace
-from mtp_mem.report.charts.style import COLOURS, RC, save, unit_for
+from mtp_mem.memory.trace import CATEGORIES, Category, Peak, Storage, Trace
+from mtp_mem.report.charts.style import COLOURS, RC, cell, save, unit_for
 
 LARGEST = 10
 
@@ -44,11 +45,28 @@ def phases(trace: Trace) -> list[tuple[str, int]]:
     return begun
 
 
-def draw(trace: Trace, out: Path, title: str, footer: str) -> list[Path]:
-    """Write timeline.png, .svg, .csv and the trace as timeline.json under `out`; returns the files."""
+def peak_words(peak: Peak) -> str:
+    """How high the peak is, and in which phase, if the trace has phases."""
+    return f"peak {format_bytes(peak.nbytes)}{f' in {peak.phase}' if peak.phase else ''}"
+
+
+def draw(
+    trace: Trace, out: Path, title: str, footer: str, *, over: str = "the step", reserved: Sequence[int] | None = None
+) -> list[Path]:
+    """Write timeline.png, .svg, .csv and the trace as timeline.json under `out`; returns the files.
+
+    Args:
+        trace: what to draw.
+        out: a folder.
+        title: above the picture.
+        footer: where it comes from.
+        over: what the trace is of.
+        reserved: bytes that the allocator held, before the first event and after each; a line above the bands.
+    """
     rows, peak = live_by_category(trace), trace.peak()
     order = [c for c in COLOURS if c in rows]
     shown = [c for c in order if any(rows[c])]
+    top = max(1.3 * peak.nbytes, 1.05 * max(reserved or [0]))
     unit, unit_name = unit_for(peak.nbytes)
     at = peak.event - trace.start + 1
     with mpl.rc_context(RC):
@@ -60,23 +78,26 @@ def draw(trace: Trace, out: Path, title: str, footer: str) -> list[Path]:
         )
         for area, category in zip(areas, shown, strict=True):
             area.set(hatch=COLOURS[category][1], edgecolor="white", label=category, rasterized=True)
+        if reserved is not None:
+            axes.step(steps, np.array(reserved) / unit, where="post", color="black", lw=1.2, ls=(0, (4, 1.5)),
+                      label="reserved from the GPU", rasterized=True)  # fmt: skip
         axes.plot([at], [peak.nbytes / unit], "v", color="black", markersize=9, clip_on=False)
-        label = f"peak {format_bytes(peak.nbytes)} in {peak.phase}"
+        label = peak_words(peak)
         left = at > len(steps) / 2
         axes.annotate(
             label,
             (at, peak.nbytes / unit),
-            xytext=(-9 if left else 9, 6),
+            xytext=(-9 if left else 9, 6 if reserved is None else -17),
             textcoords="offset points",
             ha="right" if left else "left",
             weight="bold",
             bbox={"fc": "white", "ec": "none", "pad": 1.5},
             zorder=5,
         )
-        axes.set_ylim(0, 1.3 * peak.nbytes / unit)
+        axes.set_ylim(0, top / unit)
         axes.set_xlim(0, len(steps) - 1)
         _mark_phases(axes, phases(trace), len(steps))
-        axes.set_xlabel("allocations and frees of the step, in order")
+        axes.set_xlabel(f"allocations and frees of {over}, in order")
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} {unit_name}"))
         notes.axis("off")
@@ -99,12 +120,12 @@ def draw(trace: Trace, out: Path, title: str, footer: str) -> list[Path]:
         def write_csv(path: Path) -> None:
             with path.open("w", newline="", encoding="utf-8") as file:
                 table = csv.writer(file, lineterminator="\n")
-                table.writerow(["event", "phase", "op", *order, "total"])
-                for i in steps:
+                table.writerow(["event", "phase", "op", *order, "total", *(["reserved"] if reserved else [])])
+                for i in range(len(steps)):
                     storage = trace.storages[trace.events[trace.start + i - 1].key] if i else None
                     origin = (storage.phase, storage.op) if storage else ("", "")
                     values = [rows[c][i] for c in order]
-                    table.writerow([i, *origin, *values, sum(values)])
+                    table.writerow([i, *map(cell, origin), *values, sum(values), *([reserved[i]] if reserved else [])])
 
         files = save(figure, out, "timeline", write_csv)
     with atomic_write(out / "timeline.json") as partial:
@@ -121,7 +142,8 @@ def _line(storage: Storage) -> str:
 def _mark_phases(axes: mpl.axes.Axes, begun: list[tuple[str, int]], width: int) -> None:
     """A line where each phase begins, and its name where there is room for it."""
     for (name, begin), (_, end) in zip(begun, [*begun[1:], ("", width)], strict=True):
-        axes.axvline(begin, color="black", lw=0.5, alpha=0.35)
-        if end - begin > 0.022 * width:
+        if name:
+            axes.axvline(begin, color="black", lw=0.5, alpha=0.35)
+        if name and end - begin > 0.022 * width:
             axes.annotate(name, ((begin + end) / 2, 0.99), xycoords=("data", "axes fraction"), rotation=90,
                           ha="center", va="top", size=7, color="#333333")  # fmt: skip

@@ -1,0 +1,291 @@
+"""A recording of an allocator that was replayed: what its peaks consist of, as data, as tables and as a timeline."""
+
+import dataclasses
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mtp_mem._util import MiB, format_bytes
+from mtp_mem._version import __version__
+from mtp_mem.memory.snapshot import Recording
+from mtp_mem.memory.tape import Tape
+from mtp_mem.memory.trace import Event, Storage, Trace
+from mtp_mem.prediction.recording import Held
+from mtp_mem.report.charts import timeline
+
+LARGEST = 10
+PEAKS = ("requested", "allocated", "reserved")
+BEFORE = "before the history"
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Live blocks of one size from one place.
+
+    Attributes:
+        count: how many there are.
+        nbytes: what one was asked for.
+        frames: where they were made, innermost first.
+        event: of the first one's allocation; None: before the history.
+        logits: how a block is rows of the vocabulary, in words; empty: it is not, or nobody gave V.
+        stays: a block of this size outlives the history, so that it may be a weight or a gradient instead.
+    """
+
+    count: int
+    nbytes: int
+    frames: tuple[str, ...]
+    event: int | None
+    logits: str
+    stays: bool
+
+    @property
+    def nbytes_together(self) -> int:
+        """Of all of them."""
+        return self.count * self.nbytes
+
+    @property
+    def where(self) -> str:
+        """The innermost frame outside of libraries, and the innermost of all."""
+        if not self.frames:
+            return BEFORE if self.event is None else f"event {self.event:,}"
+        own = next((f for f in self.frames if not re.search(r"[/\\](torch|site-packages|dist-packages)[/\\]", f)), None)
+        inner = _short(self.frames[0])
+        return inner if own is None or _short(own) == inner else f"{_short(own)} ({inner})"
+
+
+def logits_rows(nbytes: int, vocab: int) -> str:
+    """How a block is whole rows of the vocabulary; empty: it is not.
+
+    R rows of V values take 4 R V bytes in fp32 and 2 R V in bf16 or fp16, and the allocator knows to the byte what was
+    asked for. So a block can be logits if its size is a multiple of 2 V (of 4 V: in either dtype), from 2 rows and
+    1 MiB on. An unembedding of D rows, its gradient and its optimizer states look alike: see `sizes_that_stay`.
+    """
+    rows = nbytes // (2 * vocab)
+    if nbytes % (2 * vocab) or rows < 2 or nbytes < MiB:
+        return ""
+    return f"{rows:,} bf16" if rows % 2 else f"{rows // 2:,} fp32, {rows:,} bf16"
+
+
+def sizes_that_stay(tape: Tape) -> frozenset[int]:
+    """Sizes of blocks that outlive the history, as weights do and logits do not; none where memory ran out."""
+    sizes = {address: requested for address, (_, requested) in tape.blocks.items()}
+    for kind, address, nbytes in tape.events:
+        if kind == "oom":
+            return frozenset()
+        if kind == "alloc":
+            sizes[address] = nbytes
+        elif kind == "free":
+            del sizes[address]
+    return frozenset(sizes.values())
+
+
+def at_peak(recording: Recording, held: Held, vocab: int | None) -> list[Blocks]:
+    """What is live when most bytes are requested, the most bytes together first."""
+    tape = recording.tape
+    live: dict[int, tuple[int | None, int]] = {address: (None, nbytes) for address, (_, nbytes) in tape.blocks.items()}
+    for number, (kind, address, nbytes) in enumerate(tape.events[: held.peak("requested")]):
+        if kind == "alloc":
+            live[address] = (number, nbytes)
+        elif kind == "free":
+            del live[address]
+    groups: dict[tuple[int, tuple[str, ...], bool], list[int | None]] = defaultdict(list)
+    for address, (event, nbytes) in live.items():
+        groups[nbytes, tuple(recording.frames(event, address)), event is None].append(event)
+    stay = sizes_that_stay(tape)
+    rows = [
+        Blocks(len(events), nbytes, frames, events[0], logits_rows(nbytes, vocab) if vocab else "", nbytes in stay)
+        for (nbytes, frames, _), events in groups.items()
+    ]
+    return sorted(rows, key=lambda row: -row.nbytes_together)
+
+
+def facts(recording: Recording, held: Held, blocks: list[Blocks], vocab: int | None) -> dict[str, Any]:
+    """All that is known of a recording, for JSON."""
+    tape = recording.tape
+    peaks = {}
+    for of in PEAKS:
+        moment = held.peak(of)
+        peaks[of] = {
+            "event": moment - 1 if moment else None,
+            "ms": recording.milliseconds(moment - 1) if moment else None,
+            **held.totals[moment]._asdict(),
+        }
+    return {
+        "device": recording.device,
+        "stream": recording.stream,
+        "exact": held.exact,
+        "difference": held.difference or None,
+        "difference_at_event": None if held.exact else held.at,
+        "begins_with_process": recording.begins_with_process,
+        "inferred_blocks": recording.inferred,
+        "left_out": list(recording.left_out),
+        "expandable_segments": tape.expandable,
+        "settings": tape.settings,
+        "not_modelled": list(held.not_modelled),
+        "events": dict(held.counts),
+        "peaks": peaks,
+        "model_reserved_peak": held.model_reserved_peak,
+        "unused": held.unused,
+        "with_other_segments": {"expandable_segments": not tape.expandable, "reserved": held.other_reserved_peak},
+        "vocab": vocab,
+        "logits_sized_at_peak": _logits(blocks, stays=False) if vocab else None,
+        "logits_or_weights_at_peak": _logits(blocks, stays=True) if vocab else None,
+        "largest_at_peak": [
+            {**dataclasses.asdict(b), "where": b.where, "nbytes_together": b.nbytes_together} for b in blocks[:LARGEST]
+        ],
+    }
+
+
+def show(screen: Console, name: str, recording: Recording, held: Held, blocks: list[Blocks], vocab: int | None) -> None:
+    """The answer, the peaks and what the highest one consists of."""
+    tape, counts = recording.tape, held.counts
+    kind = "expandable segments" if tape.expandable else "default segments"
+    got, gave = counts["segment"] + counts["map"], counts["drop"] + counts["unmap"]
+    lines = [f"{title(name, recording)}: {'EXACT' if held.exact else 'DIFFERENT'}"]
+    if held.exact:
+        lines.append(f"  {kind}: each of {counts['alloc']:,} allocations lies where the GPU put it;")
+        lines.append(f"  memory was got {got:,} times and given back {gave:,} times, as on the GPU")
+    else:
+        lines.append(f"  {kind}; the first difference: {held.difference}")
+        if not recording.begins_with_process:
+            lines.append("  what was there before the history is inferred, which may be why")
+    if held.not_modelled:
+        lines.append(f"  not modelled: {', '.join(held.not_modelled)}")
+    lines += [f"  left out: {text}" for text in recording.left_out]
+    if counts["oom"]:
+        numbers = [(i, event.nbytes) for i, event in enumerate(tape.events) if event.kind == "oom"]
+        lines.append(
+            f"  out of memory {len(numbers)} times, first at event {numbers[0][0]:,} for {format_bytes(numbers[0][1])}"
+        )
+    for line in lines:
+        screen.print(line, markup=False)
+    screen.print(_peaks(recording, held))
+    peak = held.totals[held.peak("reserved")]
+    other = held.other_reserved_peak
+    word = "default segments" if tape.expandable else "expandable_segments:True"
+    change = f"{'-' if other < peak.reserved else '+'}{format_bytes(abs(other - peak.reserved))}"
+    lines = [
+        f"  peak reserved less peak allocated: {format_bytes(held.unused)} ({held.unused / max(peak.reserved, 1):.1%})",
+        f"  {word} would have reserved {format_bytes(other)} ({change})",
+    ]
+    if not recording.begins_with_process:
+        lines[-1] += ","
+        lines.append("  if the blocks from before the history lay side by side")
+    if held.model_reserved_peak != peak.reserved:
+        lines.append(f"  the model, going on by itself, reserves {format_bytes(held.model_reserved_peak)}")
+    if vocab:
+        lines.append(f"  logits-sized at the peak (whole rows of V): {format_bytes(_logits(blocks, stays=False))}")
+        if alike := _logits(blocks, stays=True):
+            lines.append(f"  whole rows of V too, but of a size that stays, as weights do: {format_bytes(alike)}")
+    for line in lines:
+        screen.print(line, markup=False)
+    screen.print(_largest(blocks, vocab))
+    screen.print()
+
+
+def summary(rows: list[tuple[str, Recording, Held]]) -> Table:
+    """A row for each recording: its peak reserved, what of that is never allocated, and what other segments reserve."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("recording", overflow="fold")
+    table.add_column("")
+    for column in ("allocations", "reserved", "unused", "other kind"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, recording, held in rows:
+        peak = held.totals[held.peak("reserved")]
+        sizes = (format_bytes(n) for n in (peak.reserved, held.unused, held.other_reserved_peak))
+        word = "exact" if held.exact else "DIFFERENT"
+        table.add_row(_plain(title(name, recording)), word, f"{held.counts['alloc']:,}", *sizes)
+    return table
+
+
+def title(name: str, recording: Recording) -> str:
+    """The file's name, and the device and stream where they are not the first."""
+    part = f", device {recording.device}, stream {recording.stream}" if recording.device or recording.stream else ""
+    return f"{name}{part}"
+
+
+def draw(name: str, recording: Recording, held: Held, out: Path, vocab: int | None) -> list[Path]:
+    """The timeline of a recording, as files under `out`; none where nothing was allocated or freed."""
+    trace, reserved, stay = Trace(), [held.totals[0].reserved], sizes_that_stay(recording.tape)
+
+    def is_logits(nbytes: int) -> bool:
+        return vocab is not None and nbytes not in stay and bool(logits_rows(nbytes, vocab))
+
+    at: dict[int, int] = {}
+    for address, (_, nbytes) in recording.tape.blocks.items():
+        at[address] = key = len(trace.storages)
+        trace.storages[key] = _storage(recording, None, address, nbytes, is_logits(nbytes))
+        trace.resident.append(key)
+    for number, (kind, address, nbytes) in enumerate(recording.tape.events):
+        if kind == "alloc":
+            at[address] = key = len(trace.storages)
+            trace.storages[key] = _storage(recording, number, address, nbytes, is_logits(nbytes))
+            trace.events.append(Event("alloc", key))
+        elif kind == "free":
+            trace.events.append(Event("free", at.pop(address)))
+        else:
+            continue
+        reserved.append(held.totals[number + 1].reserved)
+    if not trace.events:
+        return []
+    verdict = "replayed exactly" if held.exact else f"replayed exactly up to event {held.at:,}"
+    footer = f"read from a recording, not measured here; {verdict} · mtp_mem {__version__}"
+    words = f"{title(name, recording)}: what is live, and what the allocator holds"
+    return timeline.draw(trace, out, words, footer, over="the history", reserved=reserved)
+
+
+def _storage(recording: Recording, event: int | None, address: int, nbytes: int, logits: bool) -> Storage:
+    frames = recording.frames(event, address)
+    category = "logits" if logits else "live before the history" if event is None else "other"
+    where = Blocks(1, nbytes, tuple(frames), event, "", False).where
+    return Storage(nbytes, category, "", frames[0] if frames else "", (nbytes,), "bytes", where)  # type: ignore[arg-type]
+
+
+def _peaks(recording: Recording, held: Held) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("  peak of")
+    timed = recording.milliseconds(0) is not None
+    for column in ("at event", *(["after ms"] if timed else []), *PEAKS):
+        table.add_column(column, justify="right", no_wrap=True)
+    for of in PEAKS:
+        moment = held.peak(of)
+        when = recording.milliseconds(moment - 1) if moment else None
+        time = ["-" if when is None else f"{when:,.1f}"] if timed else []
+        sizes = (format_bytes(nbytes) for nbytes in held.totals[moment])
+        table.add_row(f"  {of}", f"{moment - 1:,}" if moment else "before", *time, *sizes)
+    return table
+
+
+def _largest(blocks: list[Blocks], vocab: int | None) -> Table:
+    titles = ["  at the peak", "each", "together", *(["rows of V"] if vocab else [])]
+    rows = []
+    for b in blocks[:LARGEST]:
+        sizes = (f"{b.count:,} x", format_bytes(b.nbytes), format_bytes(b.nbytes_together))
+        logits = f"{b.logits}{'; stays' if b.stays else ''}" if b.logits else ""
+        rows.append([*sizes, *([logits] if vocab else [])])
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in zip(titles, *rows, strict=True):
+        side = "left" if column[0] == "rows of V" else "right"
+        table.add_column(column[0], justify=side, no_wrap=True, min_width=max(map(len, column)))  # type: ignore[arg-type]
+    table.add_column("made by", no_wrap=True, overflow="ellipsis")
+    for row, b in zip(rows, blocks, strict=False):
+        table.add_row(*row, _plain(b.where))
+    return table
+
+
+def _logits(blocks: list[Blocks], *, stays: bool) -> int:
+    return sum(b.nbytes_together for b in blocks if b.logits and b.stays == stays)
+
+
+def _short(frame: str) -> str:
+    """The frame without the folders of its file."""
+    path, colon, rest = frame.rpartition(":")
+    return re.split(r"[/\\]", path)[-1] + colon + rest
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
