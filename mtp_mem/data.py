@@ -113,13 +113,21 @@ def load_corpus(workload: Workload, vocab_size: int, text: Path | None = None) -
     return Corpus(ids, source, digest=hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16], path=text)
 
 
-def corpus_batch(corpus: Corpus, model: ModelConfig, workload: Workload) -> Batch:
-    """The first B*S tokens of the corpus as a batch; uniform ids come from a generator with the workload's seed."""
+def corpus_batch(corpus: Corpus, model: ModelConfig, workload: Workload, rank: int = 0) -> Batch:
+    """The first B*S tokens of the corpus as a batch; uniform ids come from a generator with the workload's seed.
+
+    Args:
+        corpus: the text.
+        model: for V and n.
+        workload: for B, S and the seed.
+        rank: of several, each of which has the next B*S tokens, from the beginning again where the text is too short.
+    """
     if corpus.ids is None:
-        generator = torch.Generator().manual_seed(workload.seed)
+        generator = torch.Generator().manual_seed(workload.seed + rank)
         tokens = torch.randint(model.vocab_size, (workload.batch, workload.sequence), generator=generator)
     else:
-        ids = corpus.ids[: workload.tokens].clone()  # a view would keep the whole corpus
+        begin = rank % (len(corpus.ids) // workload.tokens) * workload.tokens
+        ids = corpus.ids[begin : begin + workload.tokens].clone()  # a view would keep the whole corpus
         tokens = ids.view(workload.batch, workload.sequence)
     return make_batch(tokens, model.n_future)
 

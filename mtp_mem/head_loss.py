@@ -13,6 +13,7 @@ Memory beside `forward_backward`: none where `.grad` is empty, for autograd take
 of the heads' gradients where gradients are accumulated.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +24,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.func import functional_call
 
 from mtp_mem.config.schema import HeadKind
-from mtp_mem.data import IGNORE, future_targets
+from mtp_mem.data import IGNORE, Batch, future_targets
 from mtp_mem.errors import BadInput
-from mtp_mem.model.head_tree import Heads
+from mtp_mem.model.head_tree import Heads, Phase, no_phase
 from mtp_mem.model.losses import loss_dtype
 from mtp_mem.model.own import Model
 from mtp_mem.strategy import Strategy, load_strategy, require_loss
@@ -41,6 +42,7 @@ def head_loss(
     scale: float | Tensor = 1.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    phase: Phase = no_phase,
 ) -> tuple[Tensor, Tensor]:
     """The loss of all heads, and each head's.
 
@@ -56,6 +58,7 @@ def head_loss(
             scale, which is what keeps fp16 from underflow; any other upstream gradient is right up to rounding.
         label_smoothing: of every head's loss; see `mtp_mem.model.losses.LossOptions`.
         z_loss: likewise.
+        phase: told the name of each phase of the heads as it begins.
 
     Returns:
         sum_i weights[i] * L_i, 0-dim, with its graph; and the n means L_i, (n,), detached; both in the loss dtype.
@@ -83,6 +86,7 @@ def head_loss(
         names=names,
         train=torch.is_grad_enabled(),
         loss={"label_smoothing": label_smoothing, "z_loss": z_loss},
+        phase=phase,
     )
     loss, losses = _HeadLoss.apply(z, run, upstream, scale, *parameters)  # type: ignore[no-untyped-call]
     return loss, losses
@@ -118,7 +122,7 @@ class MTPForCausalLM(nn.Module):
         self.model = from_hf(lm, n, kind)
         self.strategy = load_strategy(strategy) if isinstance(strategy, str) else strategy
         self.weights = weights
-        self.loss = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        self.loss: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss}
         self.config = lm.config  # trainers read it
 
     def forward(
@@ -155,6 +159,58 @@ class MTPForCausalLM(nn.Module):
         self.model.lm.gradient_checkpointing_disable()  # type: ignore[operator]
 
 
+class HeadLoss(nn.Module):
+    """A model as a module whose forward is the loss of all heads: what DDP can wrap.
+
+    Args:
+        model: see `head_loss`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, batch: Batch, strategy: Strategy, scale: float = 1.0, phase: Phase = no_phase, **loss: Any
+    ) -> tuple[Tensor, Tensor]:
+        """scale * sum_i L_i, 0-dim, with its graph; and the n losses (n,), detached. `loss`: its options."""
+        phase("trunk forward")
+        z = self.model.trunk(batch.tokens)  # (B, S, D)
+        value, losses = head_loss(self.model, z, batch.targets, strategy, scale=scale, phase=phase, **loss)
+        return value * scale, losses
+
+
+def loss_backward(
+    module: nn.Module,
+    batch: Batch,
+    strategy: Strategy,
+    *,
+    scale: float = 1.0,
+    phase: Phase = no_phase,
+    sync: bool = True,
+    **loss: Any,
+) -> Tensor:
+    """What `forward_backward` does, by `head_loss`.
+
+    Args:
+        module: a `HeadLoss`, or one inside DDP.
+        batch: tokens (B, S) and targets (n, B, S).
+        strategy: how the heads' forward and backward passes are ordered.
+        scale: multiplies the whole loss.
+        phase: told the name of each phase as it begins.
+        sync: whether DDP averages the gradients: False for all but the last micro-batch.
+        loss: its options.
+
+    Returns:
+        The n losses (n,), detached.
+    """
+    with contextlib.nullcontext() if sync or isinstance(module, HeadLoss) else module.no_sync():  # type: ignore[operator]
+        value, losses = module(batch, strategy, scale, phase, **loss)
+        phase("trunk backward")
+        value.backward()
+    return losses  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True, eq=False)
 class _Run:
     """One run of the strategy on shadows of the parameters."""
@@ -166,12 +222,13 @@ class _Run:
     names: tuple[str, ...]
     train: bool
     loss: dict[str, float]
+    phase: Phase
 
     def __call__(self, cut: Tensor, shadows: Sequence[Tensor], upstream: Tensor) -> Tensor:
         """The n losses (n,); the shadows' and the cut's `.grad` are filled."""
         shadowed = {f"model.{name}": shadow for name, shadow in zip(self.names, shadows, strict=True)}
         with torch.set_grad_enabled(self.train):
-            return functional_call(_Above(self.model), shadowed, (self._backward, self.z, cut, upstream))  # type: ignore[no-any-return]
+            return functional_call(_Above(self.model), shadowed, (self._backward, self.z, cut, upstream, self.phase))  # type: ignore[no-any-return]
 
     def _backward(self, heads: Heads, cut: Tensor, upstream: Tensor) -> Tensor:
         heads = heads.with_loss(**self.loss)
@@ -187,9 +244,14 @@ class _Above(nn.Module):
         self.model = model
 
     def forward(
-        self, backward: Callable[[Heads, Tensor, Tensor], Tensor], z: Tensor, cut: Tensor, upstream: Tensor
+        self,
+        backward: Callable[[Heads, Tensor, Tensor], Tensor],
+        z: Tensor,
+        cut: Tensor,
+        upstream: Tensor,
+        phase: Phase,
     ) -> Tensor:
-        return backward(self.model.heads(z), cut, upstream)
+        return backward(self.model.heads(z, phase), cut, upstream)
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -5,7 +5,7 @@ losses = strategy.backward(cut, heads, targets, weights)      # the only part th
 z.backward(cut.grad);  clip;  optimizer.step()
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -76,7 +76,10 @@ def forward_backward(
 
 @dataclass(frozen=True, eq=False)
 class TrainingStep:
-    """Forward, backward, clipping and optimizer step on one batch; call it with a `Phase` to be told where it is."""
+    """Forward, backward, clipping and optimizer step on one batch; call it with a `Phase` to be told where it is.
+
+    `micro_batch` is called as `forward_backward` is, in whose place it stands under DDP.
+    """
 
     model: Model
     optimizer: Optimizer
@@ -85,13 +88,15 @@ class TrainingStep:
     clip_norm: float = 1.0
     training: Training = field(default_factory=Training)
     hidden: Tensor | None = None  # (B, S, D), a leaf that stands for the trunk's output: the step is its heads alone
+    micro_batch: Callable[..., Tensor] = forward_backward
 
     def __call__(self, phase: Phase = no_phase) -> Tensor:
         """Returns the n losses of the last micro-batch, detached; every micro-batch is the batch once more."""
         self.forget_gradients()
         training, count = self.training, self.training.micro_batches
+        alone = {} if self.hidden is None else {"hidden": self.hidden}
         for i in range(count):
-            losses = forward_backward(
+            losses = self.micro_batch(
                 self.model,
                 self.batch,
                 self.strategy,
@@ -100,7 +105,7 @@ class TrainingStep:
                 sync=i == count - 1,
                 label_smoothing=training.label_smoothing,
                 z_loss=training.z_loss,
-                hidden=self.hidden,
+                **alone,
             )
         if self.hidden is not None:
             return losses

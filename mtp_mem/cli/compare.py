@@ -4,7 +4,9 @@ import argparse
 import gc
 import importlib
 import json
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mtp_mem.cli.common import (
     AddCommand,
@@ -18,6 +20,11 @@ from mtp_mem.cli.common import (
     progress,
     settle_numerics,
 )
+from mtp_mem.cli.setup import ranks_option
+from mtp_mem.errors import BadInput
+
+if TYPE_CHECKING:
+    from mtp_mem.runs.ranks import Joined
 
 
 def add(command: AddCommand) -> None:
@@ -29,6 +36,7 @@ def add(command: AddCommand) -> None:
     device_option(sub)
     deterministic_option(sub)
     budget_option(sub, "n")
+    ranks_option(sub, "every case")
     sub.add_argument("--fresh", action="store_true", help="run every case again, also those in --out")
 
 
@@ -41,9 +49,16 @@ def run(args: argparse.Namespace) -> int:
     from mtp_mem.runs.results_file import ResultsFile
 
     settle_numerics(args)
-    profile = profile_of(args)
     device = bench.resolve_device(args.device)
+    joined = _join(args, device.type)
+    profile = profile_of(args)
+    if profile.training.sharding != "none" and not args.nproc:
+        raise BadInput(f"training.sharding = {profile.training.sharding!r}: how many ranks? --nproc N, or torchrun")
     corpus = load_corpus(profile.workload, profile.model.vocab_size, args.text)
+    if joined is not None and joined.rank:
+        for _ in sweep.run(profile, corpus, device, joined.agreed([]), lambda _: None, joined=joined):
+            pass
+        return 0
     if corpus.note:
         note(f"note: {corpus.note}")
     out = args.out or Path("results") / profile.name
@@ -58,13 +73,15 @@ def run(args: argparse.Namespace) -> int:
         note(
             f"{len(wanted) - len(todo)} of {len(wanted)} cases are in {results.path} already (--fresh runs them again)"
         )
-    if todo:
+    if joined is not None:
+        todo = joined.agreed(todo)
+    elif todo:
         _freeze_modules()
     interrupted, left = False, {case.id for case in todo}
     budget_s = None if args.budget_minutes is None else 60 * args.budget_minutes
     try:
         with progress(sweep.units(todo, profile.sweep.rounds)) as begin:
-            for record in sweep.run(profile, corpus, device, todo, begin, budget_s):
+            for record in sweep.run(profile, corpus, device, todo, begin, budget_s, joined):
                 results.append(record)
                 records_by_case[record.case] = record
                 left.discard(record.case)
@@ -78,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     records = [records_by_case[case.id] for case in wanted]
     if args.fresh:
         results.replace(records)
-    files = charts.memory_vs_n(records, out)
+    files = [*charts.memory_vs_n(records, out), *charts.collectives(records, out)]
     sentence = recommend.advise(records)
     if args.json:
         document = {
@@ -96,6 +113,9 @@ def run(args: argparse.Namespace) -> int:
         if slopes := tables.slopes(records):
             screen.print()
             screen.print(slopes)
+        if between := tables.collectives(records):
+            screen.print()
+            screen.print(between)
         for line in tables.remarks(records):
             screen.print(line, markup=False)
         screen.print(f"\nrecords {results.path}, chart {out / 'memory-vs-n.png'} (.svg, .csv)", markup=False)
@@ -113,3 +133,18 @@ def _freeze_modules() -> None:
     importlib.import_module("torch._dynamo")  # which the first optimizer imports otherwise
     gc.collect()
     gc.freeze()
+
+
+def _join(args: argparse.Namespace, device_type: str) -> "Joined | None":
+    """The rank of torchrun's that this process is, which has then joined its group; None where it is none."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    from mtp_mem.runs.ranks import Joined
+
+    if args.nproc:
+        raise BadInput("--nproc under torchrun, which has its own --nproc-per-node: leave one of them out")
+    if args.budget_minutes:
+        raise BadInput("--budget-minutes under torchrun: ranks could not agree when it is spent")
+    joined = Joined.by_environment(device_type)
+    args.nproc = joined.world
+    return joined

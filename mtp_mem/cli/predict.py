@@ -126,6 +126,9 @@ def _show(records: "list[Record]", path: Path, gpu: "GPU") -> None:
     if slopes := tables.slopes(records):
         screen.print()
         screen.print(slopes)
+    if between := tables.collectives(records):
+        screen.print()
+        screen.print(between)
     for line in tables.remarks(records):
         screen.print(line, markup=False)
     screen.print(f"\nrecords {path}, chart {path.with_name('memory-vs-n.png')} (.svg, .csv)", markup=False)

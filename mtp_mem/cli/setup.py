@@ -73,7 +73,8 @@ def training_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sharding",
         metavar="HOW",
-        help="none, ddp, fsdp2 or hsdp: predict, plan and timeline then say a rank's bytes",
+        help="none, ddp, fsdp2 or hsdp: predict, plan and timeline then say a rank's bytes,"
+        " compare and verify run it with --nproc",
     )
     group.add_argument("--world", metavar="W", help="GPUs to shard over; the batch is each one's own")
     group.add_argument("--set-to-none", metavar="true|false", help="whether gradients are freed between steps")
@@ -85,6 +86,17 @@ def part_option(sub: argparse.ArgumentParser) -> None:
         "--part",
         metavar="WHAT",
         help="step, or heads: what is above the cut alone, on given hidden states: no trunk, clipping and optimizer",
+    )
+
+
+def ranks_option(sub: argparse.ArgumentParser, what: str) -> None:
+    """`--nproc`."""
+    sub.add_argument(
+        "--nproc",
+        type=count,
+        metavar="N",
+        help=f"{what} on N ranks, processes of this machine: gloo on CPUs, a device each and NCCL on CUDA; sharded as"
+        " --sharding says, default fsdp2. Under torchrun its ranks are taken",
     )
 
 
@@ -114,6 +126,12 @@ def with_setup(profile: "Profile", args: argparse.Namespace) -> "Profile":
     hints = type_hints(Training)
     asked = given(**{field.name: field.name for field in dataclasses.fields(Training)})
     training = {name: parse(hints[name], text, f"training.{name}") for name, text in asked.items()}
+    if ranks := getattr(args, "nproc", None):
+        if training.get("world", ranks) != ranks:
+            raise BadInput(f"--world {training['world']} with {ranks} ranks: leave --world out")
+        training["world"] = ranks
+        if training.get("sharding", profile.training.sharding) == "none":
+            training["sharding"] = "fsdp2"
     if args.dtype is not None:
         profile = with_precision(profile, args.dtype)
     return dataclasses.replace(

@@ -30,6 +30,11 @@ class Collectives(TorchDispatchMode):
         self.count: Counter[str] = Counter()
         self.nbytes: Counter[str] = Counter()
 
+    def forget(self) -> None:
+        """Count from zero."""
+        self.count.clear()
+        self.nbytes.clear()
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

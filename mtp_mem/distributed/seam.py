@@ -52,7 +52,13 @@ def shards(gradients: list[Tensor]) -> tuple[list[Tensor], Callable[[Tensor], Te
         dist.all_reduce(squared, group=group)
         return squared.sqrt()
 
-    return [gradient._local_tensor if isinstance(gradient, DTensor) else gradient for gradient in gradients], over_ranks
+    return [local(gradient) for gradient in gradients], over_ranks
+
+
+def local(tensor: Tensor) -> Tensor:
+    """A DTensor's shard on this rank; any other tensor itself."""
+    shard: Tensor | None = getattr(tensor, "_local_tensor", None)
+    return tensor if shard is None else shard
 
 
 def refuse_wrapped(model: object) -> None:

@@ -4,17 +4,21 @@ import gc
 import sys
 
 from mtp_mem.memory.trace import Trace
-from mtp_mem.memory.tracker import Tracker
+from mtp_mem.memory.tracker import Named, Tracker
 from mtp_mem.memory.unseen import all_seen
 from mtp_mem.model.optimizers import optimizer_state
 from mtp_mem.model.own import Model
 from mtp_mem.step import TrainingStep
 
 
-def track(step: TrainingStep) -> Trace:
+def track(step: TrainingStep, buckets: Named = ()) -> Trace:
     """Run the step twice under the tracker, and trace the second: what the first one leaves counts as live before it.
 
     Run it before, untracked: the first step has no optimizer state yet.
+
+    Args:
+        step: on the CPU.
+        buckets: DDP's, by name.
 
     Raises:
         BrokenContract: the strategy computes where the tracker does not see it.
@@ -28,6 +32,7 @@ def track(step: TrainingStep) -> Trace:
     tracker.resident("gradients", ((f"{name}.grad", p.grad) for name, p in parameters if p.grad is not None))
     tracker.resident("optimizer", optimizer_state(model, optimizer))
     tracker.resident("other", (("tokens", batch.tokens), ("targets", batch.targets), *model.named_buffers()))
+    tracker.resident("communication buffers", buckets)
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()  # a collection in mid-step would free what a reference cycle still held

@@ -13,16 +13,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from mtp_mem.distributed.seam import local
 from mtp_mem.memory.trace import Category, Event, Storage
 from mtp_mem.memory.tracker import Named, Tracker
 
 FSDP_FILES = ("_fsdp_collectives.py", "_fsdp_param_group.py", "_fsdp_param.py")
 """Whose tensors are buffers of communication."""
-
-
-def local(tensor: Tensor) -> Tensor:
-    """A DTensor's shard on this rank; any other tensor itself."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 class ShardedTracker(Tracker):

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from mtp_mem.config.schema import GPU, Dtype, ModelConfig, Training, Workload
 from mtp_mem.data import make_batch
 from mtp_mem.errors import BadInput
+from mtp_mem.head_loss import HeadLoss, loss_backward
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.memory.unseen import all_seen
@@ -93,6 +94,7 @@ class Simulation:
         results = MetaResults(fake)
         make = sharded_tracker if sharded else Tracker
         tracker = make(config.vocab_size, config.dim, [], kernels, results.run)
+        self.collectives: dict[str, dict[str, int]] = {}  # of the last step traced, as a record names them
         self._tracker, self._for_cuda, self._sharded, self._stepped = tracker, cuda, sharded, False
         self._mode: AbstractContextManager[object] = fake or contextlib.nullcontext()
         device = "cpu" if fake else "meta"
@@ -135,6 +137,11 @@ class Simulation:
         # From the second micro-batch on all are alike.
         training = dataclasses.replace(training, micro_batches=min(2, training.micro_batches))
         self._step = TrainingStep(model, optimizer, batch, NoLogits(), workload.clip_norm, training, hidden)
+        if training.sharding == "ddp":
+            inside = HeadLoss(model)
+            self._step = dataclasses.replace(
+                self._step, micro_batch=lambda _, *what, **how: loss_backward(inside, *what, **how)
+            )
 
     @property
     def baseline(self) -> int:
@@ -169,12 +176,17 @@ class Simulation:
         try:
             with without_collections(), self._mode:
                 try:
-                    with tracker, all_seen():
+                    # Outside the tracker, which looks at the frames that issue an operator.
+                    with _counted(self._sharded) as seen, tracker, all_seen():
                         if warm_up:
                             step(tracker.phase)
                             step.forget_gradients()
                         begun = len(tracker.trace.events)
+                        if seen is not None:
+                            seen.forget()
                         step(tracker.phase)
+                    if seen is not None:
+                        self.collectives = {"collectives": dict(seen.count), "collective_bytes": dict(seen.nbytes)}
                     alone = self._sharded and not warm_up
                     return tracker.step_alone(begun) if alone else tracker.step_since(begun, warmed_up)
                 finally:
@@ -198,6 +210,15 @@ class Simulation:
                 culprit = f"{names[id(module)]} ({type(module).__name__})"
         why = f"it needs real data or a GPU kernel ({operator}{error})".split("\n")[0]
         return BadInput(f"{culprit} cannot be predicted: {why}")
+
+
+def _counted(sharded: bool) -> Any:
+    """Counts collectives, where there are any."""
+    if not sharded:
+        return contextlib.nullcontext()
+    from mtp_mem.distributed.collectives import Collectives
+
+    return Collectives()
 
 
 def _without_data(tensor: torch.Tensor) -> bool:

@@ -144,6 +144,28 @@ def comparison(records: Sequence[Record], console: Console) -> Table:
     return _fitting(COLUMNS, records, console)
 
 
+def collectives(records: Sequence[Record]) -> Table | None:
+    """A step's collectives of each kind and their bytes; None where no record has any.
+
+    One row for strategies and n that have the same.
+    """
+    rows: dict[tuple[str, ...], list[Record]] = {}
+    kinds = list(dict.fromkeys(kind for record in records for kind in record.collectives or ()))
+    for record in records:
+        if record.collectives is not None:
+            counts, nbytes = record.collectives, record.collective_bytes or {}
+            row = [f"{counts[k]} ({format_bytes(nbytes.get(k, 0))})" if k in counts else "-" for k in kinds]
+            rows.setdefault((f"n = {record.n}", *row), []).append(record)
+    if not rows:
+        return None
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in ("a step's collectives", *kinds, "of"):
+        table.add_column(title, justify="left" if title in ("a step's collectives", "of") else "right")
+    for cells, alike in rows.items():
+        table.add_row(*cells, ", ".join(record.strategy for record in alike))
+    return table
+
+
 def remarks(records: Sequence[Record]) -> list[str]:
     """What the columns cannot say: an unusual setup, what was chosen and why, what failed, and peaks that were bent."""
     noise = {r.n: (r.gradient_reference, r.gradient_noise) for r in records if r.gradient_noise}

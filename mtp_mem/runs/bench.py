@@ -1,6 +1,5 @@
 """One model with its optimizer and batch on one device, on which strategies take turns: gradients, bytes, time."""
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mtp_mem._util import Progress
-from mtp_mem.config.schema import ModelConfig, Profile
-from mtp_mem.data import Corpus, corpus_batch
+from mtp_mem.config.schema import Dtype, ModelConfig, Profile
+from mtp_mem.data import Batch, Corpus, corpus_batch
+from mtp_mem.distributed.seam import local
 from mtp_mem.errors import BadInput, BrokenContract, Missing, one_line
 from mtp_mem.memory import cuda, cuda_history
 from mtp_mem.memory.cpu import track
@@ -19,7 +19,7 @@ from mtp_mem.memory.rss import sampled_rss
 from mtp_mem.memory.trace import Trace
 from mtp_mem.model.build import make_model
 from mtp_mem.model.optimizers import make_optimizer
-from mtp_mem.model.own import groups, set_up
+from mtp_mem.model.own import Model, groups, set_up
 from mtp_mem.prediction.auto import resolve_auto
 from mtp_mem.step import TrainingStep, forward_backward
 from mtp_mem.strategy import Strategy, kernel_limits, load_strategy
@@ -40,24 +40,25 @@ class Bench:
             raise BadInput(
                 f"training.part = {profile.training.part!r}: steps here run whole; predict and timeline --gpu take it"
             )
-        if profile.training.sharding != "none":
-            raise BadInput(
-                f"training.sharding = {profile.training.sharding!r}: steps here run in one process; predict, plan and"
-                " timeline --gpu take it, and mtp_mem.distributed runs it under torchrun"
-            )
         self.profile, self.config, self.device = profile, config, device
-        with torch.random.fork_rng():
-            torch.manual_seed(profile.workload.seed)
-            self.model = make_model(config, dtype=profile.workload.dtype, device=device)
-        set_up(self.model, profile.training)
-        batch = corpus_batch(corpus, config, profile.workload)
-        self.batch = dataclasses.replace(batch, tokens=batch.tokens.to(device), targets=batch.targets.to(device))
+        self.model = self._model()
+        self.batch = self._batch(corpus)
         training = profile.training
         self.optimizer = make_optimizer(self.model, name=training.optimizer, master=training.master_weights)
-        self._start = [parameter.detach().to("cpu", copy=True) for parameter in self.model.parameters()]
+        self._start = [local(parameter).detach().to("cpu", copy=True) for parameter in self.model.parameters()]
         self._tokens = (self.batch.tokens.clone(), self.batch.targets.clone())
         self.reference: Gradients | None = None
         self.reference_name, self.noise = "", 0.0
+        self._buckets: list[tuple[str, Tensor]] = []
+
+    def _model(self) -> Any:
+        if self.profile.training.sharding != "none":
+            raise BadInput(f"training.sharding = {self.profile.training.sharding!r} needs ranks: --nproc, or torchrun")
+        return drawn_model(self.profile, self.config, self.device)
+
+    def _batch(self, corpus: Corpus, rank: int = 0) -> Batch:
+        batch = corpus_batch(corpus, self.config, self.profile.workload, rank)
+        return Batch(batch.tokens.to(self.device), batch.targets.to(self.device))
 
     def check(self, strategy: Strategy) -> dict[str, Any]:
         """The strategy's gradients against naive's, from empty `.grad`; before any step, as steps change weights.
@@ -67,11 +68,7 @@ class Bench:
         """
         dtype = self.profile.workload.dtype
         if not self.reference_name:
-            self.reference, self.reference_name = self._reference()
-            if self.reference is not None:
-                again = self._gradients(load_strategy(self.reference_name))
-                self.noise = compare(again, self.reference, dtype).error
-                del again
+            self._settle_reference()
         strategy = self.resolve_auto(strategy)[0]
         with self.guarded():
             gradients = self._gradients(strategy)
@@ -117,7 +114,7 @@ class Bench:
         """Weights and batch as they were at the start; returns whether the weights were so already."""
         same = True
         with torch.no_grad():
-            for parameter, start in zip(self.model.parameters(), self._start, strict=True):
+            for parameter, start in zip(map(local, self.model.parameters()), self._start, strict=True):
                 if not torch.equal(parameter, start.to(self.device)):
                     same = False
                     parameter.copy_(start)
@@ -158,7 +155,7 @@ class Bench:
                 "alloc_retries": peaks.retries,
                 "nvml_process_bytes": peaks.nvml_process,
             }
-        return facts | explained(track(step))
+        return facts | explained(track(step, self._buckets))
 
     def time(self, strategies: dict[str, Strategy], progress: Progress) -> dict[str, list[float] | BaseException]:
         """Seconds of untracked steps; the strategies take turns, a different one first in each round.
@@ -200,34 +197,36 @@ class Bench:
         self.model.zero_grad(set_to_none=True)
         free(self.device)
 
-    def _reference(self) -> tuple[Gradients | None, str]:
-        """The first reference that fits, in host memory, and its name; or why there is none."""
+    def _settle_reference(self) -> None:
+        """The first reference that fits, in host memory, and how far it is from itself; or why there is none."""
+        self.reference_name = "no reference fits here"
         for name in REFERENCES:
             try:
-                gradients = self._gradients(load_strategy(name))
+                self.reference = on_host(self._gradients(load_strategy(name)))
             except (RuntimeError, MemoryError) as e:
                 if failure(e)["status"] != "oom":
                     raise
                 self.recover()
             else:
-                return _on_host(gradients), name
-        return None, "no reference fits here"
+                self.reference_name = name
+                again = self._gradients(load_strategy(name))
+                self.noise = compare(again, self.reference, self.profile.workload.dtype).error
+                return
 
     def _gradients(self, strategy: Strategy) -> dict[str, list[Tensor | None]]:
         """Of one step, by part of the model, and its losses."""
         self.model.zero_grad(set_to_none=True)
-        training = self.profile.training
-        losses = forward_backward(
-            self.model,
-            self.batch,
-            strategy,
-            label_smoothing=training.label_smoothing,
-            z_loss=training.z_loss,
-        )
+        losses = self._backward(strategy)
         if not isinstance(losses, Tensor) or losses.shape != (self.model.n_future,):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise BrokenContract(f"returns {shape}, not the n losses ({self.model.n_future},)")
         return {**take(groups(self.model)), "losses": [losses]}
+
+    def _backward(self, strategy: Strategy) -> Tensor:
+        training = self.profile.training
+        return forward_backward(
+            self.model, self.batch, strategy, label_smoothing=training.label_smoothing, z_loss=training.z_loss
+        )
 
     def step(self, strategy: Strategy) -> TrainingStep:
         """The training step with this strategy."""
@@ -243,6 +242,22 @@ class Bench:
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def drawn_model(profile: Profile, config: ModelConfig, device: torch.device, dtype: Dtype | None = None) -> Model:
+    """In the profile's training setup, with the weights that its seed draws; on one rank.
+
+    Args:
+        profile: workload and training.
+        config: the model.
+        device: where it is made.
+        dtype: in place of the workload's.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(profile.workload.seed)
+        model = make_model(config, dtype=dtype or profile.workload.dtype, device=device)
+    set_up(model, profile.training)
+    return model
 
 
 def explained(trace: Trace) -> dict[str, Any]:
@@ -301,7 +316,8 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _on_host(gradients: Gradients) -> Gradients:
+def on_host(gradients: Gradients) -> Gradients:
+    """Gradients in host memory."""
     return {name: [None if g is None else g.cpu() for g in own] for name, own in gradients.items()}
 
 

@@ -37,7 +37,7 @@ def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
                     strategy = load_strategy(spec)
                     version = implementation(strategy)
                     strategy, chosen = resolve_auto(strategy, config, workload, profile.training, cuda=True, gpu=gpu)
-                    facts |= {"chosen": chosen, **predicted(simulation.trace(strategy), gpu)}
+                    facts |= {"chosen": chosen, **predicted(simulation.trace(strategy), gpu), **simulation.collectives}
                 except (Exception, SystemExit) as e:
                     facts |= {"status": "error", "error": one_line(e)}
                 yield new_record(

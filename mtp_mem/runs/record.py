@@ -64,6 +64,9 @@ class Record:
     alloc_retries: int | None = None
     nvml_process_bytes: int | None = None
     host_rss_bytes: int | None = None
+    largest_rank: int | None = None  # of several ranks the one whose bytes these are
+    collectives: dict[str, int] | None = None  # a step's, by kind
+    collective_bytes: dict[str, int] | None = None  # a step's, by kind: gathered parameters, gradients to reduce
     tokens_per_s: float | None = None
     step_ms: float | None = None
     step_ms_p20: float | None = None

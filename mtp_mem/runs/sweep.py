@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +28,9 @@ from mtp_mem.runs.disturbance import CpuWatch, disturbed
 from mtp_mem.runs.identity import case_id, implementation
 from mtp_mem.runs.record import Record, new_record
 from mtp_mem.strategy import Strategy, load_strategy, require
+
+if TYPE_CHECKING:
+    from mtp_mem.runs.ranks import Joined
 
 Facts = dict[str, Any]
 """Fields of a record."""
@@ -73,6 +76,7 @@ def run(
     todo: list[Case],
     progress: Progress,
     budget_s: float | None = None,
+    joined: "Joined | None" = None,
 ) -> Iterator[Record]:
     """Run the cases n by n; each n's records are yielded as they become complete.
 
@@ -85,10 +89,14 @@ def run(
         todo: the cases to run.
         progress: called once per unit of work.
         budget_s: seconds after which no further n is begun; the first n always is, so that every call gets ahead.
+        joined: the rank that this process is; by default a sharded setup's ranks are processes of their own.
 
     Raises:
         BadInput: a strategy cannot be loaded, or cannot run this model.
     """
+    if profile.training.sharding != "none":
+        yield from _on_ranks(profile, corpus, device, todo, progress, budget_s, joined)
+        return
     started = time.monotonic()
     strategies = {case.strategy: load_strategy(case.strategy) for case in todo}  # bad specs fail before any work
     require(strategies, profile.model, profile.workload, profile.training)
@@ -112,6 +120,47 @@ def run(
             with nullcontext() if on_cuda else bounded_memory():
                 yield from _run_n(profile, config, corpus, device, runnable, chosen, progress)
             free(device)
+
+
+def _on_ranks(
+    profile: Profile,
+    corpus: Corpus,
+    device: torch.device,
+    todo: list[Case],
+    progress: Progress,
+    budget_s: float | None,
+    joined: "Joined | None",
+) -> Iterator[Record]:
+    """The cases one after the other, each on all ranks: of this machine, or of torchrun's where this is one of them."""
+    from mtp_mem.runs.rank_bench import RANK_REFERENCES, DoesNotFit, RankWork
+    from mtp_mem.runs.ranks import Group
+
+    require(
+        {case.strategy: load_strategy(case.strategy) for case in todo},
+        profile.model,
+        profile.workload,
+        profile.training,
+    )
+    group = joined or Group(profile.training.world, device.type)
+    by_job = {(case.strategy, case.n): case for case in todo}
+    jobs = [job for n in dict.fromkeys(case.n for case in todo) for job in [("", n), *(j for j in by_job if j[1] == n)]]
+    floors: dict[int, Facts] = {}
+    started = time.monotonic()
+    for reference in RANK_REFERENCES:
+        for job, facts in group.run(RankWork(profile, corpus.path, device.type, reference), jobs, progress):
+            if DoesNotFit.words in facts.get("error", ""):
+                break
+            jobs = jobs[1:]
+            if job in by_job:
+                config = profile.model.with_n(job[1])
+                yield _record(by_job[job], profile, config, corpus, device, facts, floor=floors[job[1]])
+            else:
+                floors[job[1]] = facts if facts["status"] == "ok" else {}
+            last_of_its_n = not jobs or jobs[0][1] != job[1]
+            if last_of_its_n and budget_s is not None and time.monotonic() - started >= budget_s:
+                return
+        if not jobs:
+            return
 
 
 def refusal(
