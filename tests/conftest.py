@@ -21,3 +21,9 @@ def garbage_collections_pass_over_what_is_imported() -> None:
     importlib.import_module("torch._dynamo")  # as the first optimizer does
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first: the last ones decide how long one of two workers has nothing to do."""
+    longest = ("test_verify.py", "test_gradients.py", "test_huggingface.py", "test_bytes.py", "test_cli.py")
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))

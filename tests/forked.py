@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -69,6 +70,7 @@ def run(folder: Path, *args: str, **surroundings: Any) -> Ended:
 
 def _command(around: Surroundings, args: tuple[str, ...]) -> None:
     """In the new process: what a shell and the interpreter's start do, then the command."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test run in the background ignores
     os.chdir(around.folder)
     os.environ.update(around.variables)
     encoding, _, errors = os.environ.get("PYTHONIOENCODING", "utf-8").partition(":")

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from command_line import Ended, mtp_mem
 
@@ -39,29 +40,16 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def process(work: Path, *args: str) -> "subprocess.Popen[str]":
-    """The command in a process of its own, as a user starts it."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "mtp_mem", *args],
-        cwd=work,
-        env={**os.environ, "COLUMNS": "100"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A test run in the background ignores SIGINT, and a child would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
-    )
-
-
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def compared(work: Path) -> Ended:
-    running = process(work, "compare", "--profile", "small.toml")
-    out, err = running.communicate(timeout=300)
-    return Ended(running.returncode, out, err)
+    """In a process of its own, as a user starts it."""
+    command = [sys.executable, "-m", "mtp_mem", "compare", "--profile", "small.toml"]
+    ended = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=300)
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
 def test_compare(work: Path, compared: Ended) -> None:
@@ -143,18 +131,19 @@ def test_an_interrupted_run_continues(work: Path) -> None:
     args = ("compare", "--profile", "small.toml", *options)
     finished = ""
     for done, how in ((2, signal.SIGINT), (4, signal.SIGTERM), (6, signal.SIGKILL)):  # lines: two at each n
-        running = process(work, *args)
+        running = forked.start(work, *args)
         deadline = time.monotonic() + 120
         while not results.exists() or results.read_text().count("\n") < done:
-            assert running.poll() is None
+            assert running.is_alive()
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        running.send_signal(how)
-        _, err = running.communicate(timeout=60)
+        os.kill(running.pid or 0, how)
+        running.join(60)
         if how == signal.SIGKILL:
-            assert running.returncode == -how
+            assert running.exitcode == -how
         else:
-            assert running.returncode == 130
+            err = work.with_name(f"{work.name}.err").read_text()
+            assert running.exitcode == 130
             assert "the same command runs the others" in err
             assert "Traceback" not in err
         assert results.read_text().startswith(finished)

@@ -87,8 +87,9 @@ def test_a_gpu_that_is_not_in_the_catalogue(folder: Path, options: tuple[str, ..
     assert ended.returncode == 0, ended.stderr
     environment = json.loads(ended.stdout)["records"][0]["environment"]
     assert (environment["target"], environment["target_bytes"]) == (name, nbytes)
-    assert mtp_mem(folder, "plan", "--profile", "small.toml", *options).returncode == 0
-    assert mtp_mem(folder, "timeline", "--profile", "small.toml", "--out", "t", *options).returncode == 0
+    if name == "Mine":  # one way of naming a GPU will do for the other commands
+        assert mtp_mem(folder, "plan", "--profile", "small.toml", *options).returncode == 0
+        assert mtp_mem(folder, "timeline", "--profile", "small.toml", "--out", "t", *options).returncode == 0
 
 
 @pytest.mark.parametrize(

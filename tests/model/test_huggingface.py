@@ -183,7 +183,8 @@ def test_predicted_bytes_equal_tracked_ones(tmp_path: Path, family: str, dtype: 
     set_up(model, training)
     optimizer, batch = make_optimizer(model), make_batch(torch.randint(131, (2, 32)), N)
     simulation = Simulation(config, workload, training, cuda=False)
-    for spec in (*SAME_ORDER, *CHUNKED):
+    half = int(dtype == "bf16")  # every family meets every strategy, in one of the two dtypes
+    for spec in (*SAME_ORDER, *CHUNKED)[half::2]:
         step = TrainingStep(model, optimizer, batch, load_strategy(spec), training=training)
         step()
         real, simulated = track(step), simulation.trace(load_strategy(spec))

@@ -22,7 +22,7 @@ def relative(a: Any, b: Any) -> float:
     return (a.double() - b.double()).norm().item() / norm if norm else a.double().norm().item()
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 8])
+@pytest.mark.parametrize("n", [2, 8])
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
 @pytest.mark.parametrize("spec", ["sequential", "checkpointed"])
 @pytest.mark.parametrize("unembedding", ["shared", "tied"])
@@ -33,7 +33,7 @@ def test_bit_identical_to_naive(spec: str, dtype: str, n: int, unembedding: str)
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("n", [1, 3, 8])
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16", "bf16-mixed"])
 @pytest.mark.parametrize("unembedding", UNEMBEDDINGS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,7 +86,7 @@ def test_the_cut_is_free_for_every_kind(kind: str, unembedding: str, dtype: str)
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 8])
+@pytest.mark.parametrize("n", [1, 8])
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
 def test_the_cut_is_free(dtype: str, n: int) -> None:
     model, batch = build(tiny(n_future=n), dtype)
@@ -97,7 +97,7 @@ def test_the_cut_is_free(dtype: str, n: int) -> None:
 
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize(("dtype", "bound"), [("fp64", 1e-12), ("fp32", 1e-5), ("bf16", 2e-2), ("bf16-mixed", 2e-2)])
-@pytest.mark.parametrize("spec", [*INEXACT, "sequential", "checkpointed"])
+@pytest.mark.parametrize("spec", INEXACT)  # the others are bit-identical, above
 def test_within_the_bound_of_the_dtype(spec: str, dtype: str, bound: float, n: int) -> None:
     model, batch = build(tiny(n_future=n), dtype)
     expected = gradients(model, lambda: forward_backward(model, batch, NAIVE))

@@ -1,6 +1,5 @@
 """Limits of a kernel: refused where they are exceeded, kept to by the verifier, and said."""
 
-import json
 from pathlib import Path
 from typing import ClassVar
 
@@ -50,7 +49,7 @@ class Hidden(InEights):
 
 
 def test_a_strategy_is_verified_within_its_limits() -> None:
-    some = SCENARIOS[::5]
+    some = SCENARIOS[::9]
     found = verify([InEights(), "sequential"], scenarios=some)
     assert [check.explain() for check in found.failures] == []
     own = [(check.scenario, check.dtype) for check in found.of("InEights")]
@@ -125,8 +124,7 @@ def test_the_commands_say_it(tmp_path: Path) -> None:
     found = mtp_mem(tmp_path, "verify", "--strategies", "mine:InEights", "--profile", "quick")
     assert found.returncode == 2
     assert "strategy 'mine:InEights' computes in bfloat16, not in float32" in found.stderr
-    found = mtp_mem(tmp_path, "verify", "--strategies", "mine:InEights", "--dtype", "bf16-mixed", "--json")
+    found = mtp_mem(tmp_path, "verify", "--strategies", "mine:InEights", "--dtype", "bf16-mixed")
     assert found.returncode == 0, found.stderr
-    assert "mine:InEights waits for the device: it looks at its targets" in json.loads(found.stdout)["remarks"]
-    found = mtp_mem(tmp_path, "verify", "--strategies", "mine:InEights", "--dtype", "bf16")
+    assert "mine:InEights waits for the device: it looks at its targets" in found.stdout
     assert "mine:InEights: sizes are raised to multiples of 8" in found.stdout

@@ -142,7 +142,9 @@ def test_on_a_profile(tmp_path: Path) -> None:
     asked = ("verify", "--profile", "own.toml", "--strategies", "sequential")
     found = mtp_mem(tmp_path, *asked, "--dtype", "bf16", "--json")
     assert found.returncode == 0, found.stderr
-    checks = json.loads(found.stdout)["checks"]
+    document = json.loads(found.stdout)
+    checks = document["checks"]
+    assert document["remarks"] == []
     assert [(c["scenario"], c["dtype"], c["bit_identical"]) for c in checks] == [
         ("own, n = 1", "bf16", True),
         ("own, n = 3", "bf16", True),
