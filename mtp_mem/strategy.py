@@ -6,7 +6,6 @@ A spec is `name`, `name:option=value:option=value` or, for a class that is not r
 
 import dataclasses
 import importlib
-import typing
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from mtp_mem._util import importing_from_here
 from mtp_mem.config.schema import Dtype, ModelConfig, Training, Workload
-from mtp_mem.config.toml import parse
+from mtp_mem.config.toml import parse, type_hints
 from mtp_mem.errors import BadInput, Missing, MtpMemError, one_line, unknown
 from mtp_mem.model.head_tree import Heads
 from mtp_mem.model.layers import PRODUCT_DTYPES
@@ -168,7 +167,7 @@ def _load_class(path: str, name: str) -> type[Any]:
 
 def _options(cls: type[Any], name: str, items: list[str]) -> dict[str, Any]:
     valid = {f.name: f for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
-    hints = typing.get_type_hints(cls)
+    hints: dict[str, Any] = type_hints(cls)  # type: ignore[arg-type]
     options: dict[str, Any] = {}
     for item in items:
         key, equals, text = item.partition("=")

@@ -60,6 +60,11 @@ def build(
                 raise
             notes.append(f"skipped: {e}")
     apart = groups(located, notes)
+    for group in apart:
+        if (count := len({r.strategy for r in group})) > MOST_STRATEGIES:
+            notes.append(
+                f"charts show {MOST_STRATEGIES} of {count} strategies, naive and those that need least; tables show all"
+            )
     writable(out.parent)
     with scratch_folder() if charts_folder is None else nullcontext(writable(charts_folder)) as folder:
         folders = [folder / f"group-{i}" for i in range(1, len(apart) + 1)] if len(apart) > 1 else [folder]
@@ -82,8 +87,21 @@ def _timelines(results: Sequence[Path], located: Sequence[Located], given: Seque
     return list(dict.fromkeys([*given, *beside, *below]))
 
 
-def _draw(records: Sequence[Record], out: Path) -> tuple[Chart, ...]:
+MOST_STRATEGIES = 24
+"""In one chart: no more can be told apart, or named beside their lines."""
+
+
+def telling(records: Sequence[Record]) -> list[Record]:
+    """The records that charts show: of more than 24 strategies naive and those that need least at their largest n."""
+    last = {r.strategy: r for r in sorted(records, key=lambda r: r.n)}
+    order = sorted(last.values(), key=lambda r: (r.strategy != "naive", r.status != "ok", peak_bytes(r) or 0))
+    shown = {r.strategy for r in order[:MOST_STRATEGIES]}
+    return [r for r in records if r.strategy in shown]
+
+
+def _draw(every: Sequence[Record], out: Path) -> tuple[Chart, ...]:
     """The charts of one group that its records allow, in the folder `out`."""
+    records = telling(every)
     gpu = gpu_of(records[0]) if records[0].exactness == "predicted" else None
     drawn = (
         (
@@ -117,7 +135,9 @@ def _panels(apart: Sequence[Sequence[Record]], folder: Path) -> Chart | None:
     names = dict.fromkeys(name for fact in facts for name in fact)
     differing = [name for name in names if len({fact.get(name) for fact in facts}) > 1]
     titles = [", ".join(fact[name] for name in differing if name in fact) for fact in facts]
-    named = {title or f"group {i}": group for i, (title, group) in enumerate(zip(titles, apart, strict=True), 1)}
+    named = {
+        title or f"group {i}": telling(group) for i, (title, group) in enumerate(zip(titles, apart, strict=True), 1)
+    }
     files = charts.memory_small_multiples(named, folder)
     alt = "Memory over the baseline against the number of heads, a panel for each group."
     return Chart(svg=files[1], png=files[0], alt=alt) if files else None

@@ -18,6 +18,7 @@ from mtp_mem.cli import main
 from mtp_mem.config.profiles import load_profile
 from mtp_mem.memory.trace import Event, Storage, Trace
 from mtp_mem.report import timeline_page as timeline_module
+from mtp_mem.report.build import MOST_STRATEGIES, telling
 from mtp_mem.report.reproduce import command
 from mtp_mem.report.timeline_page import read_timeline
 from mtp_mem.runs.record import Record
@@ -234,6 +235,18 @@ def test_a_timeline_is_read_back_as_it_was_drawn() -> None:
         assert [sum(row) for row in data["rows"]] == [int(row["total"]) for row in csv.DictReader(file)]
     assert drawn["largest"][0][:2] == ("32.0 MiB", "logits")
     assert drawn["largest"][0][3] == "head 1 loss"
+
+
+def test_a_chart_shows_no_more_strategies_than_can_be_told_apart() -> None:
+    many = [record("naive", n) for n in (1, 4)]
+    many += [
+        record(f"chunked_tokens:chunk={c}", n, peak_requested_bytes=c * 100) for c in range(60, 0, -1) for n in (1, 4)
+    ]
+    shown = telling(many)
+    least = {f"chunked_tokens:chunk={c}" for c in range(1, MOST_STRATEGIES)}
+    assert {r.strategy for r in shown} == {"naive", *least}
+    assert len(shown) == 2 * MOST_STRATEGIES
+    assert telling(records()) == records()
 
 
 def test_a_long_timeline_keeps_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:

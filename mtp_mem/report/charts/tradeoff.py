@@ -126,8 +126,9 @@ def _label_points(
     drawing.set_layout_engine("none")  # type: ignore[union-attr]
     scale = drawing.dpi / 72
     at = [axes.transData.transform(point) for point in points]
-    taken = [Bbox.from_extents(x - 6 * scale, y - 6 * scale, x + 6 * scale, y + 6 * scale) for x, y in at]
-    taken += [box for a, b in lines for box in _along(axes.transData.transform(a), axes.transData.transform(b))]
+    boxes = [(x - 6 * scale, y - 6 * scale, x + 6 * scale, y + 6 * scale) for x, y in at]
+    boxes += [box for a, b in lines for box in _along(axes.transData.transform(a), axes.transData.transform(b))]
+    taken = np.array(boxes)  # (boxes, 4): left, bottom, right, top
     frame = axes.get_window_extent()
     for point, text, colour in zip(points, labels, colours, strict=True):
         tried: list[tuple[float, int, Annotation, Bbox]] = []
@@ -138,8 +139,8 @@ def _label_points(
                 arrowprops=arrow,
             )  # fmt: skip
             box = label.get_window_extent()
-            overlap = sum(_area(Bbox.intersection(box, other)) for other in taken)
-            outside = _area(box) - _area(Bbox.intersection(box, frame))
+            overlap = float(_common(box, taken).sum())
+            outside = box.width * box.height - float(_common(box, np.array([frame.extents]))[0])
             tried.append((overlap + outside, len(tried), label, box))
             if tried[-1][0] == 0:
                 break
@@ -147,15 +148,17 @@ def _label_points(
         for _, i, label, _ in tried:
             if i != best[1]:
                 label.remove()
-        taken.append(best[3])
+        taken = np.vstack([taken, best[3].extents])
 
 
-def _along(a: np.ndarray, b: np.ndarray) -> Iterator[Bbox]:
+def _along(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[float, float, float, float]]:
     """Boxes of four pixels along the line from a to b, in display coordinates."""
     steps = max(2, int(np.hypot(*(b - a)) / 6))
     for x, y in np.linspace(a, b, steps):
-        yield Bbox.from_extents(x - 2, y - 2, x + 2, y + 2)
+        yield x - 2, y - 2, x + 2, y + 2
 
 
-def _area(box: Bbox | None) -> float:
-    return box.width * box.height if box is not None else 0.0
+def _common(box: Bbox, others: np.ndarray) -> np.ndarray:
+    """The area that the box has in common with each of the others (boxes, 4)."""
+    low, high = np.maximum(box.extents[:2], others[:, :2]), np.minimum(box.extents[2:], others[:, 2:])
+    return np.clip(high - low, 0, None).prod(axis=1)  # type: ignore[no-any-return]
