@@ -8,9 +8,10 @@ thing is inferred: the length of a block that lived before the history and was f
 import base64
 import binascii
 import bisect
+import dataclasses
 import re
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,56 +132,23 @@ def recordings(snapshot: Any) -> list[Recording]:
     """
     if type(snapshot) is not dict or type(snapshot.get("segments")) is not list:
         raise BadInput(f"not a snapshot: no segments; expected {FORMS}")
-    settings = _settings(snapshot.get("allocator_settings"))
-    parts: dict[tuple[int, int], _Part] = {}
+    parts: dict[tuple[int, int], _Part] = defaultdict(_Part)
     count = _Count()
-    private: list[tuple[int, int]] = []
-    for segment in _rows(snapshot["segments"], "segments", count):
-        key = _number(segment, "device", "a segment", 0), _number(segment, "stream", "a segment")
-        address, nbytes = _number(segment, "address", "a segment"), _number(segment, "total_size", "a segment")
-        part = parts.setdefault(key, _Part())
-        if _private(segment.get("segment_pool_id")):
-            private.append((address, address + nbytes))
-            part.private[0] += 1
-            continue
-        part.kinds.add(segment.get("is_expandable") is True)
-        part.segments[address] = (nbytes, segment.get("segment_type") == "small")
-        for block in _rows(segment.get("blocks"), "blocks", count):
-            size = _number(block, "size", "a block")
-            if block.get("state") != "inactive":
-                start = _number(block, "address", "a block", address)
-                part.blocks[start] = (size, _number(block, "requested_size", "a block", size))
-                part.block_frames[start] = block.get("frames")
-            address += size
-    private.sort()
-    traces = snapshot.get("device_traces")
-    for device, history in enumerate(traces if type(traces) is list else ()):
-        for entry in _rows(history, "device_traces", count):
-            action = entry.get("action")
-            kind = KINDS.get(action) if type(action) is str else None
-            if kind is None:
-                continue
-            where = f"an event of kind {kind}"
-            part = parts.setdefault((device, _number(entry, "stream", where)), _Part())
-            address = _number(entry, "addr", where, 0 if kind == "oom" else None)
-            at = bisect.bisect_right(private, (address, LARGEST_NUMBER)) - 1
-            if _private(entry.get("pool_id")) or (at >= 0 and private[at][0] <= address < private[at][1]):
-                part.private[1] += 1
-                continue
-            part.events.append(TapeEvent(kind, address, _number(entry, "size", where)))
-            part.event_frames.append(entry.get("frames"))
-            part.times.append(_number(entry, "time_us", where, -1))
+    private = _read_segments(snapshot["segments"], parts, count)
+    _read_history(snapshot.get("device_traces"), parts, private, count)
     whole = {key: part for key, part in sorted(parts.items()) if part.events}
     if not whole:
         raise BadInput(
             "holds no history of allocations; call torch.cuda.memory._record_memory_history() before what is to be seen"
         )
-    streams = Counter[int]()
-    found = []
+    silent = [f"device {device}: a stream with {len(part.segments):,} segments and no history"
+              for (device, _), part in sorted(parts.items()) if part.segments and not part.events]  # fmt: skip
+    settings, streams = _settings(snapshot.get("allocator_settings")), Counter[int]()
+    answers = []
     for (device, stream), part in whole.items():
         streams[device] += stream != 0
-        found.append(part.recording(device, streams[device] if stream else 0, settings))
-    return found
+        answers.append(part.recording(device, streams[device] if stream else 0, settings))
+    return [dataclasses.replace(answers[0], left_out=(*answers[0].left_out, *silent)), *answers[1:]]
 
 
 @dataclass
@@ -223,6 +191,64 @@ class _Part:
         return Recording(device, stream, tape, inferred, tuple(left_out), self.event_frames, self.block_frames, times)
 
 
+class _Count:
+    """Bounds how much is read: in a pickle one list can stand in a million places."""
+
+    rows = 0
+
+    def one(self) -> None:
+        self.rows += 1
+        if self.rows > MOST_ROWS:
+            raise BadInput(f"holds more than {MOST_ROWS:,} events and blocks")
+
+
+def _read_segments(segments: Any, parts: dict[tuple[int, int], _Part], count: _Count) -> list[tuple[int, int]]:
+    """Note each segment and its blocks; returns the beginnings and ends of private pools' segments, which are not."""
+    private: list[tuple[int, int]] = []
+    for segment in _rows(segments, "segments", count):
+        part = parts[_number(segment, "device", "a segment", 0), _number(segment, "stream", "a segment")]
+        address, nbytes = _number(segment, "address", "a segment"), _number(segment, "total_size", "a segment")
+        if _private(segment.get("segment_pool_id")):
+            private.append((address, address + nbytes))
+            part.private[0] += 1
+            continue
+        pool = segment.get("segment_type")
+        if pool not in ("small", "large"):
+            raise BadInput("not the allocator's: a segment is neither small nor large (drawn from a profile?)")
+        part.kinds.add(segment.get("is_expandable") is True)
+        part.segments[address] = (nbytes, pool == "small")
+        for block in _rows(segment.get("blocks"), "blocks", count):
+            size = _number(block, "size", "a block")
+            if block.get("state") != "inactive":
+                start = _number(block, "address", "a block", address)
+                part.blocks[start] = (size, _number(block, "requested_size", "a block", size))
+                part.block_frames[start] = block.get("frames")
+            address += size
+    return sorted(private)
+
+
+def _read_history(
+    traces: Any, parts: dict[tuple[int, int], _Part], private: Sequence[tuple[int, int]], count: _Count
+) -> None:
+    """Note the events of each device's history, but for those in the segments of private pools."""
+    for device, history in enumerate(traces if type(traces) is list else ()):
+        for entry in _rows(history, "device_traces", count):
+            action = entry.get("action")
+            kind = KINDS.get(action) if type(action) is str else None
+            if kind is None:
+                continue
+            where = f"an event of kind {kind}"
+            part = parts[device, _number(entry, "stream", where)]
+            address = _number(entry, "addr", where, 0 if kind == "oom" else None)
+            at = bisect.bisect_right(private, (address, LARGEST_NUMBER)) - 1
+            if _private(entry.get("pool_id")) or (at >= 0 and private[at][0] <= address < private[at][1]):
+                part.private[1] += 1
+                continue
+            part.events.append(TapeEvent(kind, address, _number(entry, "size", where)))
+            part.event_frames.append(entry.get("frames"))
+            part.times.append(_number(entry, "time_us", where, -1))
+
+
 def _settings(table: Any) -> str:
     """What a snapshot says of the allocator's settings, as in PYTORCH_CUDA_ALLOC_CONF."""
     if type(table) is not dict:
@@ -242,17 +268,6 @@ def _settings(table: Any) -> str:
 
 def _more_than_one(values: Iterable[Any]) -> bool:
     return any(type(value) is int and value > 1 for value in values)
-
-
-class _Count:
-    """Bounds how much is read: in a pickle one list can stand in a million places."""
-
-    rows = 0
-
-    def one(self) -> None:
-        self.rows += 1
-        if self.rows > MOST_ROWS:
-            raise BadInput(f"holds more than {MOST_ROWS:,} events and blocks")
 
 
 def _rows(table: Any, what: str, count: _Count) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ import bisect
 import gzip
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -92,22 +92,25 @@ class Tape:
         return tape
 
     def check(self) -> None:
-        """Raises BadInput where numbers are none, blocks overlap, or events contradict each other."""
+        """Whether it can be: numbers are numbers, nothing overlaps, and no event contradicts an earlier one.
+
+        Raises:
+            BadInput: what is wrong, and where.
+        """
         for segments, blocks in ((self.segments, self.blocks), (self.last_segments, self.last_blocks)):
-            _check_rows(segments, ((start, nbytes) for start, (nbytes, _) in segments.items()), "segment")
-            _check_rows(blocks, ((start, nbytes) for start, (nbytes, _) in blocks.items()), "block")
-            _check_rows(None, ((start, requested) for start, (_, requested) in blocks.items()), "block")
+            _check_rows(segments, "segment")
+            _check_rows(blocks, "block")
             starts = sorted(segments)
-            for start, (nbytes, _) in blocks.items() if segments else ():
+            for start, (nbytes, requested) in blocks.items():
+                _check_numbers(start, requested, "block")
                 at = bisect.bisect_right(starts, start) - 1
-                if at < 0 or start + nbytes > starts[at] + segments[starts[at]][0]:
+                if starts and (at < 0 or start + nbytes > starts[at] + segments[starts[at]][0]):
                     raise BadInput(f"a block at {start:x} lies in no segment")
         live, segments_now = set(self.blocks), set(self.segments)
-        for number, event in enumerate(self.events):
-            kind, address, nbytes = event
+        for number, (kind, address, nbytes) in enumerate(self.events):
             if kind not in KINDS:
                 raise BadInput(f"event {number}: no kind of event; known: {', '.join(KINDS)}")
-            _check_rows(None, [(address, nbytes or (kind == "oom"))], f"event {number}")
+            _check_numbers(address, nbytes, f"event {number}")
             group = segments_now if kind in ("segment", "drop") else live
             if kind in ("alloc", "segment"):
                 if address in group:
@@ -130,14 +133,19 @@ def plain_settings(text: str) -> str:
     return ",".join(re.findall(r"[a-z_0-9]+:(?:\[[\w:>,.]*\]|[\w.]+)(?=,|$)", "".join(text[:1000].split())))
 
 
-def _check_rows(keys: Mapping[int, Any] | None, rows: Iterable[tuple[Any, Any]], what: str) -> None:
-    """Addresses and sizes are whole numbers that a GPU can have; with `keys`, none overlaps the next."""
-    end = -1
-    for start, nbytes in sorted(rows) if keys is not None and all(type(key) is int for key in keys) else rows:
-        if type(start) is not int or type(nbytes) not in (int, bool) or not 0 <= start < LARGEST_NUMBER:
-            raise BadInput(f"{what}: not an address and a number of bytes")
-        if not 0 < nbytes < LARGEST_NUMBER:
-            raise BadInput(f"{what} at {start:x}: not a number of bytes")
-        if keys is not None and start < end:
+def _check_rows(rows: Mapping[int, tuple[int, Any]], what: str) -> None:
+    """Each row is an address and a number of bytes, and ends before the next."""
+    for start, (nbytes, _) in rows.items():
+        _check_numbers(start, nbytes, what)
+    end = 0
+    for start, (nbytes, _) in sorted(rows.items()):
+        if start < end:
             raise BadInput(f"{what}s overlap at {start:x}")
         end = start + nbytes
+
+
+def _check_numbers(address: Any, nbytes: Any, what: str) -> None:
+    if type(address) is not int or type(nbytes) is not int or not 0 <= address < LARGEST_NUMBER:
+        raise BadInput(f"{what}: not an address and a number of bytes")
+    if not 0 < nbytes < LARGEST_NUMBER:
+        raise BadInput(f"{what} at {address:x}: not a number of bytes")

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.tape import Kind, Tape
-from mtp_mem.prediction.caching_allocator import ADDRESSES, LARGE_SEGMENT, Block, CachingAllocator
+from mtp_mem.prediction.caching_allocator import ADDRESSES, LARGE_SEGMENT, SMALL_SEGMENT, Block, CachingAllocator
 from mtp_mem.prediction.cuda.allocator_settings import AllocatorSettings, allocator_settings
 
+ONE_SEGMENT = 2**40  # bytes of addresses: two expandable segments are farther apart, or have no memory at one time
 GOT: tuple[Kind, ...] = ("segment", "map")
 GAVE: tuple[Kind, ...] = ("drop", "unmap")
 
@@ -83,10 +84,11 @@ class Followed(CachingAllocator):
         addresses, last = sorted(tape.blocks), dict[bool, Block]()
         for start, (nbytes, small) in sorted(tape.segments.items()):
             before = last.get(small) if self.expandable else None
-            if before is not None:  # a range of the same expandable segment
-                end = before.address + before.nbytes
-                before = self._append(before, Block(end, start - end, small, mapped=False, segment=before.segment))
             segment = start if before is None else before.segment
+            if self.expandable:  # a range of the same segment as the one before, or, of the first, as lower holes
+                end = _lowest_page(tape, start, small) if before is None else before.address + before.nbytes
+                segment = end if before is None else segment
+                before = self._append(before, Block(end, start - end, small, mapped=False, segment=segment))
             for address, size, requested in _pieces(tape, addresses, start, start + nbytes):
                 block = Block(address, size, small, not requested, segment=segment)
                 if requested:
@@ -100,8 +102,8 @@ class Followed(CachingAllocator):
             end, room = block.address + block.nbytes, ADDRESSES // LARGE_SEGMENT * self.page(block.small)
             self._append(block, Block(end, room, block.small, mapped=False, segment=block.segment))
 
-    def _append(self, before: Block | None, block: Block) -> Block:
-        if block.nbytes == 0 and before is not None:
+    def _append(self, before: Block | None, block: Block) -> Block | None:
+        if block.nbytes == 0:
             return before
         if before is not None:
             before.after, block.before = block, before
@@ -248,6 +250,16 @@ def _pieces(tape: Tape, addresses: Sequence[int], start: int, end: int) -> Itera
         start = address + size
     if start < end:
         yield start, end - start, 0
+
+
+def _lowest_page(tape: Tape, start: int, small: bool) -> int:
+    """Where the expandable segment that has memory from `start` on begins, as far as the events show."""
+    lower = (
+        address
+        for kind, address, nbytes in tape.events
+        if kind == "map" and start - ONE_SEGMENT < address < start and (nbytes == SMALL_SEGMENT) == small
+    )
+    return min(lower, default=start)
 
 
 def _memory(parts: Sequence[tuple[int, int]]) -> str:

@@ -106,13 +106,13 @@ def at_peak(recording: Recording, held: Held, vocab: int | None) -> list[Blocks]
 def facts(recording: Recording, held: Held, blocks: list[Blocks], vocab: int | None) -> dict[str, Any]:
     """All that is known of a recording, for JSON."""
     tape = recording.tape
-    peaks = {}
+    moments = {}
     for of in PEAKS:
         moment = held.peak(of)
-        peaks[of] = {
+        moments[of] = {
             "event": moment - 1 if moment else None,
             "ms": recording.milliseconds(moment - 1) if moment else None,
-            **held.totals[moment]._asdict(),
+            **{f"{name}_bytes": nbytes for name, nbytes in held.totals[moment]._asdict().items()},
         }
     return {
         "device": recording.device,
@@ -127,13 +127,17 @@ def facts(recording: Recording, held: Held, blocks: list[Blocks], vocab: int | N
         "settings": tape.settings,
         "not_modelled": list(held.not_modelled),
         "events": dict(held.counts),
-        "peaks": peaks,
-        "model_reserved_peak": held.model_reserved_peak,
-        "unused": held.unused,
-        "with_other_segments": {"expandable_segments": not tape.expandable, "reserved": held.other_reserved_peak},
+        **{f"peak_{of}_bytes": moments[of][f"{of}_bytes"] for of in PEAKS},
+        "peaks": moments,
+        "model_peak_reserved_bytes": held.model_reserved_peak,
+        "unused_bytes": held.unused,
+        "with_other_segments": {
+            "expandable_segments": not tape.expandable,
+            "peak_reserved_bytes": held.other_reserved_peak,
+        },
         "vocab": vocab,
-        "logits_sized_at_peak": _logits(blocks, stays=False) if vocab else None,
-        "logits_or_weights_at_peak": _logits(blocks, stays=True) if vocab else None,
+        "logits_sized_bytes_at_peak": _logits(blocks, stays=False) if vocab else None,
+        "logits_or_weights_bytes_at_peak": _logits(blocks, stays=True) if vocab else None,
         "largest_at_peak": [
             {**dataclasses.asdict(b), "where": b.where, "nbytes_together": b.nbytes_together} for b in blocks[:LARGEST]
         ],

@@ -65,7 +65,8 @@ def test_a_training_step(tmp_path: Path, expandable: bool) -> None:
     assert one["begins_with_process"]
     assert one["expandable_segments"] is expandable
     peak = one["peaks"]["requested"]
-    assert peak["requested"] <= peak["allocated"] <= peak["reserved"]
+    assert peak["requested_bytes"] <= peak["allocated_bytes"] <= peak["reserved_bytes"] == one["peak_reserved_bytes"]
+    assert one["peak_requested_bytes"] == peak["requested_bytes"]
     assert peak["ms"] == peak["event"] / 4 or peak["ms"] > 0
     logits = [b for b in one["largest_at_peak"] if b["logits"]]
     assert logits[0]["nbytes"] == TOKENS * VOCAB * 4  # three heads' in fp32, and a gradient
@@ -73,7 +74,7 @@ def test_a_training_step(tmp_path: Path, expandable: bool) -> None:
     assert not logits[0]["stays"]
     assert logits[1]["nbytes"] == 64 * VOCAB * 2  # unembeddings, gradients and optimizer states look alike
     assert logits[1]["stays"]
-    assert one["logits_sized_at_peak"] == 5 * TOKENS * VOCAB * 4
+    assert one["logits_sized_bytes_at_peak"] == 5 * TOKENS * VOCAB * 4
     assert logits[0]["where"] == "train.py:7 step (functional.py:2000 linear)"
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == [
         f"timeline.{suffix}" for suffix in ("csv", "json", "png", "svg")

@@ -79,6 +79,22 @@ def test_before_a_history_of_large_blocks() -> None:
     assert recording.inferred == 1  # of the 4 MiB: what is free behind it might begin later
 
 
+def test_before_a_history_of_expandable_segments_with_holes() -> None:
+    recorder = Recorder(expandable=True)
+    for key, size in enumerate((100, 2, 60, 2, 30)):
+        recorder.allocate(key, size * MiB)
+    recorder.release(0)
+    recorder.release(2)
+    recorder.empty_cache()
+    since = len(recorder.history)
+    recorder.allocate(5, 50 * MiB)  # into a hole below all that has memory when the history begins
+    recorder.allocate(6, 55 * MiB)
+    recorder.run_out(10**12)
+    (recording,) = recordings(snapshot(recorder, since=since))
+    assert len(recording.tape.segments) == 2
+    assert hold(recording.tape).difference == ""
+
+
 def test_devices_and_streams_are_apart() -> None:
     recorders = [
         busy(Recorder(device=device, stream=stream, base=(1 + i) << 45), i)
@@ -105,6 +121,14 @@ def test_private_pools_are_left_out_and_said() -> None:
     (recording,) = recordings(whole)
     assert hold(recording.tape).difference == ""
     assert recording.left_out[0].startswith(f"{segments} segments and ")
+
+
+def test_a_stream_without_a_history_is_said() -> None:
+    silent = busy(Recorder(device=1, base=1 << 50), 2)
+    count = len(silent.segments())
+    silent.history.clear()
+    (recording,) = recordings(snapshot(busy(Recorder(), 1), silent))
+    assert recording.left_out == (f"device 1: a stream with {count} segments and no history",)
 
 
 def test_frames_and_times() -> None:
@@ -181,6 +205,7 @@ def changed(**changes: Any) -> dict[str, Any]:
         (changed(device_traces=[[]]), "holds no history"),
         (changed(device_traces=[3]), "device_traces is no list"),
         (changed(segments=[3]), "a row of segments is no dict"),
+        (changed(segments=[{"stream": 0, "address": 1, "total_size": 9, "blocks": []}]), "drawn from a profile"),
         (changed(segments=[{"stream": 0}]), "a segment without a number 'address'"),
         (changed(segments=[]), "neither"),
         (
