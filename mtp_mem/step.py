@@ -59,7 +59,7 @@ def forward_backward(
     upstream = _upstream(model, batch, weights, scale)
     z = model.trunk(batch.tokens) if hidden is None else hidden  # (B, S, D)
     cut = z.detach().requires_grad_(z.requires_grad) if hidden is None else hidden
-    with around_the_heads(model, sync=sync) as turn:
+    with around_the_heads(model, sync=sync, frozen_trunk=not z.requires_grad) as turn:
 
         def both(name: str) -> None:
             phase(name)

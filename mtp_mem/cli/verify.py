@@ -16,7 +16,7 @@ from mtp_mem.cli.common import (
     progress,
     settle_numerics,
 )
-from mtp_mem.cli.setup import chosen_profile, model_options, names, training_options
+from mtp_mem.cli.setup import chosen_profile, model_options, names, ranks_option, training_options
 from mtp_mem.errors import BadInput
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def add(command: AddCommand) -> None:
     sub.add_argument("--prove", action="store_true", help="run the shipped broken strategies: each must be caught")
     device_option(sub)
     deterministic_option(sub)
+    ranks_option(sub, "scenarios of several ranks: every strategy")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,8 +62,13 @@ def run(args: argparse.Namespace) -> int:
     if not own:
         if args.dtype and args.dtype not in ALL_DTYPES:
             raise unknown("dtype", args.dtype, ALL_DTYPES)
-        if idle := [name for name in ONLY_OWN if getattr(args, name) is not None]:
+        ranks = ("sharding",) if args.nproc else ()
+        if idle := [name for name in ONLY_OWN if getattr(args, name) is not None and name not in ranks]:
             raise BadInput(f"--{idle[0].replace('_', '-')} needs --profile, --hf or --model: scenarios have their own")
+    if args.nproc and args.prove:
+        raise BadInput("--prove runs in one process: no --nproc")
+    if args.nproc and own:
+        raise BadInput("--nproc runs scenarios of its own: no --profile, --hf or --model (compare --nproc takes them)")
     if args.prove:
         if own or args.strategies or args.strategy:
             raise BadInput("--prove runs the shipped broken strategies on the scenarios: no --profile, no --strategies")
@@ -73,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.suppress(KeyboardInterrupt):
         if own:
             remarks = _on_profile(args, asked, device, checks.append)
+        elif args.nproc:
+            remarks = _on_ranks(args, asked, device, checks.append)
         else:
             dtypes: tuple[Dtype, ...] = (args.dtype,) if args.dtype else ALL_DTYPES
             with progress(None) as begin:
@@ -155,6 +163,43 @@ def _on_profile(
     return tuple(f"{spec} is left out: it {why}" for spec, why in unable.items())
 
 
+def _on_ranks(
+    args: argparse.Namespace, asked: list[str] | None, device: "torch.device", each: "Callable[[Check], None]"
+) -> tuple[str, ...]:
+    """Every check to `each`; returns what was left out, a line each."""
+    from mtp_mem.config.schema import Dtype
+    from mtp_mem.runs.ranks import Group
+    from mtp_mem.strategy import kernel_limits, load_strategy, loadable
+    from mtp_mem.verification import on_ranks
+    from mtp_mem.verification.checks import Check
+
+    dtype: Dtype = args.dtype or "fp32"
+    if dtype not in ("fp32", "fp64"):
+        raise BadInput(f"--dtype {dtype}: on ranks fp32 or fp64: sums over ranks round too in less")
+    if args.nproc < 2:
+        raise BadInput(f"--nproc {args.nproc}: expected at least 2 ranks")
+    hows: tuple[on_ranks.How, ...] = (
+        ("ddp", "fsdp2", "hsdp") if args.nproc % 2 == 0 and args.nproc > 2 else ("ddp", "fsdp2")
+    )
+    if args.sharding:
+        if args.sharding not in hows:
+            raise BadInput(
+                f"--sharding {args.sharding}: expected {', '.join(hows)}; hsdp needs 4 ranks, 6, 8, ... in two groups"
+            )
+        hows = (args.sharding,)
+    limits = {spec: kernel_limits(load_strategy(spec)) for spec in asked or loadable()}
+    unable = {spec: f"it {own.computes}" for spec, own in limits.items() if not own.takes(dtype)}
+    unable |= {spec: f"it takes multiples of {own.multiple_of}" for spec, own in limits.items() if own.multiple_of > 1}
+    jobs = on_ranks.checks([spec for spec in limits if spec not in unable], hows)
+    group = Group(args.nproc, device.type)
+    with progress(len(jobs)) as begin:
+        for job, answer in group.run(on_ranks.RankChecks(dtype, device.type), jobs, begin):
+            if not isinstance(answer, Check):
+                answer = Check(strategy=job.strategy, scenario=job.name, dtype=dtype, broken=answer["error"])
+            each(answer)
+    return tuple(f"{spec} is left out: {why}" for spec, why in unable.items())
+
+
 def _prove(args: argparse.Namespace, device: "torch.device") -> int:
     from mtp_mem.report import tables
     from mtp_mem.verification.broken_behaviour import BROKEN_BEHAVIOUR
@@ -208,7 +253,8 @@ def _sentence(result: "Verification", specs: list[str]) -> str:
             f"NOT verified: of {len(result.checks)} checks {len(result.unchecked)} had nothing to check: every right"
             " gradient there is absent, zero or not finite."
         )
-    same = [s for s in specs if all(c.identical for c in result.of(s) if c.exact)]
+    exact = {s: [c for c in result.of(s) if c.exact] for s in specs}
+    same = [s for s in specs if exact[s] and all(c.identical for c in exact[s])]
     sentence = f"Right: {len(result.checks)} checks, none failed."
     if same:
         sentence += f" Bit-identical to naive wherever the order allows it: {', '.join(same)}."

@@ -96,7 +96,12 @@ def above_the_cut(model: Model) -> tuple[list[nn.Module], list[nn.Module]]:
 
 @contextmanager
 def sharded_heads(
-    root: FSDPModule, shared: Sequence[FSDPModule], heads: Sequence[FSDPModule], *, sync: bool = True
+    root: FSDPModule,
+    shared: Sequence[FSDPModule],
+    heads: Sequence[FSDPModule],
+    *,
+    sync: bool = True,
+    frozen_trunk: bool = False,
 ) -> Iterator[Phase]:
     """Inside: run the strategy, on `Heads` that are made inside too: a shared weight is whole only from here on.
 
@@ -107,6 +112,7 @@ def sharded_heads(
         shared: units of parameters that more than one head uses; the root, where it holds such.
         heads: units of the heads' own layers.
         sync: False for all but the last micro-batch.
+        frozen_trunk: no backward pass of the trunk follows, which would reduce what is shared: that is done at the end.
 
     Yields:
         The `Phase` that the `Heads` must call: it tells when a head's own backward pass begins.
@@ -151,6 +157,8 @@ def sharded_heads(
         for unit in shared:
             unit.set_reshard_after_backward(True, recurse=False)
             unit.set_reshard_after_forward(unit is not root, recurse=False)
+    if frozen_trunk:
+        root._get_fsdp_state()._root_post_backward_final_callback()  # torch has no public name for it
 
 
 def units_above_the_cut(model: Model) -> tuple[list[FSDPModule], list[FSDPModule]]:

@@ -14,12 +14,13 @@ from mtp_mem.model.own import Model
 
 
 @contextmanager
-def around_the_heads(model: Model, *, sync: bool) -> Iterator[Phase]:
+def around_the_heads(model: Model, *, sync: bool, frozen_trunk: bool) -> Iterator[Phase]:
     """The context in which a strategy runs, and the `Phase` that its heads must call besides.
 
     Args:
         model: sharded by FSDP2, or not.
         sync: whether gradients are reduced: in the last micro-batch.
+        frozen_trunk: whether no backward pass of the trunk follows.
     """
     if "torch.distributed.fsdp" not in sys.modules:  # importing it takes a second, and without it nothing is sharded
         yield no_phase
@@ -32,7 +33,7 @@ def around_the_heads(model: Model, *, sync: bool) -> Iterator[Phase]:
     from mtp_mem.distributed.fsdp2 import sharded_heads, units_above_the_cut
 
     shared, heads = units_above_the_cut(model)
-    with sharded_heads(model, shared, heads, sync=sync) as phase:
+    with sharded_heads(model, shared, heads, sync=sync, frozen_trunk=frozen_trunk) as phase:
         yield phase
 
 

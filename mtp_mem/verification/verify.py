@@ -138,7 +138,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Truth:
+class Truth:
     """What every strategy of one problem is held against; naive's own errors are worked out once."""
 
     exact: Outcome
@@ -152,24 +152,41 @@ def verify_problem(problem: Problem, dtype: Dtype, strategies: dict[str, Strateg
     exact = oracle(problem)
     plain = load_strategy("naive")
     naive = run(problem, step_with(plain, scenario))
-    truth = _Truth(exact, naive)
+    truth = Truth(exact, naive)
     for name, strategy in strategies.items():
         try:
             outcome = watched(problem, with_options(strategy, scenario.chunk))
         except (Exception, SystemExit) as e:
             yield Check(strategy=name, scenario=scenario.name, dtype=dtype, broken=raised(e))
             continue
-        yield Check(
-            strategy=name,
-            scenario=scenario.name,
-            dtype=dtype,
-            parts=tuple(_parts(problem, dtype, outcome, truth, kernel_limits(strategy))),
-            identical=_identical(outcome, naive),
-            exact=scenario.exact and scenario.expected != "not finite",
-        )
+        yield held_against(truth, problem, dtype, name, strategy, outcome)
 
 
-def _parts(problem: Problem, dtype: Dtype, outcome: Outcome, truth: _Truth, limits: KernelLimits) -> Iterator[Part]:
+def held_against(
+    truth: Truth, problem: Problem, dtype: Dtype, name: str, strategy: Strategy, outcome: Outcome
+) -> Check:
+    """The check of one outcome.
+
+    Args:
+        truth: the oracle's and naive's outcome.
+        problem: what was run, for its scenario and the parts of its model.
+        dtype: of the model.
+        name: the strategy's.
+        strategy: for what its kernel may round.
+        outcome: the strategy's.
+    """
+    scenario = problem.scenario
+    return Check(
+        strategy=name,
+        scenario=scenario.name,
+        dtype=dtype,
+        parts=tuple(_parts(problem, dtype, outcome, truth, kernel_limits(strategy))),
+        identical=_identical(outcome, truth.naive),
+        exact=scenario.exact and scenario.expected != "not finite",
+    )
+
+
+def _parts(problem: Problem, dtype: Dtype, outcome: Outcome, truth: Truth, limits: KernelLimits) -> Iterator[Part]:
     scenario, model = problem.scenario, problem.model
     names = {parameter: name for name, parameter in model.named_parameters()}
     tokens = problem.batches[0].tokens.numel()
