@@ -184,8 +184,8 @@ class CachingAllocator:
             start = unmapped.before if unmapped.before is not None and unmapped.before.free else unmapped
             if _free_from(start, size) >= size:
                 return start
-        address = self._place(ADDRESSES)
-        new = Block(address, ADDRESSES // LARGE_SEGMENT * self.page(small), small, mapped=False, segment=address)
+        address, page = self._place(ADDRESSES), self.page(small)
+        new = Block(address, ADDRESSES // page * page, small, mapped=False, segment=address)
         self._list(new)
         return new
 

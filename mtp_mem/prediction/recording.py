@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.tape import Kind, Tape
-from mtp_mem.prediction.caching_allocator import ADDRESSES, LARGE_SEGMENT, SMALL_SEGMENT, Block, CachingAllocator
+from mtp_mem.prediction.caching_allocator import ADDRESSES, SMALL_SEGMENT, Block, CachingAllocator
 from mtp_mem.prediction.cuda.allocator_settings import AllocatorSettings, allocator_settings
 
 ONE_SEGMENT = 2**40  # bytes of addresses: two expandable segments are farther apart, or have no memory at one time
@@ -99,8 +99,8 @@ class Followed(CachingAllocator):
             if before is not None:
                 last[small] = before
         for block in last.values() if self.expandable else ():
-            end, room = block.address + block.nbytes, ADDRESSES // LARGE_SEGMENT * self.page(block.small)
-            self._append(block, Block(end, room, block.small, mapped=False, segment=block.segment))
+            end, page = block.address + block.nbytes, self.page(block.small)
+            self._append(block, Block(end, ADDRESSES // page * page, block.small, mapped=False, segment=block.segment))
 
     def _append(self, before: Block | None, block: Block) -> Block | None:
         if block.nbytes == 0:
@@ -163,7 +163,7 @@ def hold(tape: Tape) -> Held:
                 said = f"the model put it at {block.address:x}, the GPU at {address:x}"
             model.got.clear()
             got.clear()
-        elif got:
+        elif got:  # out of memory, in the middle of getting some
             said = "the GPU got memory for what it then could not allocate, which is not modelled"
             reserved += sum(size for _, size in got)
             got.clear()
@@ -172,9 +172,10 @@ def hold(tape: Tape) -> Held:
         if said and not difference:
             difference, at = f"event {number}, {kind} of {nbytes:,} B: {said}", number
         totals.append(Totals(requested, model.allocated, reserved))
-    if not difference:
-        difference, at = _end(model, tape), len(tape.events)
     counts = Counter(event.kind for event in tape.events)
+    if not difference:
+        difference = _end(model, tape) if counts["alloc"] else "nothing was allocated, and so nothing was checked"
+        at = len(tape.events)
     return Held(difference, at, totals, model.reserved_peak, _other_kind(tape, settings), counts, settings.not_modelled)
 
 
@@ -263,11 +264,7 @@ def _lowest_page(tape: Tape, start: int, small: bool) -> int:
 
 
 def _memory(parts: Sequence[tuple[int, int]]) -> str:
-    total = sum(nbytes for _, nbytes in parts)
-    return (
-        f"{total:,} B in {len(parts)} pieces"
-        if len(parts) > 1
-        else f"{total:,} B at {parts[0][0]:x}"
-        if parts
-        else "no memory"
-    )
+    if not parts:
+        return "no memory"
+    where = f"in {len(parts)} pieces" if len(parts) > 1 else f"at {parts[0][0]:x}"
+    return f"{sum(nbytes for _, nbytes in parts):,} B {where}"

@@ -103,6 +103,14 @@ def at_peak(recording: Recording, held: Held, vocab: int | None) -> list[Blocks]
     return sorted(rows, key=lambda row: -row.nbytes_together)
 
 
+def reached_in(recording: Recording, moment: int) -> str:
+    """Where the allocation was made that leads to a moment; empty where nobody recorded it."""
+    if not moment:
+        return ""
+    frames = tuple(recording.frames(moment - 1, recording.tape.events[moment - 1].address))
+    return Blocks(1, 0, frames, moment - 1, "", False).where if frames else ""
+
+
 def facts(recording: Recording, held: Held, blocks: list[Blocks], vocab: int | None) -> dict[str, Any]:
     """All that is known of a recording, for JSON."""
     tape = recording.tape
@@ -112,6 +120,7 @@ def facts(recording: Recording, held: Held, blocks: list[Blocks], vocab: int | N
         moments[of] = {
             "event": moment - 1 if moment else None,
             "ms": recording.milliseconds(moment - 1) if moment else None,
+            "where": reached_in(recording, moment),
             **{f"{name}_bytes": nbytes for name, nbytes in held.totals[moment]._asdict().items()},
         }
     return {
@@ -168,6 +177,8 @@ def show(screen: Console, name: str, recording: Recording, held: Held, blocks: l
     for line in lines:
         screen.print(line, markup=False)
     screen.print(_peaks(recording, held))
+    if where := reached_in(recording, held.peak("requested")):
+        screen.print(f"  most bytes are requested in {where}", markup=False)
     peak = held.totals[held.peak("reserved")]
     other = held.other_reserved_peak
     word = "default segments" if tape.expandable else "expandable_segments:True"

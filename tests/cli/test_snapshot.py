@@ -66,6 +66,7 @@ def test_a_training_step(tmp_path: Path, expandable: bool) -> None:
     assert one["expandable_segments"] is expandable
     peak = one["peaks"]["requested"]
     assert peak["requested_bytes"] <= peak["allocated_bytes"] <= peak["reserved_bytes"] == one["peak_reserved_bytes"]
+    assert peak["where"] == "train.py:7 step (functional.py:2000 linear)"
     assert one["peak_requested_bytes"] == peak["requested_bytes"]
     assert peak["ms"] == peak["event"] / 4 or peak["ms"] > 0
     logits = [b for b in one["largest_at_peak"] if b["logits"]]
@@ -82,7 +83,7 @@ def test_a_training_step(tmp_path: Path, expandable: bool) -> None:
     code, tape = document(tmp_path, "x.tape.json.gz")
     assert code == 0
     (other,) = tape["snapshots"][0]["recordings"]
-    assert {of: {**p, "ms": None} for of, p in one["peaks"].items()} == other["peaks"]
+    assert {of: {**p, "ms": None, "where": ""} for of, p in one["peaks"].items()} == other["peaks"]
     assert "train.py" not in gzip.decompress((tmp_path / "x.tape.json.gz").read_bytes()).decode()
     report = mtp_mem(tmp_path, "report", str(tmp_path / "nothing"), "--timeline", "drawn/timeline.json", "-o", "r.html")
     assert "Traceback" not in report.stderr

@@ -184,6 +184,7 @@ def with_change(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> types.Mo
 
 def test_what_differs_is_said() -> None:
     words = {
+        "nothing was allocated, and so nothing was checked": tape(False, ("segment", 0, 2)),
         "event 2, alloc of 512 B: the model put it at 200, the GPU at 400": tape(
             False, ("segment", 0, 2), ("alloc", 0, 512 * BYTE), ("alloc", 1024 * BYTE, 512 * BYTE)
         ),
