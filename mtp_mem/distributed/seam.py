@@ -22,6 +22,7 @@ def around_the_heads(model: Model, *, sync: bool, frozen_trunk: bool) -> Iterato
         sync: whether gradients are reduced: in the last micro-batch.
         frozen_trunk: whether no backward pass of the trunk follows.
     """
+    _refuse_parallel(model)
     if "torch.distributed.fsdp" not in sys.modules:  # importing it takes a second, and without it nothing is sharded
         yield no_phase
         return
@@ -35,6 +36,22 @@ def around_the_heads(model: Model, *, sync: bool, frozen_trunk: bool) -> Iterato
     shared, heads = units_above_the_cut(model)
     with sharded_heads(model, shared, heads, sync=sync, frozen_trunk=frozen_trunk) as phase:
         yield phase
+
+
+def _refuse_parallel(model: Model) -> None:
+    """Raises BadInput for a parameter that tensor parallelism shards, where FSDP2 does not."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(model, FSDPModule):
+        parallel = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
+        if parallel is not None:
+            raise BadInput(
+                f"{parallel} is sharded by tensor parallelism (parallelize_module), which no strategy supports: each"
+                " expects whole logits; FSDP2 by mtp_mem.distributed.fsdp2.shard shards the parameters alone"
+            )
 
 
 def shards(gradients: list[Tensor]) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:

@@ -155,12 +155,14 @@ def collectives(records: Sequence[Record]) -> Table | None:
         if record.collectives is not None:
             counts, nbytes = record.collectives, record.collective_bytes or {}
             row = [f"{counts[k]} ({format_bytes(nbytes.get(k, 0))})" if k in counts else "-" for k in kinds]
-            rows.setdefault((f"n = {record.n}", *row), []).append(record)
+            rows.setdefault((str(record.n), *row), []).append(record)
     if not rows:
         return None
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for title in ("a step's collectives", *kinds, "of"):
-        table.add_column(title, justify="left" if title in ("a step's collectives", "of") else "right")
+    table.add_column("n", justify="right")
+    for kind in kinds:
+        table.add_column(kind, justify="right", no_wrap=True)
+    table.add_column("a step, with", overflow="fold")
     for cells, alike in rows.items():
         table.add_row(*cells, ", ".join(record.strategy for record in alike))
     return table
