@@ -4,8 +4,11 @@ Exit codes: 0 ok; 1 a check failed; 2 usage or bad input; 3 something needed is 
 """
 
 import difflib
+import dis
+import os
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 CRASH = 70
@@ -39,11 +42,53 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, MtpMemError):
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not any(part in f.filename for part in ("/torch/", "/mtp_mem/", "/strategies/"))]
+    others = ("/torch/", "/mtp_mem/", "/strategies/", "<frozen ")
+    own = [f for f in frames if not any(part in f.filename for part in others)]
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
     if isinstance(error, SystemExit):
         return f"quits the process: SystemExit({error.code!r}){where}"
-    return f"{type(error).__name__}: {error}".split("\n")[0] + where
+    text = f"{type(error).__name__}: {error}".split("\n")[0].removesuffix(": ") + where
+    return text if isinstance(error, Exception) else f"quits the process: {text}"
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """A block that runs code which is not ours: it may fail, it may not end the process.
+
+    Raises:
+        BrokenContract: it quit, `os._exit` included, or raised what no `except Exception` catches. What a person's
+            Ctrl-C raises in it goes through.
+    """
+    exit_at_once, process = os._exit, os.getpid()
+
+    def refuse(status: int) -> None:
+        if os.getpid() != process:  # a fork's own end
+            exit_at_once(status)
+        raise SystemExit(status)
+
+    os._exit = refuse  # type: ignore[assignment]
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as e:
+        if _by_signal(e):
+            raise
+        raise BrokenContract(one_line(e)) from None
+    finally:
+        os._exit = exit_at_once
+
+
+def _by_signal(error: BaseException) -> bool:
+    """Whether a handler of signals raised it, Python's own or ours, and not a `raise` of the code that ran."""
+    place = error.__traceback__
+    if not isinstance(error, KeyboardInterrupt) or place is None:
+        return False
+    while place.tb_next is not None:
+        place = place.tb_next
+    code = place.tb_frame.f_code
+    raised = code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return not raised or Path(code.co_filename).is_relative_to(Path(__file__).parent)
 
 
 def crashed() -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from mtp_mem._util import importing_from_here
 from mtp_mem.config.schema import Dtype, ModelConfig, Training, Workload
 from mtp_mem.config.toml import parse, type_hints
-from mtp_mem.errors import BadInput, Missing, MtpMemError, one_line, unknown
+from mtp_mem.errors import BadInput, Missing, contained, one_line, unknown
 from mtp_mem.model.head_tree import Heads
 from mtp_mem.model.layers import PRODUCT_DTYPES
 from mtp_mem.model.losses import LossOptions
@@ -105,10 +105,11 @@ def load_strategy(spec: str) -> Strategy:
         raise unknown("strategy", name, [*available(), "package.module:Class"])
     options = _options(cls, name, rest)
     try:
-        strategy = cls(**options)
-    except MtpMemError:
+        with contained():
+            strategy = cls(**options)
+    except (BadInput, Missing):
         raise
-    except (Exception, SystemExit) as e:
+    except Exception as e:
         raise BadInput(f"strategy {spec!r} cannot be made: {one_line(e)}") from None
     if not isinstance(strategy, Strategy):
         raise BadInput(f"strategy {name!r}: {cls.__name__} has no method backward(cut, heads, targets, weights)")
@@ -141,7 +142,7 @@ def _load_class(path: str, name: str) -> type[Any]:
     module, _, attribute = path.partition(":")
     here = importing_from_here() if ":" in name else nullcontext()
     try:
-        with here:
+        with here, contained():
             cls: Any = importlib.import_module(module)
     except ModuleNotFoundError as e:
         if name in BUILTIN and (e.name or "").startswith("mtp_mem.strategies"):
@@ -154,7 +155,7 @@ def _load_class(path: str, name: str) -> type[Any]:
         raise BadInput(f"strategy {name!r}: no module {module!r} (looked in the installed packages and here)") from None
     except ImportError as e:
         raise Missing(f"strategy {name!r}: {e}") from None
-    except (Exception, SystemExit) as e:
+    except Exception as e:
         raise BadInput(f"strategy {name!r}: importing {module!r}: {one_line(e)}") from None
     for part in attribute.split("."):
         if not hasattr(cls, part):

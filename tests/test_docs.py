@@ -14,8 +14,7 @@ import mtp_mem
 from mtp_mem.cli import main, make_parser
 from mtp_mem.strategy import BUILTIN
 from mtp_mem.testing import check_strategy
-from mtp_mem.verification.broken_behaviour import BROKEN_BEHAVIOUR
-from mtp_mem.verification.broken_strategies import BROKEN
+from mtp_mem.verification.broken_conduct import ALL_BROKEN
 from mtp_mem.verification.scenarios import REAL_SIZES, SCENARIOS
 
 ROOT = Path(__file__).parents[1]
@@ -138,11 +137,10 @@ def test_what_is_said_of_the_verifier_is_what_it_runs() -> None:
     assert f"{len(SCENARIOS) + len(REAL_SIZES)} small training steps" in text
     assert f"- {len(SCENARIOS)} tiny scenarios" in text
     assert f"- {len(REAL_SIZES)} larger ones" in text
-    broken = (*BROKEN, *BROKEN_BEHAVIOUR)
-    assert f"{len(broken)} broken strategies" in text
-    assert f"{len(broken)} broken strategies" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{len(ALL_BROKEN)} broken strategies" in text
+    assert f"{len(ALL_BROKEN)} broken strategies" in (ROOT / "README.md").read_text(encoding="utf-8")
     rows = [(row[0], row[-1]) for row in table("docs/verification.md", "broken strategy")]
-    assert rows == [(one.__name__, one.caught_by) for one in broken]
+    assert rows == [(one.__name__, one.caught_by) for one in ALL_BROKEN]
 
 
 def test_the_list_for_a_gpu_is_tox_s() -> None:

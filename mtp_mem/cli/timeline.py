@@ -11,7 +11,7 @@ from typing import Any
 
 from mtp_mem.cli.common import AddCommand, console, device_option, note
 from mtp_mem.cli.setup import chosen_profile, count, gpu_of, gpu_options, model_options, part_option, training_options
-from mtp_mem.errors import BadInput, BrokenContract, MtpMemError, one_line
+from mtp_mem.errors import BadInput, BrokenContract, Missing, contained, one_line
 
 
 def add(command: AddCommand) -> None:
@@ -160,11 +160,11 @@ def _blamed(spec: str, strategy: object) -> Iterator[None]:
         BrokenContract: names the strategy, what it raised, and where.
     """
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), contained():
             yield
-    except MtpMemError:
+    except (BadInput, Missing):
         raise
-    except (Exception, SystemExit) as e:
+    except Exception as e:
         if type(strategy).__module__.startswith("mtp_mem."):
             raise
         raise BrokenContract(f"strategy {spec!r}: {one_line(e)}") from None

@@ -202,12 +202,10 @@ def _on_ranks(
 
 def _prove(args: argparse.Namespace, device: "torch.device") -> int:
     from mtp_mem.report import tables
-    from mtp_mem.verification.broken_behaviour import BROKEN_BEHAVIOUR
-    from mtp_mem.verification.broken_strategies import BROKEN as BROKEN_GRADIENTS
+    from mtp_mem.verification.broken_conduct import ALL_BROKEN as BROKEN
     from mtp_mem.verification.scenarios import REAL_SIZES, SCENARIOS
     from mtp_mem.verification.verify import verify
 
-    BROKEN = (*BROKEN_GRADIENTS, *BROKEN_BEHAVIOUR)
     caught: dict[str, list[Check]] = {}
     with progress(len(BROKEN)) as begin:
         for broken in BROKEN:

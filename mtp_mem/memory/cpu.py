@@ -3,6 +3,7 @@
 import gc
 import sys
 
+from mtp_mem.memory.held import held_tensors
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Named, Tracker
 from mtp_mem.memory.unseen import all_seen
@@ -33,6 +34,7 @@ def track(step: TrainingStep, buckets: Named = ()) -> Trace:
     tracker.resident("optimizer", optimizer_state(model, optimizer))
     tracker.resident("other", (("tokens", batch.tokens), ("targets", batch.targets), *model.named_buffers()))
     tracker.resident("communication buffers", buckets)
+    tracker.resident("other", (("kept by the strategy", tensor) for tensor in held_tensors(step.strategy)))
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()  # a collection in mid-step would free what a reference cycle still held

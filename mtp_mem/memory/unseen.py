@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -40,10 +40,8 @@ def all_seen() -> Iterator[None]:
     before = {thread: _used_ns(thread) for thread in _others()}
     previous = threading.getprofile()
     threading.setprofile(profile)
-    # Compiling would take the dispatch mode's own code in. To import dynamo for that takes seconds.
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
-        with eager:
+        with eager():
             yield
     finally:
         threading.setprofile(previous)
@@ -53,6 +51,12 @@ def all_seen() -> Iterator[None]:
             f"computes in a thread of its own ({users[0]}), where tensors are not counted without a GPU;"
             " compare on a CUDA device counts them"
         )
+
+
+def eager() -> AbstractContextManager[Any]:
+    """A block in which compiled code runs as its source shows; else torch.compile takes a dispatch mode's code in."""
+    # To import dynamo for that takes seconds.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def refuse_compiled() -> None:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from mtp_mem._util import Progress, format_bytes
 from mtp_mem.config.schema import GPU, ModelConfig, Profile, Workload
-from mtp_mem.errors import BadInput, Missing, one_line
+from mtp_mem.errors import BadInput, Missing, contained, one_line
 from mtp_mem.prediction.auto import resolve_auto
 from mtp_mem.prediction.caching_allocator import Fit, fit
 from mtp_mem.prediction.formulas import flops_factor, formula_peak
@@ -128,8 +128,9 @@ class LeftOut:
     def unless_it_raises(self, spec: str) -> Iterator[None]:
         """A block that runs the strategy: what it raises is its reason."""
         try:
-            yield
-        except (Exception, SystemExit) as e:
+            with contained():
+                yield
+        except Exception as e:
             self.reasons[spec] = one_line(e)
             if not isinstance(e, (BadInput, Missing)):
                 self.failed.append(spec)

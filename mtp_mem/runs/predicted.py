@@ -7,7 +7,7 @@ from typing import Any
 from mtp_mem._util import Progress
 from mtp_mem.config.schema import GPU, Profile
 from mtp_mem.environment import environment
-from mtp_mem.errors import one_line
+from mtp_mem.errors import contained, one_line
 from mtp_mem.model.build import parameters
 from mtp_mem.prediction import simulated_step
 from mtp_mem.prediction.auto import resolve_auto
@@ -37,8 +37,10 @@ def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
                     strategy = load_strategy(spec)
                     version = implementation(strategy)
                     strategy, chosen = resolve_auto(strategy, config, workload, profile.training, cuda=True, gpu=gpu)
-                    facts |= {"chosen": chosen, **predicted(simulation.trace(strategy), gpu), **simulation.collectives}
-                except (Exception, SystemExit) as e:
+                    with contained():
+                        traced = predicted(simulation.trace(strategy), gpu)
+                    facts |= {"chosen": chosen, **traced, **simulation.collectives}
+                except Exception as e:
                     facts |= {"status": "error", "error": one_line(e)}
                 yield new_record(
                     case_id(spec, version, config.facts(), named, training, env),

@@ -266,6 +266,6 @@ def _tried(bench: Bench, work: Callable[[], Facts]) -> Facts:
     """What the work found, or how it failed."""
     try:
         return work()
-    except (Exception, SystemExit) as e:
+    except Exception as e:
         bench.recover()
         return failure(e)

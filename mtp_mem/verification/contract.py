@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,13 @@ from mtp_mem.model.head_tree import Heads
 from mtp_mem.model.losses import loss_dtype
 from mtp_mem.strategy import Strategy, loss_options
 from mtp_mem.verification.global_state import restored
+from mtp_mem.verification.gradient_error import relative_error
 
 NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32)
+HOOKED = 0.02
+"""The largest relative difference between what hooks saw of a gradient and what it became; bf16 rounds every sum."""
+LARGER = 64
+"""How many times as large as the losses the memory that they are a part of may be."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Watched:
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
         """As the strategy inside."""
         given = {"the cut's values": cut, "the targets it was given": targets, "the weights it was given": weights}
-        before = {name: parameter.grad for name, parameter in self.parameters.items()}
+        before = {name: (p.grad, _address(p.grad)) for name, p in self.parameters.items()}
         with restored() as changed, unchanged(given), nullcontext() if self.may_sync else on_a_device():
             losses: Any = self.inner.backward(cut, heads, targets, weights)
         if changed:
@@ -51,6 +57,9 @@ class Watched:
             raise BrokenContract("returns losses that are not detached")
         if losses.dtype != loss_dtype(cut.dtype):
             raise BrokenContract(f"returns losses in {losses.dtype}, not in {loss_dtype(cut.dtype)}")
+        if losses.untyped_storage().nbytes() > LARGER * losses.numel() * losses.itemsize:
+            nbytes = losses.untyped_storage().nbytes()
+            raise BrokenContract(f"returns losses as a part of {nbytes:,} bytes, which live as long as the losses")
         if cut.requires_grad and cut.grad is None:
             raise BrokenContract("leaves cut.grad empty")
         if not cut.requires_grad and cut.grad is not None:
@@ -61,10 +70,17 @@ class Watched:
             gradient = parameter.grad
             if gradient is not None and gradient.dtype != parameter.dtype:
                 raise BrokenContract(f"leaves {name}.grad in {gradient.dtype}, not in {parameter.dtype}")
-            if gradient is not before[name]:
+            existing, address = before[name]
+            if existing is not None and (gradient is not existing or _address(gradient) != address):
+                raise BrokenContract(f"leaves another tensor in {name}.grad, instead of adding to what is there")
+            if existing is None:
                 new[f"{name}.grad"] = gradient
         stand_alone({"cut.grad": cut.grad, **new}, {**owners, **self.parameters})
         return losses
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.untyped_storage().data_ptr()
 
 
 def stand_alone(gradients: Mapping[str, Tensor | None], owners: Mapping[str, Tensor]) -> None:
@@ -93,33 +109,45 @@ def stand_alone(gradients: Mapping[str, Tensor | None], owners: Mapping[str, Ten
 
 @contextmanager
 def counted_hooks(parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, every parameter that gets a gradient must have its hooks called, as under plain autograd.
+    """Inside, hooks must see every gradient that a parameter gets, and decide what is added, as under plain autograd.
+
+    A hook here halves what it is given.
+
+    Args:
+        parameters: by name, with empty `.grad`.
 
     Raises:
-        BrokenContract: names the first parameter whose hooks never ran.
+        BrokenContract: names the first parameter whose hooks never ran, or saw another gradient than it got.
     """
-    calls = {(name, kind): 0 for name in parameters for kind in ("hook", "post-accumulate hook")}
+    given: dict[str, Tensor] = {}  # by parameter: half of all that its hook saw, in fp64
+    accumulated = dict.fromkeys(parameters, 0)
 
-    def counter(key: tuple[str, str]) -> Callable[[Tensor], None]:
-        def count(_tensor: Tensor) -> None:
-            calls[key] += 1
+    def hook(name: str, gradient: Tensor) -> Tensor:
+        half = gradient * 0.5
+        given[name] = given[name] + half.double() if name in given else half.double()
+        return half
 
-        return count
+    def after(name: str, _parameter: Tensor) -> None:
+        accumulated[name] += 1
 
     handles = []
     for name, parameter in parameters.items():
         if parameter.requires_grad:
-            handles.append(parameter.register_hook(counter((name, "hook"))))
-            after = counter((name, "post-accumulate hook"))
-            handles.append(parameter.register_post_accumulate_grad_hook(after))
+            handles.append(parameter.register_hook(partial(hook, name)))
+            handles.append(parameter.register_post_accumulate_grad_hook(partial(after, name)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-    for (name, kind), count in calls.items():
-        if parameters[name].grad is not None and not count:
+    for name, parameter in parameters.items():
+        if parameter.grad is None:
+            continue
+        if name not in given or not accumulated[name]:
+            kind = "post-accumulate hook" if name in given else "hook"
             raise BrokenContract(f"the {kind} of {name} never ran: its gradient went past autograd")
+        if relative_error([parameter.grad], [given[name]]) > HOOKED:
+            raise BrokenContract(f"the hook of {name} saw, or returned, another gradient than it got")
 
 
 @contextmanager
@@ -138,12 +166,34 @@ def unchanged(tensors: Mapping[str, Tensor]) -> Iterator[None]:
             if tensor.requires_grad != trainable:
                 changed.append(f"leaves {name} {'frozen' if trainable else 'trainable'}, which it was not")
                 tensor.requires_grad_(trainable)
-            if not torch.allclose(tensor.detach(), values, 0, 0, equal_nan=True):
+            if not put_back(tensor, values):
                 changed.append(f"changes {name}")
-                with torch.no_grad():
-                    tensor.copy_(values)
     if changed:
         raise BrokenContract(changed[0])
+
+
+def put_back(tensor: Tensor, values: Tensor) -> bool:
+    """Give the tensor its earlier dtype, shape and values again; returns whether it had them.
+
+    Args:
+        tensor: a leaf.
+        values: on any device.
+    """
+    with torch.no_grad():
+        if (tensor.dtype, tensor.shape) != (values.dtype, values.shape):
+            tensor.data = values.to(tensor.device, copy=True)
+            return False
+        extent = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        needed = (int(tensor.storage_offset()) + extent) * tensor.itemsize * bool(tensor.numel())
+        same = tensor.untyped_storage().nbytes() >= needed
+        if not same:
+            tensor.untyped_storage().resize_(needed)
+        values = values.to(tensor.device)
+        if same and torch.equal(tensor, values):
+            return True
+        same = same and bool(values.isnan().any()) and torch.allclose(tensor, values, 0, 0, equal_nan=True)
+        tensor.copy_(values)
+    return same
 
 
 @contextmanager

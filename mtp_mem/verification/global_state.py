@@ -1,5 +1,7 @@
 """What belongs to the whole process and not to a strategy: torch's modes and numerics, and random states."""
 
+import gc
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -8,6 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+import torch.utils._device
+from torch import Tensor
+
+from mtp_mem.errors import contained
+from mtp_mem.model import losses
+from mtp_mem.model.head_tree import Heads
+from mtp_mem.strategies.sequential import Sequential
+
+SHARED = (F, Tensor, losses, Heads, Sequential)
+"""Whose functions every strategy calls: one that puts its own in their place changes what all others compute."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +44,101 @@ def _cuda_random_states() -> list[torch.Tensor]:
     return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
+def _numpy_state() -> tuple[Any, ...]:
+    kind, words, *rest = sys.modules["numpy"].random.get_state()
+    return kind, words.tobytes(), *rest
+
+
+def _set_numpy_state(state: tuple[Any, ...]) -> None:
+    numpy = sys.modules["numpy"]
+    numpy.random.set_state((state[0], numpy.frombuffer(state[1], numpy.uint32), *state[2:]))
+
+
+def _precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # `fp32_precision` of a backend was set as well, and torch knows no one answer
+        return "by backend"
+
+
+def _set_precision(value: str) -> None:
+    if value != "by backend":
+        torch.set_float32_matmul_precision(value)
+
+
+def _autocast_depth() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def _set_autocast_depth(depth: int) -> None:
+    while _autocast_depth() > depth:
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+
+
+def _pop_function_modes(depth: int) -> None:
+    while torch._C._len_torch_function_stack() > depth:
+        torch._C._pop_torch_function_stack()
+
+
+def _pop_operator_modes(depth: int) -> None:
+    while torch._C._len_torch_dispatch_stack() > depth:
+        torch._C._pop_torch_dispatch_stack()
+
+
+def _saved_hooks() -> Any:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _pop_saved_hooks(top: Any) -> None:
+    while (current := _saved_hooks()) is not None and current != top:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+
+
+def _flushes_denormals() -> bool:
+    return sys.float_info.min * float("0.5") == 0
+
+
+class _Functions:
+    """What the names of `SHARED` stand for; equal to an earlier look at them where none of that has changed."""
+
+    def __init__(self) -> None:
+        self.owners = [(owner, dict(vars(owner))) for owner in SHARED]
+
+    def __eq__(self, before: object) -> bool:  # torch.compile adds names
+        return isinstance(before, _Functions) and all(
+            then.items() <= now.items() for (_, now), (_, then) in zip(self.owners, before.owners, strict=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def put_back(self) -> None:
+        for owner, functions in self.owners:
+            for name, value in functions.items():
+                if vars(owner).get(name) is not value:
+                    setattr(owner, name, value)
+
+
 def _settings() -> list[Setting]:
+    backends: Any = torch.backends
     settings = [
         Setting("grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
         Setting("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
-        Setting(
-            "the precision of fp32 products", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
+        Setting("the default device", lambda: torch.utils._device.CURRENT_DEVICE, torch.set_default_device),
+        Setting("functions that all strategies call", _Functions, _Functions.put_back),
+        Setting("the precision of fp32 products", _precision, _set_precision),
+        *(
+            _attribute(owner, "fp32_precision", f"the precision of fp32 products in {words}")
+            for owner, words in (
+                (backends, "general"),
+                (backends.cuda.matmul, "cuBLAS"),
+                (backends.cudnn, "cuDNN"),
+                (backends.mkldnn, "oneDNN"),
+                (backends.mkldnn.matmul, "oneDNN's matmul"),
+            )
         ),
+        Setting("the rounding of denormals to zero", _flushes_denormals, torch.set_flush_denormal),
         Setting(
             "deterministic algorithms",
             lambda: (
@@ -48,16 +149,29 @@ def _settings() -> list[Setting]:
         ),
         Setting("the number of threads", torch.get_num_threads, torch.set_num_threads),
         Setting("anomaly mode", torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+        Setting("the garbage collector", gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
+        Setting("the working directory", os.getcwd, os.chdir),
         Setting("autocast's cache", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
         Setting("torch's random state", torch.get_rng_state, torch.set_rng_state),
         Setting("CUDA's random state", _cuda_random_states, torch.cuda.set_rng_state_all),
         Setting("Python's random state", random.getstate, random.setstate),
-        _attribute(torch.backends.cudnn, "enabled", "cuDNN"),
-        _attribute(torch.backends.cudnn, "benchmark", "cuDNN's benchmark mode"),
-        _attribute(torch.backends.cudnn, "deterministic", "cuDNN's deterministic mode"),
-        _attribute(torch.backends.mkldnn, "enabled", "oneDNN"),
-        _attribute(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", "reductions of bf16 products"),
-        _attribute(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", "reductions of fp16 products"),
+        _attribute(backends.cudnn, "enabled", "cuDNN"),
+        _attribute(backends.cudnn, "allow_tf32", "TF32 in cuDNN"),
+        _attribute(backends.cudnn, "benchmark", "cuDNN's benchmark mode"),
+        _attribute(backends.cudnn, "deterministic", "cuDNN's deterministic mode"),
+        _attribute(backends.mkldnn, "enabled", "oneDNN"),
+        _attribute(backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", "reductions of bf16 products"),
+        _attribute(backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", "reductions of fp16 products"),
+        _attribute(backends.cuda.matmul, "allow_fp16_accumulation", "sums of fp16 products"),
+        *(
+            Setting(f"{kind} attention", getattr(backends.cuda, f"{name}_sdp_enabled"), enable)
+            for kind, name, enable in (
+                ("flash", "flash", backends.cuda.enable_flash_sdp),
+                ("memory-efficient", "mem_efficient", backends.cuda.enable_mem_efficient_sdp),
+                ("plain", "math", backends.cuda.enable_math_sdp),
+                ("cuDNN's", "cudnn", backends.cuda.enable_cudnn_sdp),
+            )
+        ),
     ]
     for device in ("cpu", "cuda"):
         settings += [
@@ -72,19 +186,29 @@ def _settings() -> list[Setting]:
                 lambda dtype, device=device: torch.set_autocast_dtype(device, dtype),  # type: ignore[misc]
             ),
         ]
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        settings.append(Setting("NumPy's random state", numpy.random.get_state, numpy.random.set_state))
+    settings += [
+        Setting("how deep autocast is nested", _autocast_depth, _set_autocast_depth),
+        Setting("modes that see every function", torch._C._len_torch_function_stack, _pop_function_modes),
+        Setting("modes that see every operator", torch._C._len_torch_dispatch_stack, _pop_operator_modes),
+        Setting("hooks on what autograd saves", _saved_hooks, _pop_saved_hooks),
+    ]
+    if "numpy" in sys.modules:
+        settings.append(Setting("NumPy's random state", _numpy_state, _set_numpy_state))
     return settings
 
 
 @contextmanager
 def restored() -> Iterator[list[str]]:
-    """Afterwards everything global is as it was; the list then names what had changed, in words."""
+    """A block that runs a strategy. Afterwards everything global is as it was; the list then names what had changed.
+
+    Raises:
+        BrokenContract: the strategy tried to end the process.
+    """
     before = [(setting, setting.get()) for setting in _settings()]
     changed: list[str] = []
     try:
-        yield changed
+        with contained():
+            yield changed
     finally:
         for setting, value in before:
             if not _equal(setting.get(), value):
@@ -93,9 +217,6 @@ def restored() -> Iterator[list[str]]:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, (list, tuple)):
+    if isinstance(a, list):
         return len(a) == len(b) and all(map(_equal, a, b))
-    same = a == b
-    return bool(same.all()) if hasattr(same, "all") else bool(same)
+    return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)

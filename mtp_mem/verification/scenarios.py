@@ -60,7 +60,7 @@ class Scenario:
     logits: float = 1.0  # the unembedding is multiplied by this
     offset: float = 0.0  # all logits are this number, and nothing but the unembedding trains
     not_a_number: str = ""  # the parameter that holds one NaN
-    trunk: Literal["plain", "dropout", "checkpointed"] = "plain"
+    trunk: Literal["plain", "dropout", "checkpointed", "transposed"] = "plain"  # transposed: nothing is contiguous
     steps: int = 0  # optimizer steps before
     chunk: int | None = CHUNK  # for every integer option of a strategy; None leaves its defaults
     dtypes: tuple[Dtype, ...] = ALL_DTYPES
@@ -118,6 +118,8 @@ SCENARIOS: tuple[Scenario, ...] = (
     *(Scenario(name=f"n = {n}", n=n) for n in (1, 2, 3, 4, 8)),
     *_kinds(),
     Scenario(name="S = 1", sequence=1, expected="zero"),
+    Scenario(name="one token a row", sequence=1, ignored="nothing"),
+    Scenario(name="one token in all", batch=1, sequence=1, ignored="nothing"),
     Scenario(name="one row, n larger than S", batch=1, sequence=3, n=4),
     Scenario(name="odd sizes", batch=3, sequence=7, vocab_size=41),
     Scenario(name="no grouped queries", kv_heads=4),
@@ -140,6 +142,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(name="first, last and undrawn id as targets", edge_targets=True),
     Scenario(name="loss weights lambda / D", weights=(1.0, 0.15, 0.15)),
     Scenario(name="loss weight 0", weights=(1.0, 0.0, 0.3)),
+    Scenario(name="negative loss weight, scale 2^40", weights=(1.0, -0.5, 0.3), scale=2.0**40),
     Scenario(name="upstream scale 0.37", scale=0.37),
     Scenario(name="upstream scale 65536", scale=65536.0),
     Scenario(name="existing .grad", prefilled=True),
@@ -151,6 +154,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(name="logits of 1e4", logits=1e4),
     Scenario(name="dropout in the trunk", trunk="dropout"),
     Scenario(name="checkpointed trunk", trunk="checkpointed"),
+    Scenario(name="nothing contiguous", trunk="transposed"),
     Scenario(name="after five optimizer steps", steps=5),
     Scenario(name="many chunks in bf16", batch=8, sequence=64, n=2, chunk=2, dtypes=("bf16",)),
     Scenario(name="logits with a common offset of 2^20", offset=2.0**20),
@@ -164,18 +168,21 @@ REAL_SIZES: tuple[Scenario, ...] = (
     Scenario(name="V = 33,001", sequence=24, n=2, vocab_size=33001, dim=128, chunk=None, dtypes=("fp32",)),
     Scenario(name="V = 33,001, as initialised", n=2, vocab_size=33001, std=0.02, chunk=None, dtypes=("fp32",)),
     Scenario(name="D = 192", sequence=150, n=2, vocab_size=4111, dim=192, std=0.05, chunk=None, dtypes=("fp32",)),
+    Scenario(name="N = 8,206", batch=586, sequence=14, n=1, chunk=None, dtypes=("fp32",)),
+    Scenario(name="V = 65,601", n=1, vocab_size=65601, edge_targets=True, chunk=None, dtypes=("fp32",)),
+    Scenario(name="D = 320", n=2, dim=320, std=0.05, chunk=None, dtypes=("fp32",)),
 )
 """Sizes that cross what kernels and chunk loops take for granted, at a strategy's default options.
 
-More than 4096 tokens and no power of two, more than 32768 vocabulary entries with a partial last slab, widths of 64,
-128 and 192, and fewer tokens than any default chunk.
+More than 4096 and 8192 tokens and no power of two, more than 2^15 and 2^16 vocabulary entries with a partial last slab,
+widths of 64, 128, 192 and 320, and fewer tokens than any default chunk.
 """
 
 
 class _Trunk(MTPModel):
     """The model with a trunk that is called as trainers call theirs; dropout draws alike in every dtype."""
 
-    kind: Literal["plain", "dropout", "checkpointed"] = "plain"
+    kind: Literal["plain", "dropout", "checkpointed", "transposed"] = "plain"
 
     def trunk(self, tokens: Tensor) -> Tensor:
         if self.kind == "checkpointed":
@@ -184,6 +191,8 @@ class _Trunk(MTPModel):
         if self.kind == "dropout":
             keep = torch.rand(z.shape) >= DROPOUT  # on the host, where the oracle draws too
             z = keep_inputs(z * keep.to(z.device) / (1 - DROPOUT), tokens)
+        if self.kind == "transposed":
+            z = keep_inputs(z.transpose(0, 1).contiguous().transpose(0, 1), tokens)
         return z
 
 
@@ -339,6 +348,8 @@ def _batch(scenario: Scenario, seed: int) -> Batch:
         tokens[tokens == scenario.vocab_size - 2] = 1
         targets[targets == scenario.vocab_size - 2] = 1
         targets[:, 0, :3] = torch.tensor([0, scenario.vocab_size - 1, scenario.vocab_size - 2])
+    if scenario.trunk == "transposed":
+        targets = targets.transpose(1, 2).contiguous().transpose(1, 2)
     return Batch(tokens, targets)
 
 

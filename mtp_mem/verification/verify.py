@@ -156,7 +156,7 @@ def verify_problem(problem: Problem, dtype: Dtype, strategies: dict[str, Strateg
     for name, strategy in strategies.items():
         try:
             outcome = watched(problem, with_options(strategy, scenario.chunk))
-        except (Exception, SystemExit) as e:
+        except Exception as e:
             yield Check(strategy=name, scenario=scenario.name, dtype=dtype, broken=raised(e))
             continue
         yield held_against(truth, problem, dtype, name, strategy, outcome)

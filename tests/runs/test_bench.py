@@ -117,23 +117,46 @@ class Changes:
                 torch.set_grad_enabled(False)
             if self.what == "the process":
                 raise SystemExit(0)
+            if self.what == "which parameters train":
+                heads.roots[0].unembedding.requires_grad_(False)
+            if self.what == "dtype":
+                heads.roots[0].unembedding.data = heads.roots[0].unembedding.data.double()
+                heads.roots[0].unembedding.grad = None
+        if self.what == "hooks":
+            heads.roots[0].unembedding.register_hook(lambda gradient: 2 * gradient)
+        if self.what == "interrupt":
+            raise KeyboardInterrupt
         if self.what == "grad mode":
             torch.set_grad_enabled(False)
         return losses
 
 
-@pytest.mark.parametrize("what", ["the weights", "the batch", "grad mode", "the process"])
+@pytest.mark.parametrize(
+    "what",
+    ["the weights", "the batch", "grad mode", "the process", "which parameters train", "dtype", "hooks", "interrupt"],
+)
 def test_what_a_strategy_changes_is_on_its_own_row_alone(what: str) -> None:
     shared = bench()
     before = shared.check(load_strategy("sequential"))
-    with pytest.raises((BrokenContract, SystemExit)):
+    with pytest.raises(BrokenContract):
         shared.check(Changes(what))
     shared.recover()
     assert torch.is_grad_enabled()
     assert shared.check(load_strategy("sequential")) == before
     timed = shared.time({"changes": Changes(what), "sequential": load_strategy("sequential")}, lambda _: None)
     assert isinstance(timed["sequential"], list)
-    assert isinstance(timed["changes"], BaseException) == (what != "the weights")  # a step changes them as well
+    assert isinstance(timed["changes"], BaseException) == (what not in ("the weights", "dtype"))  # a step changes them
+
+
+def test_a_strategy_that_is_right_in_its_first_step_alone_differs() -> None:
+    class First:
+        calls = 0
+
+        def backward(self, cut: torch.Tensor, heads: Any, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return load_strategy("naive").backward(cut, heads, targets, weights * self.calls)
+
+    assert bench().check(First())["gradient"] == "differs"
 
 
 class Keeps:
@@ -149,6 +172,23 @@ def test_what_a_strategy_keeps_is_in_its_baseline() -> None:
     right, keeps = (shared.measure(s) for s in (load_strategy("sequential"), Keeps()))
     kept = PROFILE.workload.tokens * PROFILE.model.dim * 4
     assert keeps["baseline_bytes"] - right["baseline_bytes"] == kept
+
+
+def test_what_a_strategy_kept_in_earlier_steps_is_in_its_baseline() -> None:
+    class Grows(Keeps):
+        kept: list[torch.Tensor]
+
+        def __init__(self) -> None:
+            self.kept = []
+
+        def backward(self, cut: torch.Tensor, *args: Any) -> torch.Tensor:
+            self.kept.append(cut.detach().clone())
+            return load_strategy("sequential").backward(cut, *args)
+
+    shared, grows = bench(), Grows()
+    base = shared.measure(load_strategy("sequential"))["baseline_bytes"]
+    kept = PROFILE.workload.tokens * PROFILE.model.dim * 4
+    assert shared.measure(grows)["baseline_bytes"] - base == (len(grows.kept) - 1) * kept
 
 
 def test_without_a_reference_bytes_and_time_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,18 @@
 """Negative controls: whatever breaks the protocol is named with the strategy that did it, and spoils no other check."""
 
+import gc
+import os
 import re
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import BaseTorchFunctionMode
 
 from mtp_mem import load_strategy
 from mtp_mem.testing import check_strategy
@@ -26,6 +33,34 @@ HOST: dict[str, Callable[[torch.Tensor], object]] = {
     "repeat": lambda losses: losses.repeat_interleave((losses > 0).long()),
 }
 """What makes the host wait for a device."""
+
+
+def end_by(error: BaseException) -> None:
+    raise error
+
+
+ENDS: dict[str, Callable[[], object]] = {
+    "interrupts": lambda: end_by(KeyboardInterrupt()),
+    "exits": lambda: sys.exit(0),
+    "exits at once": lambda: os._exit(0),
+    "closes": lambda: end_by(GeneratorExit()),
+}
+"""What would end the process."""
+
+GLOBAL: dict[str, Callable[[Any], object]] = {
+    "the default device": lambda torch: torch.set_default_device("meta"),
+    "the precision of fp32 products": lambda torch: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    "the rounding of denormals to zero": lambda torch: torch.set_flush_denormal(True),
+    "flash attention": lambda torch: torch.backends.cuda.enable_flash_sdp(False),
+    "the garbage collector": lambda _: gc.disable(),
+    "the working directory": lambda _: os.chdir("/"),
+    "autocast on cpu": lambda torch: torch.autocast("cpu").__enter__(),
+    "how deep autocast is nested": lambda torch: torch.autocast_increment_nesting(),
+    "functions that all strategies call": lambda torch: setattr(torch.nn.functional, "linear", torch.matmul),
+    "modes that see every function": lambda _: BaseTorchFunctionMode().__enter__(),
+    "hooks on what autograd saves": lambda _: saved_tensors_hooks(lambda x: x, lambda x: x).__enter__(),
+}
+"""What belongs to the process, and how to change it."""
 
 
 @dataclass
@@ -81,6 +116,25 @@ class Changed:
             raise ValueError("a clear reason\nand more")
         if self.how == "prints":
             print("a word")
+        if self.how == "a clone" and heads.roots[0].unembedding.grad is not None:
+            heads.roots[0].unembedding.grad = heads.roots[0].unembedding.grad.clone()
+        if self.how == "freed":
+            cut.untyped_storage().resize_(0)
+        if self.how == "other dtype":
+            heads.roots[0].unembedding.data = heads.roots[0].unembedding.data.double()
+            heads.roots[0].unembedding.grad = None
+        if self.how == "eval":
+            heads.norm.eval()
+        if self.how == "module hook":
+            heads.norm.register_forward_hook(lambda *_: None)
+        if self.how == "unhooks" and heads.roots[0].unembedding._backward_hooks:
+            heads.roots[0].unembedding._backward_hooks.clear()
+        if self.how in GLOBAL:
+            GLOBAL[self.how](torch)
+        if self.how == "signalled":
+            signal.raise_signal(signal.SIGINT)
+        if self.how in ENDS:
+            ENDS[self.how]()
         if self.how == "frozen cut" and cut.grad is None:
             cut.grad = torch.zeros_like(cut)
         return losses
@@ -113,11 +167,33 @@ class Changed:
         ("data", "changes unembedding.weight"),
         ("frozen", "leaves unembedding.weight frozen, which it was not"),
         ("state", "keeps state: the same step again gives another gradient"),
+        ("freed", "changes the cut's values"),
+        ("other dtype", "changes unembedding.weight"),
+        ("eval", "leaves training mode of norm changed"),
+        ("module hook", "leaves hooks of norm changed"),
+        ("unhooks", "leaves hooks on unembedding.weight changed"),
+        ("interrupts", "quits the process: KeyboardInterrupt (test_contract.py:"),
+        ("exits", "quits the process: SystemExit(0) (test_contract.py:"),
+        ("exits at once", "quits the process: SystemExit(0) (test_contract.py:"),
+        ("closes", "quits the process: GeneratorExit (test_contract.py:"),
+        *((name, f"leaves {name} changed") for name in GLOBAL),
     ],
 )
 def test_a_broken_contract_is_named(how: str, words: str) -> None:
-    result = verify([Changed(how)], dtypes=["fp32"], scenarios=USUAL)
-    assert f"Changed: protocol, fp32: {words}" in [check.explain() for check in result.failures]
+    result = verify([Changed(how)], dtypes=["fp32"], scenarios=[])
+    (failure,) = [check.explain() for check in result.failures if check.scenario == "protocol"]
+    assert failure.startswith(f"Changed: protocol, fp32: {words}")
+
+
+def test_what_a_person_interrupts_is_no_failure() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        verify([Changed("signalled")], dtypes=["fp32"], scenarios=[])
+
+
+def test_an_existing_grad_stays_the_same_tensor() -> None:
+    existing = [scenario for scenario in SCENARIOS if scenario.name == "existing .grad"]
+    (failure,) = verify([Changed("a clone")], dtypes=["fp32"], scenarios=existing).failures
+    assert failure.broken == "leaves another tensor in unembedding.weight.grad, instead of adding to what is there"
 
 
 @pytest.mark.parametrize(
@@ -134,6 +210,26 @@ def test_one_strategy_cannot_spoil_the_next(how: str) -> None:
     result = verify([Changed(how), "sequential"], dtypes=["fp64"], scenarios=USUAL)
     assert [check.explain() for check in result.of("sequential") if check.status != "right"] == []
     assert len(result.of("sequential")) == 3
+
+
+@pytest.mark.parametrize("how", ["eval", "freed", "other dtype", *GLOBAL])
+def test_what_a_strategy_changed_is_put_back_before_the_next_one(how: str) -> None:
+    result = verify([Changed(how), "sequential"], dtypes=["bf16-mixed"], scenarios=[])
+    assert [check.explain() for check in result.of("sequential") if check.status != "right"] == []
+
+
+def test_a_strategy_of_many_parts_is_not_blamed() -> None:
+    class Parts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.ones(100))
+            self.calls, self.text, self.scale = {}, b"x" * 5000, lambda x: x * self.table[0]
+
+        def backward(self, cut, heads, targets, weights):  # type: ignore[no-untyped-def]
+            self.calls[len(self.calls)] = tuple(cut.shape)
+            return load_strategy("sequential").backward(cut, heads, targets, self.scale(weights))
+
+    assert verify([Parts()], dtypes=["fp32"], scenarios=[]).passed
 
 
 def test_two_strategies_of_one_class_are_both_checked() -> None:

@@ -86,6 +86,13 @@ def test_an_expected_zero_is_right() -> None:
     assert judge("a", nan, zero, "fp32", expected="zero").status == "wrong"
 
 
+def test_a_tensor_that_is_zero_but_for_rounding_may_be_zero() -> None:
+    large = torch.ones(2)
+    for tiny, status in ((1e-15, "right"), (1e-6, "wrong")):
+        right = [torch.full((2,), tiny), large]
+        assert judge("a", [torch.zeros(2), large], right, "fp32", names=["q", "v"]).status == status
+
+
 def test_the_rule() -> None:
     assert allowed("fp64") == allowed("fp64", 1.0) == 1e-12
     assert allowed("fp32") == allowed("fp32", 1.0) == 1e-5

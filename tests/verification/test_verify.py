@@ -12,8 +12,7 @@ from command_line import mtp_mem
 import mtp_mem as package
 from mtp_mem.config.schema import ALL_DTYPES
 from mtp_mem.strategy import load_strategy, loadable, loss_options
-from mtp_mem.verification.broken_behaviour import BROKEN_BEHAVIOUR
-from mtp_mem.verification.broken_strategies import BROKEN
+from mtp_mem.verification.broken_conduct import ALL_BROKEN
 from mtp_mem.verification.scenarios import REAL_SIZES, SCENARIOS, Scenario, build, oracle, run
 from mtp_mem.verification.verify import verify
 
@@ -129,7 +128,7 @@ def test_every_broken_strategy_is_caught_by_the_check_made_for_it(tmp_path: Path
     ended = mtp_mem(tmp_path, "verify", "--prove", columns=80)
     assert ended.returncode == 0
     text = ended.stdout
-    assert f"All {len(BROKEN) + len(BROKEN_BEHAVIOUR)} broken strategies were caught." in text
+    assert f"All {len(ALL_BROKEN)} broken strategies were caught." in text
     assert "raised" not in text  # none of them by an accident of its own
     assert max(map(len, text.splitlines())) <= 80
 
