@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mtp_mem.config.schema import Dtype
 from mtp_mem.errors import BrokenContract, contained, one_line
-from mtp_mem.memory.held import held_arrays, held_tensors
+from mtp_mem.memory.cpu import held_arrays, held_tensors
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.memory.unseen import eager
 from mtp_mem.model.head_tree import Heads

@@ -36,6 +36,17 @@ def _attribute(owner: Any, name: str, words: str) -> Setting:
     return Setting(words, lambda: getattr(owner, name), lambda value: setattr(owner, name, value))
 
 
+def _fp32_precision(owner: Any, words: str) -> Setting:
+    set_before = owner.fp32_precision
+
+    def get() -> Any:  # "none" is what was never set, and means ieee; the older switch sets that
+        return "ieee" if owner.fp32_precision == "none" else owner.fp32_precision
+
+    return Setting(
+        f"the precision of fp32 products in {words}", get, lambda _: setattr(owner, "fp32_precision", set_before)
+    )
+
+
 def _deterministic(value: tuple[bool, bool]) -> None:
     torch.use_deterministic_algorithms(value[0], warn_only=value[1])
 
@@ -129,7 +140,7 @@ def _settings() -> list[Setting]:
         Setting("functions that all strategies call", _Functions, _Functions.put_back),
         Setting("the precision of fp32 products", _precision, _set_precision),
         *(
-            _attribute(owner, "fp32_precision", f"the precision of fp32 products in {words}")
+            _fp32_precision(owner, words)
             for owner, words in (
                 (backends, "general"),
                 (backends.cuda.matmul, "cuBLAS"),

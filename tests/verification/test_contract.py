@@ -218,6 +218,21 @@ def test_what_a_strategy_changed_is_put_back_before_the_next_one(how: str) -> No
     assert [check.explain() for check in result.of("sequential") if check.status != "right"] == []
 
 
+def test_a_setting_that_is_put_back_is_none_of_its_own_business() -> None:
+    class PutsBack:
+        def backward(self, *args):  # type: ignore[no-untyped-def]
+            precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+            torch.set_float32_matmul_precision("medium")
+            torch.set_num_threads(2)
+            try:
+                return load_strategy("sequential").backward(*args)
+            finally:
+                torch.set_float32_matmul_precision(precision)
+                torch.set_num_threads(threads)
+
+    assert verify([PutsBack()], dtypes=["fp32"], scenarios=[]).passed
+
+
 def test_a_strategy_of_many_parts_is_not_blamed() -> None:
     class Parts(torch.nn.Module):
         def __init__(self) -> None:
