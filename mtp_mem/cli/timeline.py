@@ -98,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"peak {format_bytes(peak.nbytes)} in {peak.phase} ({peak.op}), {how}:")
         for category, nbytes in peak.by_category.items():
             print(f"  {format_bytes(nbytes):>10}  {category}")
+        for line in assumed:
+            print(f"Assumed: {line}.")
         print(f"chart {files[0]} (.svg, .csv, .json)")
     return 0
 

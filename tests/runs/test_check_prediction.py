@@ -27,13 +27,19 @@ def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_gpu_it_prints_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["predict", "--check", "--quick", "--out", str(out), "--gpu", "h100-80gb"]) == 0
-    first_line = capsys.readouterr().out.splitlines()[0]
-    assert first_line.startswith("No CUDA device here: nothing is measured. Predictions for NVIDIA H100")
+    text = capsys.readouterr().out
+    assert "kernel sum over 4096 rows of 1024: table 33,554,464, sums over rows: 13 sizes" in text
+    assert "kernel mean along 8192 rows of 4096: table 0, not seen on CUDA" in text
+    assert text.startswith("No CUDA device here: nothing is measured. Predictions for NVIDIA H100")
     document = json.loads((tmp_path / "out/check.json").read_text())
     assert document["measured"] is False
     assert len(document["cases"]) == len(check_prediction.N) * len(check_prediction.STRATEGIES)
     assert all(row["predicted"]["requested"] > 0 and row["measured"] is None for row in document["cases"])
     assert {row["measured"] for row in document["kernels"]} == {None}
+    seen = {row["kernel"].split(" ")[0]: bool(row["seen"]) for row in document["kernels"]}
+    assert seen["sum"]
+    assert not seen["flash"]
+    assert not seen["mean"]
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
