@@ -192,10 +192,10 @@ def _decoder_config(table: dict[str, Any], path: Path) -> tuple[Any, str]:
     if getattr(config, "is_encoder_decoder", False):
         raise BadInput(f"{path}: is the config of an encoder with a decoder ({kind}); {expected}")
     try:
-        made = library.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
+        model_class = library.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
     except KeyError:
         raise BadInput(f"{path}: model_type {kind!r} has no ...ForCausalLM; {expected}") from None
-    return text, made.__name__
+    return text, model_class.__name__
 
 
 def _name(path: Path, model_type: str) -> str:

@@ -1,9 +1,9 @@
-"""A CUDA step from the caching allocator's own history: what was live, where it was made, what it was for.
+"""The trace of a CUDA step from the caching allocator's history: each block's lifetime, origin and category.
 
-Recorded in a step of its own, never in the measured one. The allocator knows sizes and addresses, not shapes. Tensors
-that are known by address (parameters, optimizer state, batch, gradients) get their name; the others' category is
-inferred from the phase and the size. A phase's first allocation is found by the allocator's own counter, which the
-history counts along with.
+The history is recorded in a separate step, never in the measured one. The allocator knows sizes and addresses, not
+shapes: parameters, optimizer state, batch and gradients are named by their address, and the category of every other
+block is inferred from its phase and size. The allocator's counter of allocations says where in the history each phase
+begins.
 """
 
 import gc
@@ -27,7 +27,7 @@ Names = Mapping[int, tuple[Category, str]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a block's size can tell: N rows, V vocabulary, D width, bytes of each parameter."""
+    """The sizes that a block's category is inferred from: N tokens, V vocabulary, D width, bytes of each parameter."""
 
     N: int
     V: int
@@ -35,7 +35,7 @@ class Sizes:
     parameters: frozenset[int]
 
     def category(self, nbytes: int, phase: str) -> Category:
-        """What a block made in this phase is for. A guess, except where the size leaves no choice."""
+        """The category of a block allocated in this phase: a guess, except where only one tensor has that size."""
         if phase in ("clip", "optimizer"):
             return "other"
         backward = phase.endswith("backward")
@@ -56,7 +56,9 @@ class Sizes:
 
 
 def record(step: TrainingStep, snapshot: Path | None = None) -> Trace:
-    """Run the step once with the allocator's history on. Run it before: lazy buffers, optimizer state.
+    """Run the step once while the allocator records its history.
+
+    Run the step at least once before, so that lazily allocated buffers and the optimizer state exist.
 
     Args:
         step: on a CUDA device.
@@ -160,12 +162,12 @@ def _named(category: Category, tensors: Iterable[tuple[str, Tensor]]) -> dict[in
 
 
 def _allocations() -> int:
-    """How many blocks the allocator has handed out so far."""
+    """Number of blocks allocated since the process began."""
     return int(torch.cuda.memory_stats()["allocation.all.allocated"])
 
 
 def _where(frames: Sequence[Mapping[str, Any]]) -> str:
-    """File, line and function of the innermost frame of ours; the backward's own thread has none."""
+    """File, line and function of the innermost frame in this package; empty for autograd's own thread."""
     for frame in frames:
         path = Path(frame["filename"])
         if "mtp_mem" in path.parts or "strategies" in path.parts:

@@ -184,7 +184,7 @@ class HuggingFaceMTP(nn.Module):
         """Everything above the cut for the step in which `trunk` returned `z`."""
         tokens, args, kwargs = kept_inputs(z)
         layers = [self._on_parent(module, i, tokens, args, kwargs) for i, module in enumerate(self.head_layers)]
-        made = heads(
+        above = heads(
             layers=layers,
             norm=self.norm if self.scale == 1 else self._scaled_norm,
             unembedding=_unembedding(self.lm),
@@ -194,8 +194,8 @@ class HuggingFaceMTP(nn.Module):
             softcap=self.softcap,
             draws=self.training and draws_random_numbers([self.head_layers]),
         )
-        object.__setattr__(made, "cuda", made.cuda or self.for_cuda)
-        return made
+        object.__setattr__(above, "cuda", above.cuda or self.for_cuda)
+        return above
 
     def _scaled_norm(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden) * self.scale  # type: ignore[no-any-return]

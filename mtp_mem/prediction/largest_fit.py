@@ -294,19 +294,19 @@ def _largest(formula: Callable[[int], int | None], limit: int, end: int) -> int:
     return low
 
 
-def advice(found: Plan) -> str:
+def advice(result: Plan) -> str:
     """The strategy to use and why, in one sentence; or that there is none."""
-    best = found.recommended()
-    if found.before_a_step is not None:
-        over = format_bytes(found.before_a_step - found.limit)
+    best = result.recommended()
+    if result.before_a_step is not None:
+        over = format_bytes(result.before_a_step - result.limit)
         return (
-            f"Nothing fits: weights and optimizer state alone take {format_bytes(found.before_a_step)},"
+            f"Nothing fits: weights and optimizer state alone take {format_bytes(result.before_a_step)},"
             f" {over} more than the limit. Take a larger GPU or a smaller model, freeze parts, or keep less state for"
             " each parameter."
         )
     if best is None:
         return "Nothing fits: take a larger GPU, or a smaller model."
-    others = [answer for answer in found.of(best.axis) if answer is not best]
+    others = [answer for answer in result.of(best.axis) if answer is not best]
     equal = [answer for answer in others if answer.fits and answer.value == best.value]
     reference = next((answer for answer in others if answer.strategy == "naive"), others[0] if others else best)
     sentence = f"Use {best.strategy}: {best.axis} {best.value} fits"
@@ -319,4 +319,4 @@ def advice(found: Plan) -> str:
         sentence += ", and it recomputes nothing"
     elif equal:
         sentence += f", as with {', '.join(answer.strategy for answer in equal)}, and it leaves most"
-    return f"{sentence}; {format_bytes(found.left(best))} are left."
+    return f"{sentence}; {format_bytes(result.left(best))} are left."

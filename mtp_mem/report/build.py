@@ -81,7 +81,7 @@ def build(
 
 
 def _timelines(results: Sequence[Path], located: Sequence[Located], given: Sequence[Path]) -> list[Path]:
-    """The given ones, those beside a used results file, and those below the given folders."""
+    """The timelines given, those beside a results file that is used, and those anywhere in the given folders."""
     beside = [path for one in located if (path := one.path.with_name("timeline.json")).is_file()]
     below = [path for folder in results if os.path.isdir(folder) for path in sorted(folder.rglob("timeline.json"))]
     return list(dict.fromkeys([*given, *beside, *below]))
@@ -121,7 +121,7 @@ def draw_group(records: Sequence[Record], out: Path) -> list[Path]:
 
 
 def _ends(records: Sequence[Record], *, whole: bool) -> str:
-    """The right end of the chart's lines, for those who cannot see it: `whole` peaks, or peaks over the baseline."""
+    """The chart's values at the largest n as text for screen readers: `whole` peaks, or peaks over the baseline."""
     n = max(r.n for r in records)
     last = [r for r in records if r.n == n and r.status == "ok"]
     peaks = [(r.strategy, peak_bytes(r) if whole else r.peak_over_baseline_bytes) for r in last]
@@ -130,7 +130,7 @@ def _ends(records: Sequence[Record], *, whole: bool) -> str:
 
 
 def _panels(apart: Sequence[Sequence[Record]], folder: Path) -> Chart | None:
-    """All groups beside each other, each panel named by what tells it from the others."""
+    """All groups side by side, each panel titled by the facts in which the groups differ."""
     facts = [_facts(group[0]) for group in apart]
     names = dict.fromkeys(name for fact in facts for name in fact)
     differing = [name for name in names if len({fact.get(name) for fact in facts}) > 1]

@@ -1,4 +1,4 @@
-"""What a report says of one group of records: the answer, tables, the gradients, the machine. Plain text throughout."""
+"""The text of a report on one group of records: recommendation, tables, gradients and machine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class Section:
-    """All of one group but its charts."""
+    """The text and tables of one group, without its charts."""
 
     title: str
     how: str
     answer: str
-    figures: tuple[tuple[str, str], ...]  # what the answer rests on: (name, value)
+    figures: tuple[tuple[str, str], ...]  # the numbers behind the recommendation: (name, value)
     cases: Grid
     slopes: Grid | None
     gradients: str
@@ -47,7 +47,7 @@ def gpu_of(record: Record) -> GPU | None:
 
 
 def _threads(record: Record) -> str:
-    """How many threads a figure of the CPU was made with."""
+    """The number of threads of a CPU measurement, in words."""
     threads = record.environment.get("threads")
     return f", {threads} thread{'s' * (threads != 1)}" if record.backend == "cpu" and isinstance(threads, int) else ""
 
@@ -121,7 +121,7 @@ def _predicted(records: Sequence[Record]) -> tuple[str, tuple[tuple[str, str], .
 
 
 def _cases(records: Sequence[Record]) -> Grid:
-    """The columns of `compare`'s table that hold anything."""
+    """The columns of `compare`'s table that are not empty."""
     records = sorted(records, key=lambda r: r.n)  # stable: strategies keep their order
     naive = {r.n: r for r in records if r.strategy == "naive"}
     cells = [[c.cell(r, naive.get(r.n)) for c in tables.COLUMNS] for r in records]
@@ -134,7 +134,7 @@ def _cases(records: Sequence[Record]) -> Grid:
 
 
 def _verdict(records: Sequence[Record]) -> str:
-    """How many gradients were checked against what, and the worst."""
+    """How many gradients were checked, against which reference, and the largest error."""
     done = [r for r in records if r.status == "ok"]
     checked = [r for r in done if r.gradient != "unchecked"]
     if not checked:
@@ -154,7 +154,7 @@ def _verdict(records: Sequence[Record]) -> str:
 
 
 def _machine(records: Sequence[Record]) -> Grid:
-    """The environment, a row each; several values where the records do not agree."""
+    """The environment, one row per fact; several values where the records differ."""
     seen: dict[str, dict[str, None]] = {}
     for record in records:
         facts = {**record.environment, **dict(record.environment.get("variables") or {})}

@@ -17,7 +17,7 @@ Kind = Literal["memory", "time", "gradient"]
 
 @dataclass(frozen=True)
 class CaseFigures:
-    """One case: what it is, for people; its bytes, its time, whether its gradient was right.
+    """One case: its description, bytes, time and whether its gradient was right.
 
     `seconds` is the median; `times_floor` the same over the bare products of the same round, which a busy machine
     disturbs less, and which is compared where both sides have it.
@@ -39,7 +39,7 @@ class Results:
     cases: dict[tuple[str, ...], CaseFigures]
 
     def without(self, other: "Results") -> list[str]:
-        """Names of the cases that the other has not."""
+        """Names of the cases that are missing in the other set."""
         return [figures.name for case, figures in self.cases.items() if case not in other.cases]
 
 
@@ -55,7 +55,7 @@ class Change:
 
     @property
     def share(self) -> float | None:
-        """New over old, less one."""
+        """Relative change: new / old - 1."""
         if isinstance(self.old, str) or self.new is None or isinstance(self.new, str) or not self.old:
             return None
         return self.new / self.old - 1
@@ -92,7 +92,7 @@ def load(path: Path, notes: list[str]) -> Results:
 
 
 def changes(old: Results, new: Results, memory: float, time: float) -> list[Change]:
-    """Every figure of the old side that differs in the new one, in the order of the new results.
+    """Every figure of the old results that changed in the new ones, in the order of the new results.
 
     A figure that is gone, or is no number any more, is worse.
 

@@ -17,7 +17,7 @@ from mtp_mem.runs.record import Record
 
 
 def draw(paths: Sequence[Path], out: Path, notes: list[str]) -> list[Path]:
-    """Every chart that the files have figures for.
+    """Draw every chart that the files hold data for.
 
     Args:
         paths: files and folders.
@@ -52,7 +52,7 @@ def draw(paths: Sequence[Path], out: Path, notes: list[str]) -> list[Path]:
 
 
 def setups_chart(apart: Sequence[Sequence[Record]], out: Path) -> list[Path]:
-    """One chart of predictions that differ in their training setup alone; none where there are not several."""
+    """A chart of predictions that differ only in their training setup; nothing if there are fewer than two setups."""
     setups = {training_words(records[0]): records for records in apart if records[0].exactness == "predicted"}
     alike = [
         {
@@ -94,7 +94,7 @@ def plan_chart(document: Mapping[str, Any], out: Path) -> list[Path]:
 
 
 def ranks_chart(document: dict[str, Any], out: Path) -> list[Path]:
-    """A rank's peak against the number of GPUs, from a plan of setups; none where that was not varied, alone."""
+    """A rank's peak against the number of GPUs; nothing unless the plan varied the number of GPUs alone."""
     setups, gpu = document["setups"], document["gpu"]
     rows = [(row["strategy"], row["training"]["world"], row["peak_allocated_bytes"]) for row in setups]
     if len({(strategy, world) for strategy, world, _ in rows}) < len(rows):

@@ -18,7 +18,7 @@ XLINK = "{http://www.w3.org/1999/xlink}"
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn chart: its SVG and PNG files, and its words for those who cannot see it."""
+    """A drawn chart: its SVG and PNG files, and its text for screen readers."""
 
     svg: Path
     png: Path
@@ -58,7 +58,7 @@ def to_html(
 
 
 def inline_svg(path: Path, prefix: str, alt: str) -> Markup:
-    """matplotlib's SVG for use inside a page: no namespaces or metadata, ids that no other chart has, a description."""
+    """matplotlib's SVG made fit to embed: without namespaces and metadata, with unique ids and a description."""
     root = ET.parse(path).getroot()
     for parent in root.iter():
         for child in [c for c in parent if c.tag == f"{SVG}metadata"]:

@@ -1,4 +1,4 @@
-"""What `plan` found, as JSON and as tables: the largest step that fits, or training setups side by side."""
+"""The result of `plan` as JSON and as tables: the largest step that fits, or training setups side by side."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ TIGHT = "*"
 def plan_document(
     result: Plan, batches: Sequence[Answer], profile: Profile, gpu: GPU, percent: float
 ) -> dict[str, Any]:
-    """The plan as JSON: one list a question, a row a strategy; bytes are integers.
+    """The plan as JSON: one list per axis, one row per strategy; bytes are integers.
 
     `batches` are the largest batches at several n, for the chart; none are asked for without --out.
     """
@@ -61,7 +61,7 @@ def plan_document(
 def setups_document(
     rows: Sequence[Tried], left_out: Mapping[str, str], profile: Profile, gpu: GPU, n: int, limit: int
 ) -> dict[str, Any]:
-    """All that was tried, the cheapest first, and the one to use; bytes are integers."""
+    """Every setup that was tried, the cheapest first, and the recommended one; bytes are integers."""
     best = cheapest(rows, limit)
     setups = [
         {
@@ -88,7 +88,7 @@ def setups_document(
 
 
 def plan_table(result: Plan, screen: Console) -> Table:
-    """One row a strategy; for each axis the answer, the bytes left and, where there is room, what the next misses."""
+    """One row per strategy: for each axis the largest value, the bytes left and, if wide, what one more lacks."""
     wide = screen.width >= 110
     grid = _grid("strategy")
     for axis in AXES:
@@ -109,7 +109,7 @@ def plan_table(result: Plan, screen: Console) -> Table:
 
 
 def setups_table(rows: Sequence[Tried], limit: int, *, wide: bool) -> Table:
-    """A row for each setup and strategy, the cheapest first; `frees` is against the first row."""
+    """One row per setup and strategy, the cheapest first; `frees` compares with the first row."""
     grid = _grid("setup", "strategy")
     for title in ("FLOPs", "allocated", "frees", "left", "fits") if wide else ("FLOPs", "allocated", "left", "fits"):
         grid.add_column(title, justify="right", no_wrap=True)

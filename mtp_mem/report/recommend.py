@@ -1,4 +1,4 @@
-"""From records to the sentence that tells people what to use."""
+"""The recommendation: from records to the sentence that names the strategy to use."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ SMALLER = 0.90  # worth a second sentence
 
 
 def peak_bytes(record: Record) -> int | None:
-    """The peak people compare: `torch.cuda.max_memory_allocated` on CUDA, live tensor bytes elsewhere."""
+    """The peak as usually reported: `torch.cuda.max_memory_allocated` on CUDA, live tensor bytes elsewhere."""
     return record.peak_allocated_bytes if record.peak_allocated_bytes is not None else record.peak_requested_bytes
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to use at the largest n, of the strategies with right gradients."""
+    """The candidates at the largest n, among the strategies with right gradients."""
 
     n: int
     naive: Record | None

@@ -1,4 +1,4 @@
-"""The command that makes a group of records again."""
+"""The command that reproduces a group of records."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ DEFAULT_TEXT = "CPython's pydoc_data.topics"
 
 
 def command(records: Sequence[Record]) -> str:
-    """Shell lines; a profile that does not ship is written out first. What a record does not hold is said in a comment.
+    """Shell lines, with the profile written out first if it is not a shipped one; comments name what a record lacks.
 
     Args:
         records: of one group (mtp_mem/runs/read_results.py).
@@ -56,7 +56,7 @@ def command(records: Sequence[Record]) -> str:
 
 
 def _model_of_another(record: Record) -> list[str]:
-    """Of a record whose model is not this package's: what it was in words, then the options that ask for it."""
+    """For a user's own model or a Hugging Face one: its description, then the options that select it."""
     model, workload = record.model, record.workload
     words = ["--batch", workload["batch"], "--sequence", workload["sequence"]]
     words += ["--dtype", training_facts(record)["precision"]]
@@ -72,7 +72,7 @@ def _model_of_another(record: Record) -> list[str]:
 
 
 def _setup(record: Record, profile: Profile) -> list[str]:
-    """Options for what the record's training setup has otherwise than the profile."""
+    """Options for each part of the record's training setup that differs from the profile's."""
     return _differences(training_facts(record), profile.training.facts(profile.workload.dtype))
 
 

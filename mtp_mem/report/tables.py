@@ -1,4 +1,4 @@
-"""Records as a table for a terminal; columns that do not fit are left out, the least important first."""
+"""Tables for the terminal; where the screen is too narrow, the least important columns are dropped first."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from mtp_mem.verification.checks import Check, Verification
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its title, how a record and naive's record at the same n fill it, and how soon it is dropped."""
+    """A column: title, the function that computes a cell from a record and naive's at the same n, and its rank."""
 
     title: str
     cell: Callable[[Record, Record | None], str]
@@ -71,7 +71,7 @@ COLUMNS = (
 
 
 def prediction(records: Sequence[Record], console: Console, gpu: GPU) -> Table:
-    """One row a predicted record: the allocator's peaks, whether they fit the GPU, and what the peak consists of."""
+    """One row per predicted record: the allocator's peaks, whether they fit the GPU, and the bytes at the peak."""
 
     def part(*categories: Category) -> Callable[[Record, Record | None], str]:
         return lambda r, _: _bytes(sum((r.bytes_at_peak or {}).get(c, 0) for c in categories))
@@ -96,7 +96,7 @@ def prediction(records: Sequence[Record], console: Console, gpu: GPU) -> Table:
 
 
 def verification(result: Verification, specs: Sequence[str], console: Console) -> Table:
-    """One row a strategy: checks passed, bit-identity, and the largest error in each dtype beside naive's own."""
+    """One row per strategy: checks passed, bit-identity, and the largest error in each dtype beside naive's."""
     dtypes = [d for d in ALL_DTYPES if any(check.dtype == d and check.parts for check in result.checks)]
     titles = ["strategy", "passed", "bit-identical", *(f"{d} (naive's)" for d in dtypes)]
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
@@ -116,7 +116,7 @@ def verification(result: Verification, specs: Sequence[str], console: Console) -
 
 
 def proof(broken: Sequence[type[Broken]], caught: Mapping[str, Sequence[Check]], console: Console) -> Table:
-    """One row a broken strategy: what is wrong, where it was reported, and what the verifier said."""
+    """One row per broken strategy: its bug, where the bug was reported, and the verifier's message."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     wide = console.width >= 110
     table.add_column("broken strategy", ratio=3)
@@ -140,7 +140,7 @@ def fits(record: Record, gpu: GPU) -> str:
 
 
 def comparison(records: Sequence[Record], console: Console) -> Table:
-    """One row a record, n by n, in as many columns as the console is wide enough for."""
+    """One row per record, grouped by n, in as many columns as fit the console."""
     return _fitting(COLUMNS, records, console)
 
 
@@ -207,7 +207,7 @@ SLOPE_TITLES = ("bytes per further head", "fitted", "by formula", "formula is of
 
 
 def slopes(records: Sequence[Record]) -> Table | None:
-    """Bytes per further head, fitted to what was found and to the formula; None with a single n."""
+    """Bytes per additional head, fitted to the measurement and to the formula; None with a single n."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", title_justify="left")
     for title in SLOPE_TITLES:
         table.add_column(title, justify="left" if table.columns == [] else "right", no_wrap=True)

@@ -1,4 +1,4 @@
-"""A timeline.json as a picture to hover over: bands by category, and the tensors that each band consists of."""
+"""A timeline.json as an interactive chart: one band per category, and the tensors in each band."""
 
 import os
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def read_timeline(path: Path) -> Trace:
 
 
 def drawing(trace: Trace) -> dict[str, Any]:
-    """What the page needs to draw the bands without a script, and the data for the script.
+    """The data of the chart: SVG paths that show without a script, and what timeline.js needs.
 
     Returns:
         `bands`: name, colour, hatch and outline, bottom first; `phases`: name and left and right end; `peak`: x,
@@ -112,7 +112,7 @@ def drawing(trace: Trace) -> dict[str, Any]:
 
 
 def _steps(xs: Sequence[float], ys: Sequence[float]) -> str:
-    """SVG path commands of a line that changes its height only at the given places."""
+    """SVG path commands of a step function through the given points."""
     words, last = [], ""
     for x, y in zip(xs, ys, strict=True):
         if (height := f"{y:.1f}") != last:
