@@ -163,7 +163,7 @@ def show(screen: Console, name: str, recording: Recording, held: Held, blocks: l
         lines.append(f"  {kind}: each of {counts['alloc']:,} allocations lies where the GPU put it;")
         lines.append(f"  memory was got {got:,} times and given back {gave:,} times, as on the GPU")
     else:
-        lines.append(f"  {kind}; the first difference: {held.difference}")
+        lines += [f"  {kind}; the first difference:", f"  {held.difference}"]
         if not recording.begins_with_process:
             lines.append("  what was there before the history is inferred, which may be why")
     if held.not_modelled:

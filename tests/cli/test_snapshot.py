@@ -111,7 +111,7 @@ def test_the_worst_file_gives_the_exit_code(tmp_path: Path) -> None:
     ended = mtp_mem(tmp_path, "snapshot", "good.pickle", "different.pickle")
     assert ended.returncode == 1
     assert "different.pickle: DIFFERENT" in ended.stdout
-    assert re.search(r"the first difference: event \d+, alloc of [\d,]+ B: the model got [\d,]+ B", ended.stdout)
+    assert re.search(r"the first difference:\n  event \d+, alloc of [\d,]+ B: the model got [\d,]+ B", ended.stdout)
     code, answer = document(tmp_path, "none.txt", "missing", "different.pickle", "good.pickle", ".")
     assert code == 2
     assert [len(one["recordings"]) for one in answer["snapshots"]] == [0, 0, 1, 1, 0]
