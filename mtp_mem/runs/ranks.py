@@ -7,6 +7,7 @@ answered with what happened to it, and a new group runs the jobs that are left.
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -212,7 +213,7 @@ def _rank(
 ) -> None:
     """A rank's process, from its beginning to its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(Path(store).parent,), daemon=True).start()
     os.dup2(2, 1)  # what a strategy prints is none of our results
     settings.take()
 
@@ -252,10 +253,11 @@ def join(device_type: str, *, timeout_s: float = TIMEOUT_S, **where: Any) -> Non
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s + 60), **where)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: Path) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        shutil.rmtree(folder, ignore_errors=True)  # which the parent could not
         os._exit(1)
 
 

@@ -37,6 +37,7 @@ class RankScenario(Scenario):
 
     uneven: bool = False  # all ranks but the first have few targets, and one head has none there
     over_all: bool = False  # losses are divided by all ranks' targets, not by each rank's own
+    stays_whole: bool = False  # FSDP2 keeps the trunk's parameters gathered between forward and backward pass
 
 
 RANK_SCENARIOS: tuple[RankScenario, ...] = (
@@ -45,11 +46,13 @@ RANK_SCENARIOS: tuple[RankScenario, ...] = (
     RankScenario(name="deepseek heads, tied", head="deepseek", unembedding="tied"),
     RankScenario(name="causal heads", head="causal"),
     RankScenario(name="frozen trunk", frozen=("embedding", "trunk")),
+    RankScenario(name="frozen norm", frozen=("norm",)),
     RankScenario(name="frozen unembedding", frozen=("unembedding",)),
     RankScenario(name="everything frozen but the heads", frozen=("all but", "head 1", "head 2", "head 3")),
     RankScenario(name="loss weights, scale 0.37", weights=(1.0, 0.0, 0.3), scale=0.37),
     RankScenario(name="two micro-batches", batches=(0, 1)),
     RankScenario(name="checkpointed trunk", trunk="checkpointed"),
+    RankScenario(name="trunk stays whole", stays_whole=True),
     RankScenario(name="uneven targets", uneven=True),
     RankScenario(name="uneven targets, mean over all ranks", uneven=True, over_all=True),
 )
@@ -126,7 +129,8 @@ class RankChecks:
 
 def checks(specs: Sequence[str], hows: Sequence[How]) -> list[RankCheck]:
     """Every strategy in every scenario, sharded in each of these ways."""
-    return [RankCheck(spec, scenario, how) for scenario in RANK_SCENARIOS for how in hows for spec in specs]
+    ways = [(scenario, how) for scenario in RANK_SCENARIOS for how in hows if how != "ddp" or not scenario.stays_whole]
+    return [RankCheck(spec, scenario, how) for scenario, how in ways for spec in specs]
 
 
 def _sharded(problem: Problem, strategy: Strategy, how: How) -> Outcome:
@@ -139,7 +143,8 @@ def _sharded(problem: Problem, strategy: Strategy, how: How) -> Outcome:
     else:
         kind = problem.batches[0].tokens.device.type
         shape = (2, world // 2) if how == "hsdp" else (world,)
-        shard(model, mesh=init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]))
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        shard(model, mesh=mesh, reshard_after_forward=not scenario.stays_whole)
     last = len(problem.batches) - 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)

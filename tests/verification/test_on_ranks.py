@@ -35,7 +35,7 @@ def test_every_scenario_on_two_ranks(tmp_path: Path) -> None:
     ended = mtp_mem(tmp_path, "verify", "--nproc", "2", "--strategies", specs, "--json")
     assert ended.returncode == 1
     checks = json.loads(ended.stdout)["checks"]
-    assert Counter(check["strategy"] for check in checks) == dict.fromkeys(specs.split(","), 24)
+    assert Counter(check["strategy"] for check in checks) == dict.fromkeys(specs.split(","), 27)
     for check in checks:
         weightless = any(words in check["scenario"] for words in ("scale 0.37", "mean over all"))
         raises = check["strategy"] == "outside:Raises" and weightless
