@@ -50,9 +50,20 @@ def command(records: Sequence[Record]) -> str:
             lines.append(f"# --gpu: {_line(env.get('target'))} is none of this version's GPUs")
     else:
         words += ["--device", first.backend]
+        words = _on_ranks(words, training_facts(first))
         if first.workload.get("tokenizer") != "uniform" and first.workload["source"] != DEFAULT_TEXT:
             lines.append(f"# add --text FILE: {_line(first.workload['source'])}")
     return "\n".join([*lines, shlex.join(words)])
+
+
+def _on_ranks(words: list[str], facts: dict[str, Any]) -> list[str]:
+    """The command with the ranks that a sharded step runs on."""
+    if facts["sharding"] == "none":
+        return words
+    if "--world" in words:
+        place = words.index("--world")
+        words = words[:place] + words[place + 2 :]
+    return [*words, "--nproc", _value(facts["world"])]
 
 
 def _model_of_another(record: Record) -> list[str]:

@@ -1,6 +1,7 @@
 """The report: one whole page without any address elsewhere, the right words, exit codes; and it works in a browser."""
 
 import csv
+import dataclasses
 import html
 import json
 import os
@@ -16,6 +17,7 @@ from fixed import MODEL, WORKLOAD, record, records
 
 from mtp_mem.cli import main
 from mtp_mem.config.profiles import load_profile
+from mtp_mem.config.schema import Training
 from mtp_mem.memory.trace import Event, Storage, Trace
 from mtp_mem.report import timeline_page as timeline_module
 from mtp_mem.report.build import MOST_STRATEGIES, telling
@@ -210,6 +212,9 @@ def test_the_command_to_run_again() -> None:
     assert "--strategies chunked_vocab:chunk=3" in other
     assert "# add --text FILE: a text" in other
     assert "'a b;c'" in command([record("a b;c")])
+    training = Training(sharding="fsdp2", world=4).facts("fp32")
+    sharded = [dataclasses.replace(_as("CPython's pydoc_data.topics", r), training=training) for r in made]
+    assert command(sharded).endswith("--profile quick --sharding fsdp2 --device cpu --nproc 4")
 
 
 def _as(source: str, found: Record) -> Record:
