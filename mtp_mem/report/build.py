@@ -111,7 +111,7 @@ def _draw(every: Sequence[Record], out: Path) -> tuple[Chart, ...]:
         (charts.composition(records, out), "What the peak of each case consists of, by category."),
         (charts.throughput_vs_memory(records, out), "Tokens per second against memory, with the Pareto front."),
         (charts.time_vs_n(records, out), "Time of a step relative to naive, at the same n and at the smallest n."),
-        (charts.collectives(records, out), "How often the ranks of a step wait for each other, and the bytes they move."),
+        (charts.collectives(records, out), "How often the ranks wait for each other in a step, and the bytes moved."),
     )
     return tuple(Chart(svg=files[1], png=files[0], alt=alt) for files, alt in drawn if files)
 
