@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mtp_mem.distributed.seam import local
 from mtp_mem.environment import process_bytes
 from mtp_mem.model.optimizers import optimizer_state
 from mtp_mem.step import TrainingStep
@@ -66,5 +67,5 @@ def _tensor_bytes(step: TrainingStep) -> int:
     tensors = [*step.model.parameters(), step.batch.tokens, step.batch.targets]
     tensors += [parameter.grad for parameter in step.model.parameters() if parameter.grad is not None]
     tensors += [value for _, value in optimizer_state(step.model, step.optimizer)]
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor.is_cuda]
+    storages = [tensor.untyped_storage() for tensor in map(local, tensors) if tensor.is_cuda]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_mem.distributed.seam import local
 from mtp_mem.memory.trace import Category, Event, Storage, Trace
 from mtp_mem.model.optimizers import optimizer_state
 from mtp_mem.step import TrainingStep
@@ -89,9 +90,9 @@ def record(step: TrainingStep, snapshot: Path | None = None) -> Trace:
     finally:
         torch.cuda.memory._record_memory_history(None)
     N = batch.tokens.numel()
-    sizes = Sizes(N, model.vocab_size, model.dim, frozenset(p.nbytes for p in model.parameters()))
+    sizes = Sizes(N, model.vocab_size, model.dim, frozenset(local(p).nbytes for p in model.parameters()))
     gradients = {
-        parameter.grad.untyped_storage().data_ptr(): f"{name}.grad"
+        local(parameter.grad).untyped_storage().data_ptr(): f"{name}.grad"
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
@@ -158,7 +159,8 @@ def trace_of(
 
 
 def _named(category: Category, tensors: Iterable[tuple[str, Tensor]]) -> dict[int, tuple[Category, str]]:
-    return {tensor.untyped_storage().data_ptr(): (category, name) for name, tensor in tensors if tensor.is_cuda}
+    # A DTensor's own storage is nowhere.
+    return {local(tensor).untyped_storage().data_ptr(): (category, name) for name, tensor in tensors if tensor.is_cuda}
 
 
 def _allocations() -> int:
