@@ -115,6 +115,10 @@ def test_what_counts_as_right() -> None:
     assert row.difference is not None
     assert row.difference["requested"] == 0
     assert check_prediction.is_right(row)
+    # One that shows none: each product takes a workspace and gives it back, and the peak is one product's.
+    none_kept = compare_default(profile, gpu, facts | {"live_unnamed_bytes": 0})
+    nbytes = workspaces(gpu).nbytes
+    assert row.predicted["requested"] - nbytes < none_kept.predicted["requested"] <= row.predicted["requested"]
     facts["peak_requested_bytes"] += 1
     assert not check_prediction.is_right(compare_default(profile, gpu, facts))
     failed = compare_default(profile, gpu, {"status": "oom", "error": "too large"})
