@@ -119,7 +119,6 @@ def gpu_folder(name: str) -> str:
 def _show(records: "list[Record]", path: Path, gpu: "GPU") -> None:
     from mtp_mem._util import format_bytes
     from mtp_mem.report import tables
-    from mtp_mem.runs.identity import training_words
 
     screen = console()
     screen.print(tables.prediction(records, screen, gpu))
@@ -133,8 +132,8 @@ def _show(records: "list[Record]", path: Path, gpu: "GPU") -> None:
         screen.print(line, markup=False)
     screen.print(f"\nrecords {path}, chart {path.with_name('memory-vs-n.png')} (.svg, .csv)", markup=False)
     screen.print(
-        f"Predicted for {gpu.name} ({format_bytes(gpu.total_bytes)}), {training_words(records[0])}, not measured on"
-        " one; CUDA context and libraries come on top.",
+        f"Predicted for {gpu.name} ({format_bytes(gpu.total_bytes)}), not measured on one; CUDA context and"
+        " libraries come on top.",
         markup=False,
     )
     show_assumptions(gpu)
