@@ -18,7 +18,10 @@ CLOSED = Path("closed")
 WAIT_S = 300  # for what takes a second on a quiet machine
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch", "mtp_mem.cli", "mtp_mem.runs.sweep", "mtp_mem.runs.isolated", "mtp_mem.report.build", "forked"]
+    [
+        *("torch", "torch._dynamo", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"),
+        *("mtp_mem.cli", "mtp_mem.runs.sweep", "mtp_mem.runs.isolated", "mtp_mem.report.build", "forked"),
+    ]
 )
 
 
