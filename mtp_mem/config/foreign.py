@@ -15,7 +15,7 @@ from typing import Any
 from mtp_mem.errors import BadInput
 
 LARGEST_FILE = 2**28
-LONGEST_TEXT, DEEPEST = 1000, 40
+LONGEST_TEXT, DEEPEST, LARGEST_NUMBER = 1000, 40, 2**63
 
 _UNCLEAN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 _PLAIN = bytes(set(range(32, 127)) - set(b"\\"))
@@ -76,7 +76,7 @@ def document(content: bytes | str, *, nan: bool = False) -> Any:
     """The document, its texts without control characters and no longer than 1000 characters.
 
     Raises:
-        BadInput: no JSON, NaN or an infinity in it unless `nan`, or nested more than 40 deep.
+        BadInput: no JSON, NaN or an infinity in it unless `nan`, a number beyond 2**63, or nested more than 40 deep.
     """
     raw = content.encode(errors="replace") if isinstance(content, str) else content
     harmless = _harmless(raw)
@@ -111,7 +111,7 @@ def clean(value: Any, depth: int = 0) -> Any:
     """The value with every text in it cleaned.
 
     Raises:
-        BadInput: it is nested more than 40 deep.
+        BadInput: it is nested more than 40 deep, or holds a whole number beyond 2**63.
     """
     if depth > DEEPEST:
         raise BadInput(f"nested more than {DEEPEST} deep")
@@ -121,6 +121,8 @@ def clean(value: Any, depth: int = 0) -> Any:
         return {clean_text(str(key)): clean(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list):
         return [clean(item, depth + 1) for item in value]
+    if isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
+        raise BadInput("holds a whole number beyond 2**63")
     return value
 
 

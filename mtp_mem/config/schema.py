@@ -23,7 +23,7 @@ Dtype = Literal["fp64", "fp32", "bf16", "bf16-mixed"]
 ALL_DTYPES: tuple[Dtype, ...] = typing.get_args(Dtype)
 Tokenizer = Literal["bytes", "bpe", "uniform"]
 OptimizerName = Literal["adamw", "adamw-foreach", "adamw-loop", "adamw-8bit", "sgd"]
-MOST_MODULES, LARGEST_SIZE = 10_000, 2**31
+MOST_MODULES, LARGEST_SIZE, MOST_ROUNDS = 10_000, 2**31, 10**6
 """Layers, heads and blocks, and sizes, beyond any model there is: refused before anything is built."""
 Sharding = Literal["none", "ddp", "fsdp2", "hsdp"]
 Part = Literal["step", "heads"]
@@ -161,6 +161,13 @@ class Workload:
         for name in ("batch", "sequence"):
             if getattr(self, name) < 1:
                 raise BadInput(f"workload.{name} = {getattr(self, name)}: must be at least 1")
+        if self.tokens > LARGEST_SIZE:
+            raise BadInput(
+                f"workload: {short(self.batch)} x {short(self.sequence)} tokens: no machine takes more than"
+                f" {LARGEST_SIZE} in a step"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise BadInput(f"workload.seed = {short(self.seed)}: must be from 0 to 2**63 - 1")
         if not 0 < self.clip_norm < math.inf:  # nan is not
             raise BadInput(f"workload.clip_norm = {self.clip_norm}: must be positive and finite")
         _one_of("workload.dtype", self.dtype, Dtype)
@@ -224,8 +231,8 @@ class Training:
             raise BadInput(
                 f"training.trunk_checkpointing = {k!r}: expected none, full, or k of at least 1 for every k-th layer"
             )
-        if self.micro_batches < 1:
-            raise BadInput(f"training.micro_batches = {self.micro_batches}: must be at least 1")
+        if not 1 <= self.micro_batches <= LARGEST_SIZE:
+            raise BadInput(f"training.micro_batches = {short(self.micro_batches)}: must be from 1 to {LARGEST_SIZE}")
         if not 0 <= self.label_smoothing < 1:
             raise BadInput(f"training.label_smoothing = {self.label_smoothing}: must be at least 0 and below 1")
         if not 0 <= self.z_loss < math.inf:
@@ -296,8 +303,8 @@ class Sweep:
             raise BadInput(f"sweep.n = {list(self.n)}: needs distinct numbers of heads, each at least 1")
         if not self.strategies or len(set(self.strategies)) != len(self.strategies):
             raise BadInput(f"sweep.strategies = {list(self.strategies)}: needs distinct strategies, at least one")
-        if self.rounds < 1:
-            raise BadInput(f"sweep.rounds = {self.rounds}: must be at least 1")
+        if not 1 <= self.rounds <= MOST_ROUNDS:
+            raise BadInput(f"sweep.rounds = {short(self.rounds)}: must be from 1 to {MOST_ROUNDS}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from mtp_mem.config.schema import ModelConfig
+from mtp_mem.config.schema import LARGEST_SIZE, MOST_MODULES, ModelConfig
 from mtp_mem.config.toml import convert, describe, from_table, short
 from mtp_mem.errors import BadInput
 from mtp_mem.verification.gradient_error import Verdict
@@ -23,13 +23,26 @@ TIMES, LEAST = ("step_ms", "step_ms_p20", "step_ms_p80", "tokens_per_s"), 1e-9
 ERRORS = ("gradient_error", "gradient_noise")
 NOT_FINITE = ("inf", "-inf", "nan")
 
-NEEDED: dict[str, dict[str, Any]] = {
-    "model": {"vocab_size": int, "dim": int, "n_layers": int, "n_attention_heads": int, "n_kv_heads": int | None}
-    | {"ffn_dim": int | None, "n_future": int, "head": str, "unembedding": str, "match_layers": bool},
-    "workload": {"batch": int, "sequence": int, "dtype": str, "source": str},
-    "environment": {"mtp_mem": str, "torch": str, "device": str, "cpu": str, "commit": str | None},
+MODULES = ("n_layers", "n_future", "medusa_blocks")
+SIZES = ("vocab_size", "dim", "n_attention_heads", "n_kv_heads", "ffn_dim", "head_dim", "batch", "sequence")
+Hints = dict[str, Any]
+FIELDS: dict[str, tuple[Hints, Hints]] = {
+    "model": (
+        {"vocab_size": int, "dim": int, "n_layers": int, "n_attention_heads": int, "n_kv_heads": int | None}
+        | {"ffn_dim": int | None, "n_future": int, "head": str, "unembedding": str, "match_layers": bool},
+        {"medusa_blocks": int, "head_dim": int | None, "rope_theta": float, "norm_eps": float}
+        | {"qkv_bias": bool, "qk_norm": bool, "architecture": str, "settings": str, "factory": str, "source": str},
+    ),
+    "workload": (
+        {"batch": int, "sequence": int, "dtype": str, "source": str},
+        {"tokenizer": str, "seed": int, "clip_norm": float, "digest": str},
+    ),
+    "environment": (
+        {"mtp_mem": str, "torch": str, "device": str, "cpu": str, "commit": str | None},
+        {"code": str, "target": str, "target_bytes": int, "threads": int, "variables": dict[str, str]},
+    ),
 }
-"""What the charts and tables read from a record's nested fields."""
+"""What a record's nested fields hold: what charts and tables read from every one, and what not every one has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,18 +127,18 @@ class Record:
         for name in TIMES:
             if (value := known.get(name)) is not None and value < LEAST:
                 raise BadInput(f"{name} = {value}: expected at least {LEAST}")
-        variables = record.environment.get("variables")
-        if variables is not None and not isinstance(variables, dict):
-            raise BadInput(f"environment.variables = {short(variables)}: expected a table")
-        if record.n < 1:
+        if not 1 <= record.n <= MOST_MODULES:
             raise BadInput(f"n = {record.n}: not a number of heads")
-        for group, keys in NEEDED.items():
-            for key, hint in keys.items():
-                if key not in getattr(record, group):
+        for group, (needed, other) in FIELDS.items():
+            facts = getattr(record, group)
+            for key, hint in needed.items():
+                if key not in facts:
                     raise BadInput(f"key {group}.{key} is missing (expected {describe(hint)})")
-                value = convert(hint, getattr(record, group)[key], f"{group}.{key}")
-                if type(value) is int and value < 1:
-                    raise BadInput(f"{group}.{key} = {value}: below one")
+            for key, hint in {**needed, **other}.items():
+                value = convert(hint, facts[key], f"{group}.{key}") if key in facts else None
+                largest = MOST_MODULES if key in MODULES else LARGEST_SIZE
+                if type(value) is int and key in (*MODULES, *SIZES) and not 1 <= value <= largest:
+                    raise BadInput(f"{group}.{key} = {value}: {'below one' if value < 1 else f'over {largest}'}")
         return record
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.patches import Patch
 
 from mtp_mem._util import format_bytes
-from mtp_mem.report.charts.style import figure, foot, grid, save, subtitle, write_rows
+from mtp_mem.report.charts.style import figure, foot, grid, save, shortened, subtitle, write_rows
 from mtp_mem.runs.record import Record
 
 KINDS = {
@@ -48,7 +48,7 @@ def collectives(records: Sequence[Record], out: Path) -> list[Path]:
                 left += count
             total = format_bytes(sum((record.collective_bytes or {}).values()))
             axes.text(left + 0.006 * longest, place, f"{left}, {total}", va="center", size=8.5)
-        axes.set_yticks(range(len(shown)), [record.strategy for record in shown])
+        axes.set_yticks(range(len(shown)), [shortened(record.strategy) for record in shown])
         axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(0, 1.15 * longest)

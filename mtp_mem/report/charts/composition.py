@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.patches import Patch
 
 from mtp_mem._util import format_bytes
-from mtp_mem.report.charts.style import COLOURS, figure, foot, grid, save, subtitle, unit_for, write_rows
+from mtp_mem.report.charts.style import COLOURS, figure, foot, grid, save, shortened, subtitle, unit_for, write_rows
 from mtp_mem.runs.record import Record
 
 MOST_BARS = 24
@@ -55,7 +55,7 @@ def composition(records: Sequence[Record], out: Path) -> list[Path]:
             left = [a + b for a, b in zip(left, widths, strict=True)]
         for y, total in zip(places, left, strict=True):
             axes.text(total + 0.006 * top / unit, y, format_bytes(round(total * unit)), va="center", size=8.5)
-        axes.set_yticks(places, [f"{r.strategy}  n = {r.n}" for r in shown])
+        axes.set_yticks(places, [shortened(f"{r.strategy}  n = {r.n}") for r in shown])
         axes.set_ylim(places[-1] + 0.6, -0.6)
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(0, 1.1 * top / unit)

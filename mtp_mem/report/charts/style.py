@@ -1,6 +1,7 @@
 """What all charts share: colours, markers and dashes, axes in bytes, labels that keep apart, whole files."""
 
 import csv
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,9 +91,17 @@ def _style(place: int) -> tuple[str, str, Any]:
 
 
 @contextmanager
+def settings() -> Iterator[None]:
+    """A block with matplotlib's settings for our charts, and without its warnings of glyphs that the font lacks."""
+    with mpl.rc_context(RC), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+@contextmanager
 def figure(width: float, height: float, title: str, under: str, foot: str, dpi: int = 150) -> Iterator[Figure]:
     """A white figure of `width` x `height` inches: the title, a line `under` it, and `foot` at the bottom."""
-    with mpl.rc_context(RC):
+    with settings():
         drawing = Figure(figsize=(width, height), dpi=dpi, layout="constrained", facecolor="white")
         drawing.suptitle(f"{title}\n", x=0.02, ha="left", size=13)  # the empty second line keeps room for `under`
         drawing.text(0.02, 0.98 - 18 / (72 * height), under, va="top", size=9, color="#444444")
@@ -143,6 +152,11 @@ def grid(axes: Axes, which: Literal["x", "y"], unit: str = "", *, whole: bool = 
     axes.set_axisbelow(True)
 
 
+def shortened(text: str, most: int = 56) -> str:
+    """A label of at most so many characters, which leaves room for the chart: of a longer one the middle is cut out."""
+    return text if len(text) <= most else f"{text[: most - 20]} … {text[-17:]}"
+
+
 def label_ends(axes: Axes, ends: Sequence[End]) -> None:
     """Name each line at its right end; names that would touch are moved apart, within the axes' height."""
     height = axes.get_position().height * axes.figure.get_figheight() * 72  # type: ignore[union-attr]
@@ -158,7 +172,7 @@ def label_ends(axes: Axes, ends: Sequence[End]) -> None:
         ceiling = placed[i] - gap
     for end, at in zip(order, placed, strict=True):
         axes.annotate(
-            end.text,
+            shortened(end.text),
             (1, at),
             xycoords=axes.get_yaxis_transform(),
             xytext=(9, 0),

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mtp_mem._util import atomic_write, format_bytes
 from mtp_mem.memory.trace import CATEGORIES, Category, Peak, Storage, Trace
-from mtp_mem.report.charts.style import COLOURS, RC, cell, save, unit_for
+from mtp_mem.report.charts.style import COLOURS, cell, save, settings, shortened, unit_for
 
 LARGEST = 10
 
@@ -69,7 +69,7 @@ def draw(
     top = max(1.3 * peak.nbytes, 1.05 * max(reserved or [0]))
     unit, unit_name = unit_for(peak.nbytes)
     at = peak.event - trace.start + 1
-    with mpl.rc_context(RC):
+    with settings():
         figure = Figure(figsize=(11, 6.2), dpi=130, layout="constrained", facecolor="white")
         axes, notes = figure.subplots(1, 2, width_ratios=[2.4, 1])
         steps = np.arange(len(next(iter(rows.values()))))
@@ -114,7 +114,7 @@ def draw(
         )
         text = "\n".join([f"The {LARGEST} largest at the peak:", *map(_line, peak.live[:LARGEST])])
         notes.text(0, 0, text, family="DejaVu Sans Mono", size=6.8, va="bottom", linespacing=1.5)
-        figure.suptitle(title, x=0.02, ha="left", size=13)
+        figure.suptitle(shortened(title, 120), x=0.02, ha="left", size=13)
         figure.supxlabel(footer, x=0.02, ha="left", size=7.5, color="#666666")
 
         def write_csv(path: Path) -> None:

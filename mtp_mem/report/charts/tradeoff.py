@@ -10,7 +10,7 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 from mtp_mem.errors import MtpMemError
-from mtp_mem.report.charts.style import figure, foot, grid, save, styles, subtitle, unit_for, write_rows
+from mtp_mem.report.charts.style import figure, foot, grid, save, shortened, styles, subtitle, unit_for, write_rows
 from mtp_mem.runs.record import Record
 from mtp_mem.strategy import BUILTIN, load_strategy
 
@@ -80,7 +80,7 @@ def throughput_vs_memory(records: Sequence[Record], out: Path, n: int | None = N
             if len(path) > 1:
                 axes.plot(*zip(*path, strict=True), color=colour, linestyle=dash, linewidth=1.4, zorder=2)
                 lines += itertools.pairwise(path)
-        labels = [_label(r.strategy, families) for r in shown]
+        labels = [shortened(_label(r.strategy, families)) for r in shown]
         colours = [styles(families)[name][0] for name in families]
         _label_points(axes, points, labels, colours, lines)
         columns = ("n", "strategy", "peak_over_baseline_bytes", "tokens_per_s", "pareto")
