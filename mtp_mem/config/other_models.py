@@ -17,6 +17,7 @@ from typing import Any
 from mtp_mem._util import importing_from_here
 from mtp_mem.config.foreign import read_json
 from mtp_mem.config.schema import LARGEST_SIZE, MOST_MODULES, Dtype, HeadKind, ModelConfig, Profile, Sweep, Workload
+from mtp_mem.config.toml import short
 from mtp_mem.errors import BadInput, Missing, one_line
 
 CONTEXT = 4096
@@ -82,7 +83,9 @@ def huggingface_profile(path: Path, kind: HeadKind | None = None) -> Profile:
     path = path / "config.json" if os.path.isdir(path) else path
     table = _read(path)
     config, architecture = _decoder_config(table, path)
-    depths = int(getattr(config, "num_nextn_predict_layers", None) or 0)
+    depths = getattr(config, "num_nextn_predict_layers", None) or 0
+    if type(depths) is not int or not 0 <= depths < MOST_MODULES:
+        raise BadInput(f"{path}: num_nextn_predict_layers = {short(depths)}: expected 0 to {MOST_MODULES - 1}")
     heads, width = getattr(config, "num_attention_heads", 1), getattr(config, "intermediate_size", None)
     try:
         model = HuggingFaceConfig(
@@ -101,7 +104,8 @@ def huggingface_profile(path: Path, kind: HeadKind | None = None) -> Profile:
         )
     except (BadInput, TypeError) as e:
         raise BadInput(f"{path}: {e}") from None
-    positions = getattr(config, "max_position_embeddings", None) or CONTEXT
+    positions = getattr(config, "max_position_embeddings", None)
+    positions = positions if type(positions) is int and positions >= 1 else CONTEXT
     dtype: Dtype = "fp32" if "float32" in str(table.get("torch_dtype", table.get("dtype"))) else "bf16"
     return Profile(
         name=_name(path, config.model_type),
@@ -175,7 +179,8 @@ def _decoder_config(table: dict[str, Any], path: Path) -> tuple[Any, str]:
     """The config object of the decoder, nested or not, and the class that is trained."""
     library = transformers()
     kind = table["model_type"]
-    named = [name for name in table.get("architectures") or [] if isinstance(name, str)]
+    listed = table.get("architectures")
+    named = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     expected = "expected a decoder's, of a ...ForCausalLM"
     if named and not any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in named):
         raise BadInput(f"{path}: is the config of a {named[0]}; {expected}")

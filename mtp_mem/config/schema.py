@@ -23,7 +23,7 @@ Dtype = Literal["fp64", "fp32", "bf16", "bf16-mixed"]
 ALL_DTYPES: tuple[Dtype, ...] = typing.get_args(Dtype)
 Tokenizer = Literal["bytes", "bpe", "uniform"]
 OptimizerName = Literal["adamw", "adamw-foreach", "adamw-loop", "adamw-8bit", "sgd"]
-MOST_MODULES, LARGEST_SIZE, MOST_ROUNDS = 10_000, 2**31, 10**6
+MOST_MODULES, LARGEST_SIZE, MOST_ROUNDS = 2_000, 2**31, 10**6
 """Layers, heads and blocks, and sizes, beyond any model there is: refused before anything is built."""
 Sharding = Literal["none", "ddp", "fsdp2", "hsdp"]
 Part = Literal["step", "heads"]

@@ -93,7 +93,7 @@ def _huggingface(
             lm = library.AutoModelForCausalLM.from_config(
                 own, attn_implementation=ATTENTION_NAMES[kind], dtype=PARAMETER_DTYPES[dtype]
             )
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as e:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, ImportError) as e:
         raise BadInput(f"{config.architecture}: transformers cannot make it: {one_line(e)}") from None
     finally:
         library.logging.set_verbosity(verbosity)

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mtp_mem._util import writable
+from mtp_mem.config.schema import LARGEST_SIZE
+from mtp_mem.config.toml import convert
 from mtp_mem.environment import footer
 from mtp_mem.errors import BadInput
 from mtp_mem.report import charts
@@ -79,7 +81,11 @@ def plan_chart(document: Mapping[str, Any], out: Path) -> list[Path]:
     try:
         model, gpu, sequence = document["model"], document["gpu"], document["workload"]["sequence"]
         rows = [
-            (row["strategy"], row["n"], row["batch"] if row["fits"] != "no" else 0)
+            (
+                convert(str, row["strategy"], "strategy"),
+                _count(row["n"], "n", 1),
+                _count(row["batch"], "batch", 0) if row["fits"] != "no" else 0,
+            )
             for row in document["largest_batch_by_n"]
         ]
         under = (
@@ -88,9 +94,17 @@ def plan_chart(document: Mapping[str, Any], out: Path) -> list[Path]:
             f" headroom {document['headroom_percent']:g} %"
         )
         foot = f"predicted, not measured · {footer(document['environment'])}"
-    except (KeyError, TypeError, ValueError) as e:
-        raise BadInput(f"not a whole plan: {type(e).__name__} {e}") from None
+    except (KeyError, TypeError, ValueError, BadInput) as e:
+        why = str(e) if isinstance(e, BadInput) else f"{type(e).__name__} {e}"
+        raise BadInput(f"not a whole plan: {why}") from None
     return charts.largest_batch(rows, out, under=under, foot=foot)
+
+
+def _count(value: Any, where: str, least: int) -> int:
+    number: int = convert(int, value, where)
+    if not least <= number <= LARGEST_SIZE:
+        raise BadInput(f"{where} = {number}: expected {least} to {LARGEST_SIZE}")
+    return number
 
 
 def ranks_chart(document: dict[str, Any], out: Path) -> list[Path]:

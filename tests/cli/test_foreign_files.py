@@ -147,7 +147,7 @@ def test_nothing_in_the_folder_runs(tmp_path: Path) -> None:
         ({"name": '""'}, "results go to a folder of this name"),
         ({"name": '"a\\u0000b"'}, "results go to a folder of this name"),
         ({"name": f'"{"x" * 101}"'}, "results go to a folder of this name"),
-        ({"n_layers": 10**12}, "no machine has a model with more than 10000"),
+        ({"n_layers": 10**12}, "no machine has a model with more than 2000"),
         ({"vocab_size": 10**12}, "no machine has a model with more than"),
         ({"name": "[" * 5000 + "]" * 5000}, "nested too deep"),
     ],
