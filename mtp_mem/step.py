@@ -94,13 +94,15 @@ class TrainingStep:
         """Returns the n losses of the last micro-batch, detached; every micro-batch is the batch once more."""
         self.forget_gradients()
         training, count = self.training, self.training.micro_batches
+        half = next(self.model.parameters()).dtype == torch.float16
+        loss_scale = training.scale("fp16" if half else "fp32")
         alone = {} if self.hidden is None else {"hidden": self.hidden}
         for i in range(count):
             losses = self.micro_batch(
                 self.model,
                 self.batch,
                 self.strategy,
-                scale=1 / count,
+                scale=loss_scale / count,
                 phase=phase,
                 sync=i == count - 1,
                 label_smoothing=training.label_smoothing,
@@ -110,6 +112,8 @@ class TrainingStep:
         if self.hidden is not None:
             return losses
         phase("clip")
+        if loss_scale != 1:
+            unscale(self.model.parameters(), loss_scale)
         clip_gradients(self.model.parameters(), self.clip_norm)
         phase("optimizer")
         self.optimizer.step()
@@ -123,6 +127,13 @@ class TrainingStep:
                 self.hidden.grad = None
             else:
                 self.hidden.grad.zero_()
+
+
+@torch.no_grad()
+def unscale(parameters: Iterable[Tensor], loss_scale: float) -> None:
+    """Divide the parameters' gradients by a loss scale, in place."""
+    if gradients := [parameter.grad for parameter in parameters if parameter.grad is not None]:
+        torch._foreach_mul_(gradients, 1 / loss_scale)
 
 
 @torch.no_grad()

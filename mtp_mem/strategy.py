@@ -180,7 +180,7 @@ def _options(cls: type[Any], name: str, items: list[str]) -> dict[str, Any]:
     return options
 
 
-LAST_PLACE: dict[Dtype, float] = {"fp64": 2**-52, "fp32": 2**-23, "bf16": 2**-7, "bf16-mixed": 2**-7}
+LAST_PLACE: dict[Dtype, float] = {"fp64": 2**-52, "fp32": 2**-23, "bf16": 2**-7, "bf16-mixed": 2**-7, "fp16": 2**-10}
 """A unit in the last place of what a kernel that rounds its loss sums it in; allowed for each chunk of tokens."""
 
 LIBRARY_CHUNK = 256

@@ -33,7 +33,7 @@ def check(args: argparse.Namespace) -> int:
     check_vocabulary(profile.workload, profile.model.vocab_size)
     notes = []
     channels = profile.model.head_channels
-    if profile.workload.dtype.startswith("bf16") and channels > FLASH_CHANNELS:
+    if profile.workload.dtype in ("bf16", "bf16-mixed", "fp16") and channels > FLASH_CHANNELS:
         notes.append(f"D / heads = {channels}: flash attention on CUDA takes at most {FLASH_CHANNELS}")
     for spec in profile.sweep.strategies:
         try:

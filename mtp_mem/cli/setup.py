@@ -56,7 +56,11 @@ def training_options(sub: argparse.ArgumentParser) -> None:
     """`--dtype` or `--precision`, the shape of the step, and the training setup."""
     group = sub.add_argument_group("the step, instead of the profile's")
     group.add_argument(
-        "--dtype", "--precision", dest="dtype", metavar="NAME", help="fp32, bf16, bf16-mixed or 'bf16 + fp32 master'"
+        "--dtype",
+        "--precision",
+        dest="dtype",
+        metavar="NAME",
+        help="fp32, bf16, bf16-mixed, fp16 or 'bf16 + fp32 master'",
     )
     group.add_argument("--batch", type=count, metavar="B", help="sequences of a micro-batch")
     group.add_argument("--sequence", type=count, metavar="S", help="tokens of a sequence")
@@ -69,6 +73,7 @@ def training_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--micro-batches", metavar="K", help="whose gradients one optimizer step sums")
     group.add_argument("--label-smoothing", metavar="E", help="of every head's loss, from 0 to below 1")
     group.add_argument("--z-loss", metavar="K", help="adds K times the squared logsumexp to every token's loss")
+    group.add_argument("--loss-scale", metavar="X", help="the loss is multiplied by it; default 1, in fp16 1024")
     group.add_argument("--frozen", metavar="PARTS", help="trunk, 'all but heads', or parts like embedding,norm")
     group.add_argument(
         "--sharding",

@@ -154,6 +154,7 @@ def _on_profile(
                 name=f"{profile.name}, n = {n}",
                 n=n,
                 chunk=None,
+                scale=profile.training.scale(profile.workload.dtype),
                 label_smoothing=profile.training.label_smoothing,
                 z_loss=profile.training.z_loss,
             )
@@ -249,7 +250,7 @@ def _sentence(result: "Verification", specs: list[str]) -> str:
     if result.unchecked:
         return (
             f"NOT verified: of {len(result.checks)} checks {len(result.unchecked)} had nothing to check: every right"
-            " gradient there is absent, zero or not finite."
+            " gradient there is absent, zero or not finite, or overflows fp16."
         )
     exact = {s: [c for c in result.of(s) if c.exact] for s in specs}
     same = [s for s in specs if exact[s] and all(c.identical for c in exact[s])]

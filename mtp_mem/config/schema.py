@@ -19,7 +19,7 @@ from mtp_mem.errors import BadInput, unknown
 
 HeadKind = Literal["parallel", "causal", "anticausal", "linear", "deepseek", "medusa"]
 Unembedding = Literal["shared", "tied", "replicated"]
-Dtype = Literal["fp64", "fp32", "bf16", "bf16-mixed"]
+Dtype = Literal["fp64", "fp32", "bf16", "bf16-mixed", "fp16"]
 ALL_DTYPES: tuple[Dtype, ...] = typing.get_args(Dtype)
 Tokenizer = Literal["bytes", "bpe", "uniform"]
 OptimizerName = Literal["adamw", "adamw-foreach", "adamw-loop", "adamw-8bit", "sgd"]
@@ -29,6 +29,9 @@ Sharding = Literal["none", "ddp", "fsdp2", "hsdp"]
 Part = Literal["step", "heads"]
 NODE, MOST_RANKS = 8, 2**16
 """GPUs of a node, over which HSDP shards; and more ranks than there are."""
+USUAL_DTYPES: tuple[Dtype, ...] = ("fp64", "fp32", "bf16", "bf16-mixed")
+"""Those whose range holds any gradient; fp16 ends at 65504, and needs a loss scale to keep small ones."""
+FP16_SCALE = 1024.0
 MASTER = "bf16 + fp32 master"
 PRECISIONS = (*ALL_DTYPES, MASTER)
 """Names of what parameters, products and optimizer state are in: a workload's dtypes, and one with fp32 copies."""
@@ -193,6 +196,8 @@ class Training:
             "all but heads": of everything only the heads' own layers are trained.
         set_to_none: whether gradients are freed between steps, or set to zero.
         label_smoothing: e of every head's loss, and `z_loss` its k: see `mtp_mem.model.losses.LossOptions`.
+        loss_scale: static; the loss is multiplied by it, and gradients are divided by it before they are clipped. None:
+            1, and 1024 in fp16. A step whose gradients overflow is not skipped.
         sharding: over the ranks of a process group: "ddp" replicates all, "fsdp2" shards all, "hsdp" shards over a
             node's 8 ranks and replicates over nodes.
         world: ranks; the batch is each one's own.
@@ -208,6 +213,7 @@ class Training:
     set_to_none: bool = True
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    loss_scale: float | None = None
     sharding: Sharding = "none"
     world: int = 1
     part: Part = "step"
@@ -235,6 +241,8 @@ class Training:
             raise BadInput(f"training.micro_batches = {short(self.micro_batches)}: must be from 1 to {LARGEST_SIZE}")
         if not 0 <= self.label_smoothing < 1:
             raise BadInput(f"training.label_smoothing = {self.label_smoothing}: must be at least 0 and below 1")
+        if self.loss_scale is not None and not 0 < self.loss_scale < math.inf:
+            raise BadInput(f"training.loss_scale = {self.loss_scale}: must be positive and finite")
         if not 0 <= self.z_loss < math.inf:
             raise BadInput(f"training.z_loss = {self.z_loss}: must be at least 0 and finite")
         _one_of("training.optimizer", self.optimizer, OptimizerName)
@@ -280,10 +288,15 @@ class Training:
             "gradients kept between steps": not self.set_to_none,
             f"label smoothing {self.label_smoothing:g}": self.label_smoothing > 0,
             f"z-loss {self.z_loss:g}": self.z_loss > 0,
+            f"loss scale {self.loss_scale or 1:g}": self.loss_scale is not None,
             f"{self.sharding} over {self.world} ranks": self.sharding != "none",
             "the heads alone": self.part == "heads",
         }
         return tuple(text for text, said in words.items() if said)
+
+    def scale(self, dtype: Dtype) -> float:
+        """What the loss is multiplied by in a model of this dtype."""
+        return self.loss_scale or (FP16_SCALE if dtype == "fp16" else 1.0)
 
     def precision(self, dtype: Dtype) -> str:
         """The name of the workload's dtype and `master_weights` together; one of PRECISIONS."""

@@ -22,6 +22,7 @@ PARAMETER_DTYPES: dict[Dtype, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "bf16-mixed": torch.float32,
+    "fp16": torch.float16,
 }
 
 PRODUCT_DTYPES: dict[Dtype, torch.dtype] = PARAMETER_DTYPES | {"bf16-mixed": torch.bfloat16}

@@ -10,7 +10,7 @@ from typing import Any
 
 from mtp_mem.config.schema import Training
 
-VALUE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
+VALUE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def check_predictable(profile: Profile) -> None:
     if profile.workload.dtype == "fp64":
         raise BadInput(
             "workload.dtype = 'fp64' cannot be predicted: no fused attention of CUDA takes it; valid:"
-            " bf16, bf16-mixed, bf16 + fp32 master, fp32"
+            " bf16, bf16-mixed, bf16 + fp32 master, fp32, fp16"
         )
 
 

@@ -86,11 +86,15 @@ class Bench:
             verdicts.append(compare(gradients, self.reference, dtype, rounding))
             del gradients, losses
         verdict = max(verdicts, key=lambda verdict: (verdict.verdict == "differs", verdict.error))
+        reference = self.reference_name
+        if verdict.overflows:
+            scale = self.profile.training.scale(dtype)
+            reference += f"'s gradient of {verdict.group} is not finite, in {dtype} at a loss scale of {scale:g}"
         return facts | {
             "gradient": verdict.verdict,
             "gradient_error": verdict.error,
             "gradient_group": verdict.group,
-            "gradient_reference": self.reference_name,
+            "gradient_reference": reference,
             "gradient_noise": self.noise,
         }
 
@@ -228,7 +232,12 @@ class Bench:
     def _backward(self, strategy: Strategy) -> Tensor:
         training = self.profile.training
         return forward_backward(
-            self.model, self.batch, strategy, label_smoothing=training.label_smoothing, z_loss=training.z_loss
+            self.model,
+            self.batch,
+            strategy,
+            scale=training.scale(self.profile.workload.dtype),
+            label_smoothing=training.label_smoothing,
+            z_loss=training.z_loss,
         )
 
     def step(self, strategy: Strategy) -> TrainingStep:

@@ -110,6 +110,7 @@ def across_steps(name: str, strategy: Strategy, scenario: Scenario, dtype: Dtype
     inner = with_options(strategy, scenario.chunk)
     tracker.resident("other", (("made with the strategy", tensor) for tensor in held_tensors(inner)))
     arrays = held_arrays(inner)
+    rounding = kernel_limits(strategy).loss_rounding(dtype, problem.batches[0].tokens.numel(), scenario.chunk)
     parts: list[Part] = []
     returned: list[tuple[Tensor, Tensor]] = []  # what a step returned or left in `.grad`, and a copy
     try:
@@ -121,7 +122,7 @@ def across_steps(name: str, strategy: Strategy, scenario: Scenario, dtype: Dtype
             with tracker, eager():  # the step's own targets: whoever keeps them keeps memory
                 losses = forward_backward(problem.model, replace(batch, targets=batch.targets.clone()), guarded)
             right, theirs = plain_step(exact, host, None, 1.0), forward_backward(naive, batch, load_strategy("naive"))
-            parts.append(judge(f"losses of step {number}", [losses], [right], dtype, naive=[theirs]))
+            parts.append(judge(f"losses of step {number}", [losses], [right], dtype, naive=[theirs], rounding=rounding))
             for value, copy in returned:
                 if not torch.equal(value, copy):
                     raise BrokenContract(f"step {number} changes the losses or the .grad of the step before")

@@ -30,9 +30,11 @@ class Check:
 
     @property
     def status(self) -> Status:
-        """Wrong: something is. Right: nothing is, and something was checked."""
+        """Wrong: something is. Right: nothing is, something was checked, and nothing overflowed."""
         if self.broken or any(part.status == "wrong" for part in self.parts):
             return "wrong"
+        if any(part.overflows for part in self.parts):
+            return "unchecked"
         return "right" if any(part.status == "right" for part in self.parts) else "unchecked"
 
     @property
@@ -50,6 +52,8 @@ class Check:
         if self.broken:
             return f"{where}: {self.broken}"
         part = self.worst
+        if overflowed := next((part for part in self.parts if part.overflows), None):
+            return f"{where}: {overflowed.name}: {overflowed.problem}"
         if part is None or self.status == "unchecked":
             return f"{where}: nothing to check"
         if self.status == "right":

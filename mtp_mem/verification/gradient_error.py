@@ -4,6 +4,7 @@ A part of the model is right, wrong, or has nothing to check: where the right gr
 there is no relative error, and agreeing with it proves nothing. A strategy must agree with it all the same.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Part:
         allowed: the largest error that is right.
         naive_error: naive's own against the same reference, where that is an fp64 oracle.
         problem: what is wrong, or why there is nothing to check, in words; empty where the numbers say it.
+        overflows: in fp16, where the right one does not, as naive's does: of this part nothing is known.
     """
 
     name: str
@@ -46,15 +48,20 @@ class Part:
     allowed: float = 0.0
     naive_error: float | None = None
     problem: str = ""
+    overflows: bool = False
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome: a verdict, the largest relative error over the parts, and the part that has it (or differs)."""
+    """The outcome: a verdict, the largest relative error over the parts, and the part that has it (or differs).
+
+    `overflows`: in that part the reference itself is not finite, so that nothing can be held against it.
+    """
 
     verdict: Verdict
     error: float
     group: str
+    overflows: bool = False
 
 
 def take(groups: dict[str, list[nn.Parameter]]) -> dict[str, list[Tensor | None]]:
@@ -74,14 +81,14 @@ def allowed(dtype: Dtype, naive_error: float | None = None) -> float:
         naive_error: naive's own error, where the reference is an oracle in fp64: low precision is then never held
             against another low-precision run; both are wrong, and the question is by how much. None: the reference is
             a run in the same dtype. Summing in another order costs a few units of the last place; bf16 has 8
-            significant bits, so 4 units are 4 * 2**-7 (right strategies differed by up to 1.7e-2).
+            significant bits, so 4 units are 4 * 2**-7 (right strategies differed by up to 1.7e-2); fp16 has 11.
     """
     if dtype == "fp64":
         return 1e-12
     if dtype == "fp32":
         return 1e-5
     if naive_error is None or not math.isfinite(naive_error):
-        return 4 * 2**-7
+        return 4 * (2**-10 if dtype == "fp16" else 2**-7)
     return 2 * naive_error + 1e-4
 
 
@@ -115,7 +122,7 @@ def judge(
     """
     if naive_error is None and naive is not None:
         naive_error = relative_error(naive, reference)
-    bound = allowed(dtype, naive_error) * (factor if dtype.startswith("bf16") else 1.0) + rounding
+    bound = allowed(dtype, naive_error) * (1.0 if dtype in ("fp64", "fp32") else factor) + rounding
 
     def part(status: Status, problem: str, error: float = math.inf) -> Part:
         if status == "unchecked" or (status == "right" and problem):
@@ -123,6 +130,7 @@ def judge(
         return Part(name=name, status=status, error=error, allowed=bound, naive_error=naive_error, problem=problem)
 
     pairs: list[tuple[Tensor, Tensor]] = []
+    overflows = ""
     largest: list[tuple[float, float]] = []
     peaks = [_largest(tensors) for tensors in (candidate, reference, naive or reference)]
     rows = zip(names or [name] * len(reference), candidate, reference, *peaks, strict=True)
@@ -137,7 +145,9 @@ def judge(
             return part("wrong", f"{tensor} has shape {tuple(own.shape)}, expected {tuple(right.shape)}")
         if math.isfinite(right_peak):
             if not math.isfinite(own_peak):
-                return part("wrong", f"{tensor} is not finite")
+                if dtype != "fp16" or naive is None or math.isfinite(plain_peak):
+                    return part("wrong", f"{tensor} is not finite")
+                overflows = overflows or tensor
             if plain_peak and not own_peak and right_peak > NOISE * max(peaks[1]):
                 return part("wrong", f"{tensor} is zero")
         elif math.isfinite(own_peak):
@@ -146,6 +156,10 @@ def judge(
         largest.append((own_peak, right_peak))
     if not pairs:
         return part("unchecked", "frozen")
+    if overflows:
+        known = expected == "not finite"
+        words = f"{overflows} overflows fp16, as naive's does: the loss scale is too large"
+        return dataclasses.replace(part("right" if known else "unchecked", words), overflows=not known)
     if not all(math.isfinite(right_peak) for _, right_peak in largest):
         return part("right" if expected == "not finite" else "unchecked", "not finite, as the right one")
     if not any(right_peak for _, right_peak in largest):
@@ -174,6 +188,9 @@ def compare(candidate: Gradients, reference: Gradients, dtype: Dtype, loss_round
     worst = max(parts, key=lambda part: (part.status == "wrong", part.error))
     if worst.status == "wrong":
         return Comparison("differs", worst.error, worst.name)
+    for name, own in reference.items():
+        if dtype == "fp16" and not all(map(math.isfinite, _largest(own))):
+            return Comparison("unchecked", 0.0, name, overflows=True)
     if all(part.status == "unchecked" for part in parts):
         return Comparison("unchecked", 0.0, worst.name)
     same = all(identical(candidate[part.name], reference[part.name]) for part in parts if part.status == "right")

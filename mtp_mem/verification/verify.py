@@ -95,7 +95,7 @@ def _checks(
     for name, strategy in strategies.items() if behaviour else ():
         progress(f"{name}: protocol and steps")
         usual = Scenario(name="usual").in_multiples_of(limits[name].multiple_of)
-        order: tuple[Dtype, ...] = ("fp64", "fp32", "bf16", "bf16-mixed")
+        order: tuple[Dtype, ...] = ("fp64", "fp32", "bf16", "bf16-mixed", "fp16")
         dtype = next(dtype for dtype in order if dtype in dtypes and limits[name].takes(dtype))
         yield across_steps(name, strategy, usual, dtype, device)
         yield protocol(name, strategy, usual, dtype, device)

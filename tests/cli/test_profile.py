@@ -61,7 +61,7 @@ sequence = 8
         ("batch = 1", "batch = 1\nhidden = 3", "unknown key 'workload.hidden'"),
         ("batch = 1", "btach = 1", "unknown key 'workload.btach'; did you mean 'workload.batch'?"),
         ("sequence = 8", "sequence = 8\n[sweep]\nstrategies = ['sequental']", "did you mean 'sequential'?"),
-        ("batch = 1", "batch = 1\ndtype = 'fp16'", "unknown value 'fp16'"),
+        ("batch = 1", "batch = 1\ndtype = 'fp8'", "unknown value 'fp8'"),
         ("= 300", "= 67", "model.vocab_size = 67 is smaller than the 256 byte tokens"),
         ("= 300", f"= {10**18}", "no machine has a model with more than"),
     ],

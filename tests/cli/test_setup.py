@@ -98,7 +98,7 @@ def test_a_gpu_that_is_not_in_the_catalogue(folder: Path, options: tuple[str, ..
         (("--strategies", ","), "expected at least one name"),
         (("--n", "0"), "sweep.n = [0]"),
         (("--dtype", ""), "precision: unknown value ''"),
-        (("--precision", "fp8"), "Valid: fp64, fp32, bf16, bf16-mixed, bf16 + fp32 master"),
+        (("--precision", "fp8"), "Valid: fp64, fp32, bf16, bf16-mixed, fp16, bf16 + fp32 master"),
         (("--batch", "0"), "expected a whole number of at least 1"),
         (("--trunk-checkpointing", "half"), "training.trunk_checkpointing"),
         (("--optimizer", "adam"), "did you mean 'adamw'?"),

@@ -63,7 +63,7 @@ def test_defaults(tmp_path: Path) -> None:
         ("n = [1, 2]", "n = []", ["sweep.n = []"]),
         ("n = [1, 2]", "n = [1, 1]", ["distinct"]),
         ("batch = 2", "batch = 0", ["workload.batch = 0", "at least 1"]),
-        ("batch = 2", 'batch = 2\ndtype = "fp16"', ["workload.dtype", "unknown value 'fp16'", "bf16-mixed"]),
+        ("batch = 2", 'batch = 2\ndtype = "fp8"', ["workload.dtype", "unknown value 'fp8'", "bf16-mixed"]),
         ("dim = 32", 'dim = 32\nhead = "medussa"', ["model.head", "'medussa'", "did you mean 'medusa'?"]),
         ("dim = 32", 'dim = 32\nunembedding = "own"', ["model.unembedding", "shared, tied, replicated"]),
         ("batch = 2", "batch = 2\nhead = 'causal'", ["workload.head stands in the wrong table", "belongs to [model]"]),

@@ -37,6 +37,7 @@ IN_WORDS = {
     "n_kv_heads": "`n_attention_heads`",
     "head_dim": "D / `n_attention_heads`",
     "logit_softcap": "none",
+    "loss_scale": "1, in fp16 1024",
     "ffn_dim": "8/3 D, rounded up to 32",
 }
 """Defaults that are no value."""

@@ -162,7 +162,7 @@ def test_on_a_profile(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--dtype", "fp16"], "unknown dtype 'fp16'"),
+        (["--dtype", "fp8"], "unknown dtype 'fp8'"),
         (["--strategies", "sequental"], "did you mean 'sequential'?"),
         (["--profile", "quik"], "did you mean 'quick'?"),
         (["--prove", "--strategies", "naive"], "--prove runs the shipped broken strategies"),
