@@ -16,6 +16,7 @@ from torch.overrides import BaseTorchFunctionMode
 
 from mtp_mem import load_strategy
 from mtp_mem.testing import check_strategy
+from mtp_mem.verification.behaviour import protocol
 from mtp_mem.verification.broken_strategies import BROKEN
 from mtp_mem.verification.scenarios import SCENARIOS, Scenario
 from mtp_mem.verification.verify import verify
@@ -180,9 +181,9 @@ class Changed:
     ],
 )
 def test_a_broken_contract_is_named(how: str, words: str) -> None:
-    result = verify([Changed(how)], dtypes=["fp32"], scenarios=[])
-    (failure,) = [check.explain() for check in result.failures if check.scenario == "protocol"]
-    assert failure.startswith(f"Changed: protocol, fp32: {words}")
+    check = protocol("Changed", Changed(how), Scenario(name="usual"), "fp32", torch.device("cpu"))
+    assert check.status == "wrong"
+    assert check.explain().startswith(f"Changed: protocol, fp32: {words}")
 
 
 def test_what_a_person_interrupts_is_no_failure() -> None:
