@@ -72,6 +72,8 @@ class Tracker(TorchDispatchMode):
         self._parameter_shapes: set[tuple[int, ...]] = set()
         self.watch(parameters)
         self._phase = "before the step"
+        self._square = vocab_size == dim  # logits (N, V) are as wide as hidden states
+        self._given_logits = False  # the operator that runs, where that has to be known
         self._keys: dict[int, int] = {}  # address of the storage -> key; addresses are used again, keys are not
         self._live: set[int] = set()
         self._endings: dict[int, weakref.ref[Any]] = {}  # by key; told when a storage ends
@@ -171,6 +173,7 @@ class Tracker(TorchDispatchMode):
         return out
 
     def _count(self, func: Any, name: str, args: tuple[Any, ...], out: Any) -> None:
+        self._given_logits = self._square and any(map(self._is_logits, args))
         old = self._moved_from(args[0], out) if func is _ADD and _issued_by_engine() else None
         for tensor in (out,) if isinstance(out, Tensor) else () if out is None else tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -242,7 +245,7 @@ class Tracker(TorchDispatchMode):
         if phase.endswith("loss") or phase == "heads backward":
             # A slab of the vocabulary has neither width, the full logits have V, hidden states and their norms D.
             # Slabs are made by a loss's own code; what autograd's formulas make here is a recomputed layer's gradients.
-            if shape[-1:] == (self._vocab_size,):
+            if shape[-1:] == (self._vocab_size,) and (not self._square or self._makes_logits(shape, op, in_backward)):
                 return "logits"
             slab = tensor.is_floating_point() and len(shape) >= 2 and shape[-1] not in (1, self._dim)
             if slab and phase != "heads backward" and not _issued_by_engine(4):
@@ -252,6 +255,22 @@ class Tracker(TorchDispatchMode):
         if in_backward:
             return "hidden-state gradients"
         return "trunk activations" if phase == "trunk forward" else "head activations"
+
+    def _makes_logits(self, shape: tuple[int, ...], op: str, in_backward: bool) -> bool:
+        """Where V = D, what the operator does tells logits from hidden states.
+
+        They come of a product that is no gradient's, or into a buffer, and stay logits in whatever is no product.
+        """
+        name = op.partition(".")[0]
+        if name in PRODUCTS:
+            return not in_backward
+        if name in EMPTY[:2]:
+            return len(shape) == 2
+        return self._given_logits
+
+    def _is_logits(self, argument: Any) -> bool:
+        key = self._keys.get(argument.untyped_storage()._cdata) if isinstance(argument, Tensor) else None
+        return key is not None and self.trace.storages[key].category == "logits"
 
     def _name_gradients(self) -> None:
         for name, reference in self._parameters:

@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler quiet
 
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 
@@ -296,3 +297,20 @@ def test_the_sum_of_the_unembedding_s_gradient_is_a_gradient() -> None:
     trace = simulate(config, workload, load_strategy("chunked_tokens:chunk=16"))
     sums = [s for s in trace.storages.values() if s.shape == (4099, 64) and s.dtype == "float32"]
     assert [s.category for s in sums] == ["gradients"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "spec", ["naive", "sequential", "chunked_vocab:chunk=33", "chunked_tokens:chunk=24", "checkpointed"]
+)
+def test_logits_as_wide_as_hidden_states_are_told_apart(spec: str, dtype: str) -> None:
+    # The same step with V = D and with V = D + 2, where the width says it: as many tensors of every category.
+    counts, logits = [], []
+    for vocab_size in (64, 66):
+        config = tiny(vocab_size=vocab_size, dim=64, n_layers=4, n_future=2)
+        workload = Workload(batch=2, sequence=24, dtype=dtype)  # type: ignore[arg-type]
+        storages = simulate(config, workload, load_strategy(spec), cuda=False).storages.values()
+        counts.append(Counter((s.phase, s.category) for s in storages))
+        logits.append(sum(s.nbytes for s in storages if s.category == "logits") / vocab_size)
+    assert counts[0] == counts[1]
+    assert logits[0] == logits[1] or "chunk=33" in spec
