@@ -42,7 +42,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, MtpMemError):
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)
-    others = ("/torch/", "/mtp_mem/", "/strategies/", "<frozen ")
+    others = ("/torch/", "/mtp_mem/", "/strategies/", "/importlib/", "<frozen ")
     own = [f for f in frames if not any(part in f.filename for part in others)]
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
     if isinstance(error, SystemExit):
