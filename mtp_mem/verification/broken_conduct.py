@@ -211,6 +211,67 @@ class ArraysKept(_After):
         return losses
 
 
+class ParametersChanged(_After):
+    """It takes a step on the unembedding itself"""
+
+    origin = "no report known to us: optimizers fused into the backward pass"
+    caught_by = "protocol"
+
+    def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
+        """Decays it."""
+        with torch.no_grad():
+            heads.roots[0].unembedding.mul_(1 - 1e-3)
+        return losses
+
+
+class TargetsChanged(Sequential, Broken):
+    """Targets that are ignored become zero, in the caller's tensor"""
+
+    origin = "no report known to us: padding for a kernel, in place"
+    caught_by = "protocol"
+
+    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
+        """Right, and then written over."""
+        losses = super().backward(cut, heads, targets, weights)
+        targets.clamp_(min=0)
+        return losses
+
+
+class DefaultDtypeChanged(_After):
+    """The default dtype is set and left so: every tensor that is made later has another one"""
+
+    origin = UNKNOWN
+    caught_by = "protocol"
+
+    def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
+        """Sets."""
+        torch.set_default_dtype(torch.bfloat16)
+        return losses
+
+
+class DeterminismChanged(_After):
+    """Deterministic algorithms are switched on and left so: every later step is slower"""
+
+    origin = UNKNOWN
+    caught_by = "protocol"
+
+    def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
+        """Switches."""
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        return losses
+
+
+class DeviceAwaited(_After):
+    """The host asks for a loss's value, and waits for the device in every step"""
+
+    origin = "no report known to us: a check for NaN"
+    caught_by = "protocol"
+
+    def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
+        """Asks."""
+        return losses if losses[0].item() < 1e9 else losses.zero_()
+
+
 class FunctionsReplaced(_After):
     """torch's own cross entropy is replaced by another one, for everybody"""
 
@@ -289,6 +350,11 @@ BROKEN_CONDUCT: tuple[type[Broken], ...] = (
     LossesInALargerBuffer,
     TargetsKept,
     ArraysKept,
+    ParametersChanged,
+    TargetsChanged,
+    DefaultDtypeChanged,
+    DeterminismChanged,
+    DeviceAwaited,
     FunctionsReplaced,
     PrecisionOfOneDNN,
     AutocastLeftOn,
