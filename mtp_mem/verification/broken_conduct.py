@@ -310,7 +310,7 @@ class AutocastLeftOn(_After):
 
 
 class ErrorsSwallowed(Sequential, Broken):
-    """Whatever is raised inside is swallowed, out of memory too: the step looks as if it had been taken"""
+    """Every exception inside is swallowed, out of memory too: the step looks as if it had been taken"""
 
     origin = UNKNOWN
     caught_by = "protocol"
