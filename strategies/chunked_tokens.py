@@ -68,8 +68,9 @@ class ChunkedTokens(Sequential):
         heads = shape.one_head(self.loss_bytes(shape))
         if shape.value == shape.loss_value:
             return heads
-        above = shape.n * shape.layer_parameters + shape.shared_gradients
-        return max(heads, above + shape.V * shape.D * shape.loss_value)
+        # Where there is a gradient already, the sum and its copy are beside it.
+        copy = shape.unembedding if shape.training.micro_batches > 1 else 0
+        return max(heads, shape.left_behind(shape.n) + copy + shape.V * shape.D * shape.loss_value)
 
     def loss_bytes(self, shape: Shape) -> int:
         """A chunk of logits and the sum of the unembedding's gradient; in low precision its softmax's fp32 rows too.
@@ -83,7 +84,8 @@ class ChunkedTokens(Sequential):
         logits = chunk * s.V * s.value
         rows = s.N * (8 + 1 + s.loss_value) + chunk * s.loss_value
         softmax_row = 5 * s.loss_value + 1  # largest logit, the target's, the loss, that times its share twice, a mask
-        total = s.V * s.D * (s.loss_value if s.n == 1 else s.loss_value - s.value)
+        among_others = s.n > 1 and s.training.micro_batches == 1
+        total = s.V * s.D * (s.loss_value - s.value * among_others)
         before = 0 if s.n == 1 and chunk == s.N else total
         if s.value == s.loss_value:
             return logits + rows + max(before + chunk * softmax_row, total)

@@ -61,6 +61,5 @@ class Naive:
         moments = []
         for finished in range(shape.n):
             kept = shape.n - finished
-            left_behind = shape.shared_gradients + finished * shape.layer_parameters if finished else 0
-            moments.append(kept * (shape.head + shape.logits) + 2 * shape.logits + left_behind)
+            moments.append(kept * (shape.head + shape.logits) + 2 * shape.logits + shape.left_behind(finished))
         return max(moments)

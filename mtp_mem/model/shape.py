@@ -43,8 +43,8 @@ class Shape:
     ) -> "Shape | None":
         """From a record's `model` and `workload`, its setup, and whether CUDA's kernels run or are predicted.
 
-        None where no formula applies: a model that is not this package's, bf16-mixed, other head kinds, several
-        micro-batches, frozen parts, fp32 copies, gradients that are kept, the heads alone.
+        None where no formula applies: a model that is not this package's, bf16-mixed, other head kinds, parts
+        frozen other than the trunk, gradients that are kept, a loss with options, the heads alone.
         """
         training = training or Training()
         if "architecture" in model or "factory" in model:
@@ -53,7 +53,10 @@ class Shape:
             return None
         if training.sharding != "none" or training.part != "step":
             return None
-        if training.micro_batches > 1 or training.frozen_parts or training.master_weights or not training.set_to_none:
+        tied = model["unembedding"] == "tied"
+        if training.frozen_parts not in ((), ("trunk",)) or (training.frozen_parts and tied):
+            return None
+        if not training.set_to_none or training.label_smoothing or training.z_loss or model.get("logit_softcap"):
             return None
         D, H = model["dim"], model["n_attention_heads"]
         value, G, C = VALUE_BYTES[workload["dtype"]], model["n_kv_heads"] or H, model.get("head_dim") or D // H
@@ -70,7 +73,7 @@ class Shape:
             K=C * G,
             F=model["ffn_dim"] or -(-8 * D // 3 // 32) * 32,
             trunk_layers=model["n_layers"] - (model["n_future"] if model["match_layers"] else 1),
-            tied=model["unembedding"] == "tied",
+            tied=tied,
             qkv_bias=bool(model.get("qkv_bias")),
             qk_norm=bool(model.get("qk_norm")),
             value=value,
@@ -118,7 +121,18 @@ class Shape:
     @property
     def shared_gradients(self) -> int:
         """Gradients that all heads add to: the unembedding's, the final norm's, the cut's."""
-        return self.unembedding + self.D * self.value + self.hidden
+        return self.unembedding + self.D * self.value + self.hidden * (not self.frozen)
+
+    def left_behind(self, heads: int) -> int:
+        """Gradients that are live after so many heads' backward; from the second micro-batch on all are at once."""
+        if self.training.micro_batches > 1:
+            return self.gradients + self.hidden * (heads > 0 and not self.frozen)
+        return self.shared_gradients + heads * self.layer_parameters if heads else 0
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the trunk is: it keeps nothing but its output, and the cut has no gradient."""
+        return bool(self.training.frozen_parts)
 
     @property
     def trunk(self) -> int:
@@ -129,12 +143,14 @@ class Shape:
     def kept(self) -> list[int]:
         """What each trunk layer keeps: all it saves, or where it is checkpointed its output alone."""
         every = self.training.checkpoint_every
+        if self.frozen:
+            return []
         return [self.hidden if every and i % every == 0 else self.layer for i in range(self.trunk_layers)]
 
     @property
     def below(self) -> int:
         """What is live below every trunk layer: embedded tokens; cosines and sines, (S, C/2) each, of both passes."""
-        return self.hidden + (2 if self.trunk_layers else 1) * self.S * self.C * self.value
+        return self.hidden + (2 if self.trunk_layers and not self.frozen else 1) * self.S * self.C * self.value
 
     @property
     def head(self) -> int:
@@ -149,11 +165,11 @@ class Shape:
         Args:
             loss: bytes that the head's loss takes.
         """
-        left_behind = self.shared_gradients + (self.n - 1) * self.layer_parameters if self.n > 1 else 0
-        return self.head + loss + left_behind
+        return self.head + loss + self.left_behind(self.n - 1)
 
     @property
     def gradients(self) -> int:
         """All parameters' gradients."""
-        layers = self.trunk_layers + self.n
-        return layers * self.layer_parameters + (1 if self.tied else 2) * self.unembedding + self.D * self.value
+        layers = self.n + self.trunk_layers * (not self.frozen)
+        tables = 1 if self.tied or self.frozen else 2
+        return layers * self.layer_parameters + tables * self.unembedding + self.D * self.value

@@ -27,23 +27,33 @@ def peak_over_baseline(spec: str, shape: Shape) -> int | None:
     heads: int | None = None if peak_bytes is None else peak_bytes(shape)
     if heads is None:
         return None
-    above = shape.n * shape.layer_parameters + shape.shared_gradients
-    in_flight = above + 2 * shape.N * shape.F * shape.value
-    moments, live = [shape.trunk + heads, shape.gradients + temporaries(shape)], shape.trunk
+    accumulated = shape.training.micro_batches > 1
+    in_flight = shape.left_behind(shape.n) + 2 * shape.N * shape.F * shape.value
+    # The embedding's gradient is the last; where there is one already it is added to it.
+    last = shape.unembedding + shape.hidden if accumulated and not shape.frozen else 0
+    moments, live = [shape.trunk + heads, shape.gradients + max(last, temporaries(shape))], shape.trunk
     for done, kept in enumerate(reversed(shape.kept)):
         whole = shape.layer - shape.hidden if kept == shape.hidden else 0
-        moments.append(live + whole + in_flight + done * shape.layer_parameters)
+        moments.append(live + whole + in_flight + (0 if accumulated else done * shape.layer_parameters))
         live -= kept
     return max(moments)
 
 
 def temporaries(shape: Shape) -> int:
-    """What the optimizer's step takes besides its state, at its worst moment (mtp_mem/model/optimizers.py)."""
+    """What the optimizer's step takes besides gradients and state, at its worst moment (mtp_mem/model/optimizers.py).
+
+    Fp32 copies are stepped with fp32 gradients, twice as large, which take the place of the others one by one: beside
+    the last of them its own is still live.
+    """
+    wide = 2 if shape.training.master_weights else 1
+    beside = 0
     if shape.training.optimizer == "adamw-foreach":
-        return shape.gradients
-    if shape.training.optimizer == "adamw-loop":
-        return 2 * max(shape.unembedding, shape.D * shape.F * shape.value)
-    return 0
+        beside = wide * shape.gradients
+    elif shape.training.optimizer == "adamw-loop":
+        beside = 2 * wide * max(shape.unembedding, shape.D * shape.F * shape.value)
+    if wide == 1:
+        return beside
+    return shape.gradients + max(beside, shape.D * shape.value if shape.tied else shape.unembedding)
 
 
 def formula_bytes(
@@ -110,9 +120,13 @@ def slope(points: Sequence[tuple[int, int]]) -> float | None:
 def baseline(config: ModelConfig, workload: Workload, training: Training | None = None) -> int:
     """Bytes live before a step: parameters, the optimizer's state, tokens and n rows of targets."""
     count = sum(parameters(config).values())
-    weights = weight_bytes(count, workload.dtype)
-    state = {"sgd": weights, "adamw-8bit": 2 * count + 8 * count // 256}
-    kept = state.get((training or Training()).optimizer, 2 * weights)
+    training, weights = training or Training(), weight_bytes(count, workload.dtype)
+    if training.frozen_parts == ("trunk",):
+        owned = parameters(config)
+        count -= owned.get("embedding", 0) + owned.get("trunk", 0)
+    stepped = 4 * count if training.master_weights else weight_bytes(count, workload.dtype)
+    state = {"sgd": stepped, "adamw-8bit": 2 * count + 8 * count // 256}
+    kept = state.get(training.optimizer, 2 * stepped) + stepped * training.master_weights
     return weights + kept + 8 * (1 + config.n_future) * workload.tokens
 
 

@@ -153,7 +153,9 @@ def share(flops: Fraction | None) -> str:
 
 def _flops(spec: str, profile: Profile, n: int) -> Fraction | None:
     model, workload = profile.model.with_n(n).facts(), dataclasses.asdict(profile.workload)
-    shape = Shape.of(model, workload | {"dtype": "bf16"}, cuda=True)  # products are counted, whatever they are in
+    shape = Shape.of(
+        model | {"logit_softcap": None}, workload | {"dtype": "bf16"}, cuda=True
+    )  # products are counted, whatever they are in
     if shape is None:
         return None
     own = step_flops(spec, shape) + trunk_recompute_flops(shape, profile.training)

@@ -92,6 +92,46 @@ def test_other_setups(shape: dict[str, int], training: Training, dtype: str) -> 
     assert trace.baseline <= baseline(config, workload, training) + 8 * 60  # steps of each parameter
 
 
+@pytest.mark.parametrize(
+    ("spec", "batch", "sequence"),
+    [
+        *((spec, 4, 128) for spec in ("naive", "sequential", "checkpointed", "chunked_tokens:chunk=64")),
+        ("sequential", 1, 16),
+    ],
+)
+@pytest.mark.parametrize(
+    "training",
+    [
+        Training(micro_batches=3),
+        Training(micro_batches=2, trunk_checkpointing="full"),
+        Training(frozen="trunk"),
+        Training(frozen="trunk", micro_batches=2, optimizer="adamw-foreach"),
+        Training(master_weights=True),
+        Training(master_weights=True, optimizer="adamw-foreach", micro_batches=2),
+    ],
+    ids=str,
+)
+def test_frozen_trunks_micro_batches_and_fp32_copies(spec: str, batch: int, sequence: int, training: Training) -> None:
+    config, workload = tiny(**WIDE, n_future=2), Workload(batch=batch, sequence=sequence, dtype="bf16")
+    trace = simulate(config, workload, load_strategy(spec), training, cuda=False)
+    fields = (dataclasses.asdict(config), dataclasses.asdict(workload))
+    formula = formula_bytes(spec, *fields, training, cuda=False)
+    assert formula is not None
+    assert 0 <= trace.peak().nbytes - trace.baseline - formula <= 0.03 * trace.peak().nbytes
+    assert abs(trace.baseline - baseline(config, workload, training)) <= 8 * 60  # steps of each parameter
+
+
+@pytest.mark.parametrize(
+    "training",
+    [Training(label_smoothing=0.1), Training(z_loss=1e-4), Training(frozen="norm"), Training(set_to_none=False)],
+)
+def test_no_formula_where_none_was_counted(training: Training) -> None:
+    fields = (dataclasses.asdict(tiny(**WIDE)), dataclasses.asdict(Workload(batch=1, sequence=16)))
+    assert formula_bytes("sequential", *fields, training, cuda=False) is None
+    capped = dataclasses.asdict(tiny(**WIDE, logit_softcap=30.0))
+    assert formula_bytes("sequential", capped, fields[1], cuda=False) is None
+
+
 def test_gradients_can_set_the_peak() -> None:
     config, workload = tiny(vocab_size=300, dim=128, n_layers=6), Workload(batch=1, sequence=2)
     trace = simulate(config, workload, load_strategy("sequential"), cuda=False)
