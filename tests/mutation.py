@@ -1,10 +1,11 @@
-"""Would the tests notice? Small bugs put into the strategies and what they stand on, one at a time; not run by pytest.
+"""Would the tests notice? Small bugs put into strategies, verifier and step, one at a time; not run by pytest.
 
-    python tests/mutation.py [--only FILE] [--sample N] [--seed SEED] [--limit SECONDS] [--json OUT]
+    python tests/mutation.py [--only FILE] [--minutes M] [--seed SEED] [--limit SECONDS] [--json OUT]
 
 A mutant (tests/mutants.py) is a copy of the package with one place changed. It is tested in a process of its own,
-forked from this one: torch is imported there, nothing of the package. It is killed if a test fails, or at --limit.
-Survivors are printed. Exit codes: 0 all killed; 1 some survived; 2 bad input, or the unchanged package fails.
+forked from this one: torch is imported there, nothing of the package. It is killed if a test fails; at --limit it has
+timed out. Mutants are drawn with --seed, file by file in turn and more of the longer ones, so that a run that ends
+after --minutes is a fair sample. Exit codes: 0 all killed; 1 some not; 2 bad input, or the unchanged package fails.
 
 The last run, and why each of its survivors may live: tests/MUTATION.md.
 """
@@ -18,74 +19,126 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from mutants import Mutant, mutants
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNNABLE = ("naive", "sequential", "chunked_vocab", "chunked_tokens", "checkpointed", "native")
-TARGETS: dict[str, tuple[str, ...]] = {
-    **{f"strategies/{name}.py": (name,) for name in RUNNABLE},
-    "strategies/library_kernel.py": ("native",),
-    "mtp_mem/model/losses.py": ("chunked_vocab", "naive"),
-    "mtp_mem/model/head_tree.py": ("sequential", "checkpointed", "native", "chunked_tokens"),
-}
-"""Every strategy that runs without a GPU and all that they share above the cut, with the strategies that run it."""
-FILES = (
+
+
+@dataclass(frozen=True)
+class Tests:
+    """What should notice a bug in a file: these strategies through `CHECKS`, then these test files."""
+
+    strategies: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+_CONTRACT, _GRADIENTS = "verification/test_contract.py", "verification/test_gradient_error.py"
+_VERIFIER = Tests((), (_GRADIENTS, _CONTRACT))
+_STRATEGIES = (
+    "strategies/test_loss_options.py",
     "strategies/test_chunked_tokens.py",
     "model/test_losses.py",
     "test_strategy.py",
-    "prediction/test_simulated_step.py",
     "prediction/test_formulas.py",
-    "memory/test_tracker.py",
-    "strategies/test_equivalence.py",
-    "model/test_heads.py",
 )
-WITHOUT = ("every_kind", "never_touches", "allocator_for", "naive_grows")  # slow, and others see the same
+TARGETS = {
+    **{f"mtp_mem/verification/{name}.py": _VERIFIER for name in ("contract", "behaviour")},
+    "mtp_mem/verification/global_state.py": Tests((), (_CONTRACT,)),
+    "mtp_mem/verification/model_state.py": Tests((), (_CONTRACT, "runs/test_bench.py")),
+    **{f"mtp_mem/verification/{name}.py": _VERIFIER for name in ("gradient_error", "checks", "verify")},
+    "mtp_mem/model/losses.py": Tests(("naive", "sequential"), _STRATEGIES),
+    "mtp_mem/model/head_tree.py": Tests(
+        ("sequential", "chunked_tokens", "checkpointed"), ("model/test_heads.py", "test_strategy.py")
+    ),
+    "mtp_mem/model/own.py": Tests((), ("model/test_model.py", "test_head_loss.py")),
+    "mtp_mem/head_loss.py": Tests((), ("test_head_loss.py",)),
+    "mtp_mem/step.py": Tests(("naive",), ("test_head_loss.py", "prediction/test_simulated_step.py")),
+    **{
+        f"strategies/{name}.py": Tests((name,), _STRATEGIES)
+        for name in ("naive", "sequential", "chunked_tokens", "chunked_vocab", "checkpointed", "native")
+    },
+    "strategies/library_kernel.py": Tests(("native",), ("test_strategy.py", "prediction/test_formulas.py")),
+}
+"""The files that are mutated. Not the scenarios: they are data, of which many values are right."""
+
+CHECKS = {
+    "n = 3",
+    "causal heads",
+    "deepseek heads, tied",
+    "replicated unembedding",
+    "chunk larger than everything",
+    "frozen unembedding",
+    "a whole head ignored",
+    "everything ignored",
+    "loss weight 0",
+    "existing .grad",
+    "nothing contiguous",
+    "many chunks in bf16",
+    "logits with a common offset of 2^20",
+    "NaN in the unembedding",
+}
+"""Scenarios that are run, in fp64 and bf16; those of the loss's options besides."""
 
 
 def main() -> int:
     """Print killed and survived by file, then every survivor."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", action="append", choices=list(TARGETS), metavar="FILE", help=", ".join(TARGETS))
-    parser.add_argument("--sample", type=int, metavar="N", help="so many mutants, drawn with --seed; default: all")
+    parser.add_argument("--minutes", type=float, help="begin no mutant after so long; default: all are run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=180, metavar="SECONDS", help="for one mutant; default: 180")
+    parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="for one mutant; default: 300")
     parser.add_argument("--json", type=Path, metavar="OUT", help="every mutant with its fate")
     args = parser.parse_args()
-    made = [(file, mutant) for file in args.only or TARGETS for mutant in mutants((ROOT / file).read_text("utf-8"))]
-    if args.sample and args.sample < len(made):
-        made = sorted(random.Random(args.seed).sample(made, args.sample), key=lambda m: (m[0], m[1].line))
+    stop = float("inf") if args.minutes is None else time.monotonic() + 60 * args.minutes
+    of_files = {file: list(mutants((ROOT / file).read_text("utf-8"))) for file in args.only or TARGETS}
+    total = sum(map(len, of_files.values()))
     _import_heavy()
-    rows = []
+    rows, whole = [], set()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _copy(folder)
-        files = dict.fromkeys(file for file, _ in made)
-        fate, seconds = _run(folder, tuple(dict.fromkeys(s for f in files for s in TARGETS[f])), 10 * args.limit)
-        if fate != "survived":
-            print(
-                f"the unchanged package does not pass its tests ({fate}):\n{_output(folder)[-3000:]}", file=sys.stderr
-            )
-            return 2
-        print(f"unchanged: passes in {seconds:.0f} s; {len(made)} mutants", file=sys.stderr)
-        for i, (file, mutant) in enumerate(made):
+        for file, mutant in _drawn(of_files, args.seed):
+            if time.monotonic() > stop:
+                break
+            if (tests := TARGETS[file]) not in whole:
+                fate, seconds = _run(folder, tests, args.limit)
+                if fate != "survived":
+                    words = f"{file}: the unchanged package does not pass its tests ({fate})"
+                    print(f"{words}:\n{_output(folder)[-3000:]}", file=sys.stderr)
+                    return 2
+                whole.add(tests)
+                print(f"{file}: unchanged passes in {seconds:.0f} s", file=sys.stderr)
             fate, seconds = _try(folder, file, mutant, args.limit)
             by = next((x for x in _output(folder).splitlines() if x.startswith(("FAILED", "ERROR"))), "")
-            print(
-                f"{i + 1}/{len(made)} {fate}, {seconds:.1f} s: {file}:{mutant.line}: {mutant.change}", file=sys.stderr
-            )
+            where = f"{file}:{mutant.line}: {mutant.change}"
+            print(f"{len(rows) + 1}/{total} {fate}, {seconds:.1f} s: {where}", file=sys.stderr)
             row = {"file": file, "line": mutant.line, "change": mutant.change, "fate": fate}
             rows.append({**row, "seconds": round(seconds, 1), "by": by if fate == "killed" else ""})
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1), "utf-8")
-    for file in dict.fromkeys(row["file"] for row in rows):
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=1), "utf-8")
+    for file, made in of_files.items():
         fates = [row["fate"] for row in rows if row["file"] == file]
-        print(f"{file:32}" + "".join(f"  {fates.count(fate):4} {fate}" for fate in ("killed", "timed out", "survived")))
-    survivors = [row for row in rows if row["fate"] == "survived"]
+        counts = (f"  {fates.count(fate):4} {fate}" for fate in ("killed", "timed out", "survived"))
+        print(f"{file:40}" + "".join(counts) + f"  of {len(made)}")
+    survivors = [row for row in rows if row["fate"] != "killed"]
     for row in survivors:
-        print(f"{row['file']}:{row['line']}: {row['change']}")
+        print(f"{row['file']}:{row['line']}: {row['change']} ({row['fate']})")
     return 1 if survivors else 0
+
+
+def _drawn(of_files: dict[str, list[Mutant]], seed: int) -> Iterator[tuple[str, Mutant]]:
+    """File by file in turn, one mutant for every 40 that the file has."""
+    draw = random.Random(seed)
+    turns = {file: max(1, len(made) // 40) for file, made in of_files.items()}
+    left = {file: draw.sample(made, len(made)) for file, made in of_files.items()}
+    while any(left.values()):
+        for file, made in left.items():
+            for _ in range(min(turns[file], len(made))):
+                yield file, made.pop()
 
 
 def _import_heavy() -> None:
@@ -120,12 +173,12 @@ def _try(folder: Path, file: str, mutant: Mutant, limit: float) -> tuple[str, fl
         at.write_text(original, "utf-8")
 
 
-def _run(folder: Path, specs: tuple[str, ...], limit: float) -> tuple[str, float]:
+def _run(folder: Path, tests: Tests, limit: float) -> tuple[str, float]:
     """Test what lies in `folder`; the fate, and seconds. The child's output goes to the file `out`."""
     began = time.monotonic()
     child = os.fork()
     if child == 0:
-        _be_tested(folder, specs)
+        _be_tested(folder, tests)
     while time.monotonic() - began < limit:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -137,7 +190,7 @@ def _run(folder: Path, specs: tuple[str, ...], limit: float) -> tuple[str, float
     return "timed out", time.monotonic() - began
 
 
-def _be_tested(folder: Path, specs: tuple[str, ...]) -> None:
+def _be_tested(folder: Path, tests: Tests) -> None:
     """In the forked child, which does not return."""
     code = 3
     try:
@@ -148,33 +201,27 @@ def _be_tested(folder: Path, specs: tuple[str, ...]) -> None:
         os.chdir(folder)
         sys.path.insert(0, str(folder))
         sys.dont_write_bytecode = True  # sources change faster than their time stamps
-        code = _suite(specs)
+        code = _suite(tests)
     finally:
         os._exit(code)
 
 
-def _suite(specs: tuple[str, ...]) -> int:
-    """0 where nothing fails: the drawn cases, then `verify`, then what counts bytes and looks at details."""
+def _suite(tests: Tests) -> int:
+    """0 where nothing fails."""
     import pytest
 
-    def run(files: tuple[str, ...], words: str) -> bool:
-        paths = [f"tests/{name}" for name in files]
-        return bool(
-            pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-W", "ignore", *paths, "-k", words])
-        )
+    if tests.strategies:
+        from mtp_mem.verification.scenarios import SCENARIOS
+        from mtp_mem.verification.verify import verify
 
-    words = " or ".join((*specs, "test_chunked_tokens", "losses", "counted_by_hand"))
-    if run(("strategies/test_properties.py",), " or ".join(f"plain_autograd[{spec}" for spec in specs)):
-        return 1
-    from mtp_mem.verification.verify import verify
-
-    for check in verify(specs).checks:
-        if not check.passed or (
-            check.exact and not check.identical and check.strategy in ("sequential", "checkpointed")
-        ):
-            print(f"FAILED verify: {check.explain()}")
-            return 1
-    return run(FILES, f"({words}) and " + " and ".join(f"not {word}" for word in WITHOUT))
+        chosen = [s for s in SCENARIOS if s.name in CHECKS or s.label_smoothing or s.z_loss or s.softcap]
+        for check in verify(tests.strategies, dtypes=("fp64", "bf16"), scenarios=chosen).checks:
+            same = check.identical or not check.exact or check.strategy not in ("sequential", "checkpointed")
+            if not check.passed or not same:
+                print(f"FAILED verify: {check.explain()}")
+                return 1
+    options = ("-x", "-q", "--tb=line", "-n", "0", "-p", "no:cacheprovider", "-W", "ignore")
+    return int(bool(pytest.main([*options, *(f"tests/{name}" for name in tests.files)])))
 
 
 def _output(folder: Path) -> str:

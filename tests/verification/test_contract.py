@@ -215,23 +215,22 @@ def test_one_strategy_cannot_spoil_the_next(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["eval", "freed", "other dtype", *GLOBAL])
 def test_what_a_strategy_changed_is_put_back_before_the_next_one(how: str) -> None:
-    result = verify([Changed(how), "sequential"], dtypes=["bf16-mixed"], scenarios=[])
-    assert [check.explain() for check in result.of("sequential") if check.status != "right"] == []
+    result = verify([Changed(how), "sequential"], dtypes=["bf16-mixed"], scenarios=USUAL, behaviour=False)
+    assert [check.status for check in result.checks] == ["wrong", "right"]
 
 
 def test_a_setting_that_is_put_back_is_none_of_its_own_business() -> None:
     class PutsBack:
         def backward(self, *args):  # type: ignore[no-untyped-def]
-            precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+            precision = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision("medium")
-            torch.set_num_threads(2)
             try:
                 return load_strategy("sequential").backward(*args)
             finally:
                 torch.set_float32_matmul_precision(precision)
-                torch.set_num_threads(threads)
 
-    assert verify([PutsBack()], dtypes=["fp32"], scenarios=[]).passed
+    check = protocol("PutsBack", PutsBack(), Scenario(name="usual"), "fp32", torch.device("cpu"))
+    assert check.status == "right", check.explain()
 
 
 def test_a_strategy_of_many_parts_is_not_blamed() -> None:
