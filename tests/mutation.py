@@ -30,14 +30,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Tests:
-    """What should notice a bug in a file: these strategies through `CHECKS`, then these test files."""
+    """What should notice a bug in a file: these strategies through `CHECKS`, broken ones that behave badly, test files."""
 
     strategies: tuple[str, ...]
     files: tuple[str, ...]
+    prove: bool = False
 
 
 _CONTRACT, _GRADIENTS = "verification/test_contract.py", "verification/test_gradient_error.py"
-_VERIFIER = Tests((), (_GRADIENTS, _CONTRACT))
+_VERIFIER = Tests((), (_GRADIENTS, _CONTRACT), prove=True)
 _STRATEGIES = (
     "strategies/test_loss_options.py",
     "strategies/test_chunked_tokens.py",
@@ -47,7 +48,7 @@ _STRATEGIES = (
 )
 TARGETS = {
     **{f"mtp_mem/verification/{name}.py": _VERIFIER for name in ("contract", "behaviour")},
-    "mtp_mem/verification/global_state.py": Tests((), (_CONTRACT,)),
+    "mtp_mem/verification/global_state.py": _VERIFIER,
     "mtp_mem/verification/model_state.py": Tests((), (_CONTRACT, "runs/test_bench.py")),
     **{f"mtp_mem/verification/{name}.py": _VERIFIER for name in ("gradient_error", "checks", "verify")},
     "mtp_mem/model/losses.py": Tests(("naive", "sequential"), _STRATEGIES),
@@ -219,6 +220,14 @@ def _suite(tests: Tests) -> int:
             same = check.identical or not check.exact or check.strategy not in ("sequential", "checkpointed")
             if not check.passed or not same:
                 print(f"FAILED verify: {check.explain()}")
+                return 1
+    if tests.prove:
+        from mtp_mem.verification.broken_conduct import ALL_BROKEN
+        from mtp_mem.verification.verify import verify
+
+        for broken in (cls for cls in ALL_BROKEN if cls.caught_by in ("protocol", "6 optimizer steps")):
+            if broken.caught_by not in [check.scenario for check in verify([broken()], scenarios=()).failures]:
+                print(f"FAILED prove: {broken.__name__} is not caught")
                 return 1
     options = ("-x", "-q", "--tb=line", "-n", "0", "-p", "no:cacheprovider", "-W", "ignore")
     return int(bool(pytest.main([*options, *(f"tests/{name}" for name in tests.files)])))
