@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Tests:
-    """What should notice a bug in a file: these strategies through `CHECKS`, broken ones that behave badly, test files."""
+    """What should notice a bug in a file: strategies through `CHECKS`, broken ones that behave badly, test files."""
 
     strategies: tuple[str, ...]
     files: tuple[str, ...]
