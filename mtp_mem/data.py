@@ -1,6 +1,7 @@
 """Text -> tokens -> batches: real text by default, n shifted rows of targets, the tail ignored."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -152,10 +153,16 @@ def _trained_bpe(text: str, vocab_size: int) -> "Tokenizer":
 
     digest = hashlib.sha256(f"{tokenizers.__version__}\0{vocab_size}\0{text}".encode()).hexdigest()[:24]
     cached = Path(platformdirs.user_cache_dir("mtp_mem")) / f"bpe-{vocab_size}-{digest}.json"
-    if cached.exists():
+    if os.path.exists(cached):
         try:
-            return Tokenizer.from_file(str(cached))
-        except Exception:  # the library raises bare Exception on a damaged file; training again mends it
+            kept = Tokenizer.from_str(read_bytes(cached).decode())
+            if max(kept.get_vocab().values(), default=vocab_size) < vocab_size:
+                return kept
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except (
+            BaseException
+        ):  # of what is damaged the library raises bare Exception, or panics; training again mends it
             pass
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

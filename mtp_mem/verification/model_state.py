@@ -46,7 +46,9 @@ def _hooks_of_tensor(tensor: Any) -> Hooks:
 
 
 def _hooks_of_module(module: nn.Module) -> Hooks:
-    return {key: _copy(value) for key, value in vars(module).items() if key.endswith("_hooks")}
+    return {
+        key: _copy(value) for key, value in vars(module).items() if key.endswith("_hooks") and isinstance(value, dict)
+    }
 
 
 def _copy(hooks: dict[Any, Any] | None) -> dict[Any, Any]:
