@@ -262,3 +262,30 @@ def test_the_heads_alone_are_those_of_the_real_step(spec: str, unembedding: str)
 def test_the_heads_alone_are_predicted_and_not_run() -> None:
     with pytest.raises(BadInput, match=r"training.part = 'heads' with sharding 'ddp': expected none"):
         Training(part="heads", sharding="ddp", world=2)
+
+
+def test_medusa_on_a_frozen_7b_trunk() -> None:
+    # Reported: batch 1 fits 24 GB, batch 4 does not. So it is with an unembedding for each of 5 Medusa heads.
+    config = ModelConfig(
+        vocab_size=32000,
+        dim=4096,
+        n_layers=32,
+        n_attention_heads=32,
+        ffn_dim=11008,
+        n_future=6,
+        head="medusa",
+        unembedding="replicated",
+    )
+    gpu, peaks = load_gpu("rtx4090"), {}
+    for batch in (1, 4):
+        workload = Workload(batch=batch, sequence=2048, dtype="bf16")
+        trace = simulate(config, workload, load_strategy("naive"), Training(frozen="trunk"), gpu=gpu)
+        peaks[batch] = predicted(trace, gpu)["peak_allocated_bytes"]
+    assert peaks[1] < gpu.total_bytes < peaks[4]
+
+
+def test_a_large_vocabulary_costs_12_bytes_a_logit() -> None:
+    config = ModelConfig(vocab_size=248320, dim=2048, n_layers=1, n_attention_heads=16, ffn_dim=2048)
+    workload = Workload(batch=4, sequence=4096, dtype="bf16")
+    peak = simulate(config, workload, load_strategy("naive"), gpu=load_gpu("h200")).peak()
+    assert peak.by_category["logits"] == 12 * workload.tokens * config.vocab_size
