@@ -95,6 +95,7 @@ class RankBench(Bench):
     ) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self._corpus, self._asked = corpus, reference
+        self._scale = profile.training.scale(profile.workload.dtype)
         self._loss: dict[str, Any] = {
             "label_smoothing": profile.training.label_smoothing,
             "z_loss": profile.training.z_loss,
@@ -105,6 +106,8 @@ class RankBench(Bench):
         if profile.training.sharding == "ddp":
             self._ddp = DistributedDataParallel(HeadLoss(self.model))
             self._ddp.register_comm_hook(self._ddp_buckets, _average)
+        self._backward(NoLogits())  # both engines put hooks on the model in their first step
+        self.model.zero_grad(set_to_none=True)
 
     def _model(self) -> Model:
         sharding, dtype = self.profile.training.sharding, self.profile.workload.dtype
@@ -142,7 +145,7 @@ class RankBench(Bench):
         for rank in range(self.world):
             batch, count = self._batch(self._corpus, rank), self.profile.training.micro_batches
             for _ in range(count):
-                losses = forward_backward(model, batch, naive, scale=1 / count, **self._loss)
+                losses = forward_backward(model, batch, naive, scale=self._scale / count, **self._loss)
             own = on_host({**take(groups(model)), "losses": [losses]})
             total = {name: _sums(total.get(name), gradients) for name, gradients in own.items()}
         return {name: [None if g is None else g / self.world for g in gradients] for name, gradients in total.items()}
@@ -160,7 +163,9 @@ class RankBench(Bench):
         step, count = self.step(strategy), self.profile.training.micro_batches
         for i in range(count):
             last = i == count - 1
-            losses = step.micro_batch(self.model, self.batch, step.strategy, scale=1 / count, sync=last, **self._loss)
+            losses = step.micro_batch(
+                self.model, self.batch, step.strategy, scale=self._scale / count, sync=last, **self._loss
+            )
         return losses
 
     def step(self, strategy: Strategy) -> TrainingStep:
