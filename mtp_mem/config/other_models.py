@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from mtp_mem.config.schema import LARGEST_SIZE, MOST_MODULES, Dtype, HeadKind, M
 from mtp_mem.config.toml import short
 from mtp_mem.errors import BadInput, Missing, one_line
 
+COUNTS = re.compile("^(num|n)_.*(layer|expert|block|depth|head)|layers?$")
+"""Keys of a Hugging Face config that say how many modules of a kind there are."""
 CONTEXT = 4096
 """Tokens of a sequence where nothing is asked for, or as many as the model has positions."""
 
@@ -170,9 +173,19 @@ def _read(path: Path) -> dict[str, Any]:
     if "peft_type" in table:
         base = table.get("base_model_name_or_path")
         raise BadInput(f"{path}: is an adapter's config; {expected}, here that of its base model {base!r}")
+    _check_counts(table, path)
     if not isinstance(table.get("model_type"), str):
         raise BadInput(f"{path}: has no model_type; {expected}")
     return table
+
+
+def _check_counts(table: dict[str, Any], path: Path) -> None:
+    """Raises BadInput for more layers, experts or heads than any model has: transformers makes lists of so many."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            _check_counts(value, path)
+        elif type(value) is int and value > MOST_MODULES and COUNTS.search(key):
+            raise BadInput(f"{path}: {key} = {short(value)}: no machine has a model with more than {MOST_MODULES}")
 
 
 def _decoder_config(table: dict[str, Any], path: Path) -> tuple[Any, str]:

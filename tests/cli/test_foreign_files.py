@@ -171,3 +171,14 @@ def test_a_benchmark_file_with_no_number(tmp_path: Path, median: str) -> None:
     ended = mtp_mem(tmp_path, "regressions", "b.json", "b.json")
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer", "num_experts"])
+def test_a_config_of_more_than_any_model_has(tmp_path: Path, key: str) -> None:
+    """Transformers makes a list of as many types of layers as the config says."""
+    config = {"model_type": "qwen2", "text_config": {key: 2**31}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for command in ("predict", "plan", "compare"):
+        ended = mtp_mem(tmp_path, command, "--hf", ".")
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert ended.stderr == f"mtp-mem: config.json: {key} = 2147483648: no machine has a model with more than 2000\n"
