@@ -235,7 +235,7 @@ def test_what_is_no_decoder(name: str, words: str) -> None:
         ("[1]", "not a JSON list"),
         ('{"model_type": ', "not a whole JSON object"),
         ("{}", "has no model_type"),
-        ('{"model_type": "llama", "num_hidden_layers": 1000000000000}', "num_hidden_layers = 1000000000000: no machine has"),
+        ('{"model_type": "llama", "num_hidden_layers": 1000000000000}', "num_hidden_layers = 1000000000000: no mach"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "cannot read it|must be"),
     ],
 )
