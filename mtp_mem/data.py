@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mtp_mem._util import atomic_write
-from mtp_mem.config.foreign import clean_text, read_bytes
+from mtp_mem.config.foreign import read_bytes
 from mtp_mem.config.schema import ModelConfig, Workload
-from mtp_mem.errors import BadInput
+from mtp_mem.errors import BadInput, clean_text
 from mtp_mem.model.losses import IGNORE as IGNORE
 
 if TYPE_CHECKING:

@@ -6,10 +6,14 @@ Exit codes: 0 ok; 1 a check failed; 2 usage or bad input; 3 something needed is 
 import difflib
 import dis
 import os
+import re
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+LONGEST_TEXT = 1000
+_UNCLEAN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 CRASH = 70
 """Not Python's own 1, which would read as a check that failed."""
@@ -37,6 +41,16 @@ class BrokenContract(MtpMemError):
     exit_code = 1
 
 
+def printable(text: str) -> str:
+    """The text without what a terminal, page or shell takes for more than text: line ends are spaces, others marked."""
+    return _UNCLEAN.sub("\ufffd", text.replace("\r\n", " ").replace("\n", " ").replace("\r", " "))
+
+
+def clean_text(text: str) -> str:
+    """`printable`, and no longer than 1000 characters."""
+    return printable(f"{text[:LONGEST_TEXT]}..." if len(text) > LONGEST_TEXT else text)
+
+
 def one_line(error: BaseException) -> str:
     """What a strategy raised, and where, in one line; of our own errors the text alone."""
     if isinstance(error, MtpMemError):
@@ -46,8 +60,8 @@ def one_line(error: BaseException) -> str:
     own = [f for f in frames if not any(part in f.filename for part in others)]
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
     if isinstance(error, SystemExit):
-        return f"quits the process: SystemExit({error.code!r}){where}"
-    text = f"{type(error).__name__}: {error}".split("\n")[0].removesuffix(": ") + where
+        return clean_text(f"quits the process: SystemExit({error.code!r}){where}")
+    text = clean_text(f"{type(error).__name__}: {error}".split("\n")[0].removesuffix(": ")) + where
     return text if isinstance(error, Exception) else f"quits the process: {text}"
 
 
@@ -103,4 +117,4 @@ def unknown(kind: str, name: str, valid: Iterable[str], where: str = "") -> BadI
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     place = f"{where}: " if where else ""
-    return BadInput(f"{place}unknown {kind} {name!r}{hint} Valid: {', '.join(names) or 'none'}")
+    return BadInput(f"{place}unknown {kind} {clean_text(name)!r}{hint} Valid: {', '.join(names) or 'none'}")

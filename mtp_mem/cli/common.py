@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mtp_mem.cli.setup import chosen_profile, model_options, names, training_options
+from mtp_mem.errors import printable
 
 if TYPE_CHECKING:
     from mtp_mem.config.schema import GPU, Profile
@@ -84,7 +85,7 @@ def profile_of(args: argparse.Namespace) -> "Profile":
 
 def note(line: str) -> None:
     """A line for people, on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def console() -> Console:

@@ -180,7 +180,7 @@ def count(text: str) -> int:
 
 def size(text: str) -> int:
     """`24GiB` in bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in UNITS:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a size like 24GiB or 24GB")
     nbytes = int(float(match[1]) * UNITS[match[2].lower()])

@@ -12,14 +12,13 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from mtp_mem.errors import BadInput
+from mtp_mem.errors import BadInput, clean_text
 
 LARGEST_FILE = 2**28
-LONGEST_TEXT, DEEPEST, LARGEST_NUMBER = 1000, 40, 2**63
+DEEPEST, LARGEST_NUMBER = 40, 2**63
 
-_UNCLEAN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 _PLAIN = bytes(set(range(32, 127)) - set(b"\\"))
-_HUGE = re.compile(rb"[eE]\+?\d{3}")
+_HUGE = re.compile(rb"[eE]\+?\d{3}|\d{19}")
 
 
 def read_bytes(path: Path, largest: int = LARGEST_FILE) -> bytes:
@@ -95,7 +94,7 @@ def document(content: bytes | str, *, nan: bool = False) -> Any:
 
 
 def _harmless(content: bytes) -> bool:
-    """Whether no text or number of this JSON need be looked at: plain ASCII, no escape, nothing long, deep or 1e999.
+    """Whether no text or number of this JSON need be looked at: plain ASCII, no escape, nothing long, deep or huge.
 
     It is so of every line of ours, of which a file may have a hundred thousand.
     """
@@ -124,13 +123,6 @@ def clean(value: Any, depth: int = 0) -> Any:
     if isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
         raise BadInput("holds a whole number beyond 2**63")
     return value
-
-
-def clean_text(text: str) -> str:
-    """One that no terminal, page or shell takes for more than text: line ends are spaces, other controls are marked."""
-    if len(text) > LONGEST_TEXT:
-        text = f"{text[:LONGEST_TEXT]}..."
-    return _UNCLEAN.sub("\ufffd", text.replace("\r\n", " ").replace("\n", " ").replace("\r", " "))
 
 
 def _finite(text: str) -> float:

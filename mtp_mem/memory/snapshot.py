@@ -19,8 +19,8 @@ from typing import Any
 
 from mtp_mem._util import MiB
 from mtp_mem.config import plain_pickle
-from mtp_mem.config.foreign import LARGEST_FILE, clean_text, document, read_bytes
-from mtp_mem.errors import BadInput
+from mtp_mem.config.foreign import LARGEST_FILE, document, read_bytes
+from mtp_mem.errors import BadInput, clean_text
 from mtp_mem.memory.before_history import before, whole_blocks
 from mtp_mem.memory.tape import LARGEST_NUMBER, Kind, Tape, TapeEvent, plain_settings
 

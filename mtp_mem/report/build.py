@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_mem._util import atomic_write, format_bytes, scratch_folder, writable
-from mtp_mem.errors import BadInput
+from mtp_mem.errors import BadInput, printable
 from mtp_mem.report import charts
 from mtp_mem.report.content import gpu_of, section
 from mtp_mem.report.page import Chart, Group, to_html
@@ -54,7 +54,7 @@ def build(
     pictures = []
     for path in _timelines(results, located, timelines):
         try:
-            pictures.append({"path": str(path), **drawing(read_timeline(path))})
+            pictures.append({"path": printable(str(path)), **drawing(read_timeline(path))})
         except BadInput as e:
             if path in timelines:
                 raise
@@ -70,7 +70,7 @@ def build(
         folders = [folder / f"group-{i}" for i in range(1, len(apart) + 1)] if len(apart) > 1 else [folder]
         sections = tuple(Group(section(g), _draw(g, writable(at))) for g, at in zip(apart, folders, strict=True))
         panels = _panels(apart, folder)
-        text = to_html(sections, panels, pictures, notes)
+        text = to_html(sections, panels, pictures, [printable(line) for line in notes])
         drawn = [chart for group in sections for chart in group.charts] + ([panels] if panels else [])
         kept = (
             [c.png.with_suffix(suffix) for c in drawn for suffix in (".png", ".svg", ".csv")] if charts_folder else []

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from mtp_mem.config.foreign import clean_text
 from mtp_mem.config.other_models import FactoryConfig, HuggingFaceConfig
 from mtp_mem.config.schema import ModelConfig, Profile
 from mtp_mem.config.toml import from_table
+from mtp_mem.errors import clean_text
 
 TIMEOUT_S = 600
 LAST_BYTES = 2**16

@@ -12,8 +12,8 @@ from command_line import mtp_mem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mtp_mem.config.foreign import DEEPEST, LONGEST_TEXT, document
-from mtp_mem.errors import BadInput
+from mtp_mem.config.foreign import DEEPEST, document
+from mtp_mem.errors import LONGEST_TEXT, BadInput
 
 RECORDED = Path(__file__).parents[2] / "profiles/recorded/cpu-2-cores/quick/results.jsonl"
 PROFILE = """
