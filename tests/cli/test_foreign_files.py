@@ -69,6 +69,7 @@ NO_RECORDS = (
     ("[" * 100_000, "nested too deep"),
     ("[" * (DEEPEST + 2) + "]" * (DEEPEST + 2), f"nested more than {DEEPEST} deep"),
     ('{"n": NaN}', "holds NaN, which is no JSON"),
+    ('{"n": 9223372036854775808}', "holds a whole number beyond 2**63"),
     ('{"n": -Infinity}', "holds -Infinity"),
     ('{"n": 1', "not a whole JSON object"),
     ("3", "not a JSON object"),

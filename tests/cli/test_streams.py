@@ -70,7 +70,7 @@ def test_an_encoding_without_our_characters(tmp_path: Path, variables: dict[str,
     assert ended.returncode == 0
     assert "\\u0394" in ended.stdout
     ended = run(tmp_path, "profile", "check", os.fsdecode(b"\xff.toml"))
-    assert (ended.returncode, ended.stderr) == (2, "mtp-mem: \\udcff.toml: cannot be read: No such file or directory\n")
+    assert (ended.returncode, ended.stderr) == (2, "mtp-mem: \ufffd.toml: cannot be read: No such file or directory\n")
 
 
 @pytest.mark.parametrize("columns", ["0", "20", "-5", "x", "9" * 5000, ""])
