@@ -34,6 +34,7 @@ class Surroundings:
     stderr: Path
     variables: Mapping[str, str] = field(default_factory=dict)
     limits: Mapping[int, int] = field(default_factory=dict)  # resource.RLIMIT_... -> bytes
+    hangup_ignored: bool = False
 
 
 def start(
@@ -43,10 +44,11 @@ def start(
     stderr: Path | None = None,
     variables: Mapping[str, str] | None = None,
     limits: Mapping[int, int] | None = None,
+    hangup_ignored: bool = False,
 ) -> BaseProcess:
     """The command with `folder` as the working directory; by default its streams are files beside the folder."""
     out, err = (folder.with_name(f"{folder.name}.{name}") for name in ("out", "err"))
-    around = Surroundings(folder, stdout or out, stderr or err, variables or {}, limits or {})
+    around = Surroundings(folder, stdout or out, stderr or err, variables or {}, limits or {}, hangup_ignored)
     process = _CONTEXT.Process(target=_command, args=(around, args))
     process.start()
     return process
@@ -91,6 +93,7 @@ def _command(around: Surroundings, args: tuple[str, ...]) -> None:
         setattr(sys, f"__{name}__", stream)
     for limit, nbytes in around.limits.items():
         resource.setrlimit(limit, (nbytes, nbytes))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if around.hangup_ignored else signal.SIG_DFL)
     from mtp_mem.cli import main
 
     sys.exit(main(args))

@@ -1,10 +1,13 @@
 """A run that is killed at any moment loses nothing that was finished, and leaves nothing half-written."""
 
 import json
+import os
 import random
+import signal
 import time
 from pathlib import Path
 
+import pytest
 from forked import WAIT_S, start
 
 from mtp_mem.runs.results_file import ResultsFile
@@ -40,6 +43,7 @@ def finished(results: Path) -> set[tuple[str, int]]:
     return {(record["strategy"], record["n"]) for record in records}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_random_moments(tmp_path: Path) -> None:
     folder, draw = tmp_path / "w", random.Random(17)
     folder.mkdir()
@@ -72,3 +76,23 @@ def test_a_run_that_is_killed_at_random_moments(tmp_path: Path) -> None:
     assert len(file.read()) == 6
     assert not [path for path in out.iterdir() if path.name.endswith(".tmp")]
     assert {path.name for path in out.iterdir()} == {path.name for path in (folder / "whole").iterdir()}
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_hangup_ends_a_run_in_order_unless_it_is_ignored(tmp_path: Path, ignored: bool) -> None:
+    """The shell that began it has gone; under nohup it goes on."""
+    folder = tmp_path / "w"
+    folder.mkdir()
+    (folder / "p.toml").write_text(PROFILE.replace("rounds = 1", "rounds = 20"))
+    process = start(folder, "compare", "--profile", "p.toml", "--out", "out", hangup_ignored=ignored)
+    results = folder / "out/results.jsonl"
+    deadline = time.monotonic() + WAIT_S
+    while not results.exists() or not results.read_bytes():
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid or 0, signal.SIGHUP)
+    process.join(WAIT_S)
+    said = folder.with_name("w.err").read_text()
+    assert process.exitcode == (0 if ignored else 130)
+    assert ("stopped: 3 of 6 cases are in out/results.jsonl; the same command runs the others" in said) != ignored

@@ -63,7 +63,7 @@ def test_a_child_that_dies() -> None:
 
 
 TALKS = """
-import atexit, os, subprocess, sys, time
+import atexit, ctypes, os, subprocess, sys, time
 from mtp_mem.strategies.sequential import Sequential
 
 class Talks(Sequential):
@@ -76,7 +76,7 @@ class Talks(Sequential):
 
 class Leaves(Sequential):
     def backward(self, *args):
-        os._exit(0)
+        ctypes.CDLL(None)._exit(0)  # os._exit is an error that is caught
 
 class Dies(Sequential):
     def backward(self, *args):
