@@ -16,8 +16,9 @@ from torch.overrides import BaseTorchFunctionMode
 
 from mtp_mem import load_strategy
 from mtp_mem.testing import check_strategy
-from mtp_mem.verification.behaviour import protocol
+from mtp_mem.verification.behaviour import across_steps, protocol
 from mtp_mem.verification.broken_strategies import BROKEN
+from mtp_mem.verification.global_state import restored
 from mtp_mem.verification.scenarios import SCENARIOS, Scenario
 from mtp_mem.verification.verify import verify
 
@@ -231,6 +232,31 @@ def test_a_setting_that_is_put_back_is_none_of_its_own_business() -> None:
 
     check = protocol("PutsBack", PutsBack(), Scenario(name="usual"), "fp32", torch.device("cpu"))
     assert check.status == "right", check.explain()
+
+
+def test_losses_of_an_earlier_step_are_no_losses() -> None:
+    class Stale:
+        losses: torch.Tensor | None = None
+
+        def backward(self, *args):  # type: ignore[no-untyped-def]
+            losses = load_strategy("sequential").backward(*args)
+            self.losses = losses if self.losses is None else self.losses
+            return self.losses.clone()
+
+    check = across_steps("Stale", Stale(), Scenario(name="usual"), "fp32", torch.device("cpu"))
+    assert "losses of step 2" in [part.name for part in check.parts if part.status == "wrong"]
+
+
+def test_determinism_is_put_back_where_it_was_on() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        with restored() as changed:
+            torch.use_deterministic_algorithms(False)
+        assert changed == ["deterministic algorithms"]
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_strategy_of_many_parts_is_not_blamed() -> None:
