@@ -76,6 +76,7 @@ CHECKS = {
     "frozen unembedding",
     "a whole head ignored",
     "everything ignored",
+    "one token in all",
     "loss weight 0",
     "existing .grad",
     "nothing contiguous",

@@ -206,3 +206,11 @@ def test_a_norm_that_hands_its_input_on_is_not_overwritten() -> None:
         found[spec] = (losses, phase.cut.grad)
     for mine, theirs in zip(*found.values(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_heads_that_read_heads_share_one_sum_of_the_unembedding() -> None:
+    model, batch = build(tiny(n_future=3, head="causal"))
+    handed_over = []
+    model.get_parameter("unembedding.weight").register_hook(lambda gradient: handed_over.append(gradient.shape))
+    forward_backward(model, batch, load_strategy("chunked_tokens"))
+    assert handed_over == [(517, 64)]
