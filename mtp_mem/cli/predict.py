@@ -90,6 +90,8 @@ def _predict(args: argparse.Namespace) -> int:
     alone = args.out if len(gpus) == 1 else None
     folder = args.out or Path("results")
     files = {name: ResultsFile(alone or folder / f"predict-{profile.name}-{name}") for name in gpus}
+    for line in dict.fromkeys(line for file in files.values() for line in file.notes):
+        note(f"note: {line}")
     records_by_gpu: dict[str, list[Record]] = {name: [] for name in gpus}
     with progress(len(gpus) * len(profile.sweep.n) * (1 + len(profile.sweep.strategies))) as begin:
         for name, gpu in gpus.items():
