@@ -17,10 +17,14 @@ from torch import Tensor
 from mtp_mem.errors import contained
 from mtp_mem.model import losses
 from mtp_mem.model.head_tree import Heads
-from mtp_mem.strategies.sequential import Sequential
 
-SHARED = (F, Tensor, losses, Heads, Sequential)
-"""Whose functions every strategy calls: one that puts its own in their place changes what all others compute."""
+
+def shared() -> tuple[Any, ...]:
+    """Whose functions every strategy calls: one that puts its own in their place changes what all others compute."""
+    # Not on loading: a clone that is not installed has no strategies, and says so in its own words.
+    from mtp_mem.strategies.sequential import Sequential
+
+    return F, Tensor, losses, Heads, Sequential
 
 
 @dataclass(frozen=True)
@@ -112,10 +116,10 @@ def _flushes_denormals() -> bool:
 
 
 class _Functions:
-    """What the names of `SHARED` stand for; equal to an earlier look at them where none of that has changed."""
+    """What the names of `shared()` stand for; equal to an earlier look at them where none of that has changed."""
 
     def __init__(self) -> None:
-        self.owners = [(owner, dict(vars(owner))) for owner in SHARED]
+        self.owners = [(owner, dict(vars(owner))) for owner in shared()]
 
     def __eq__(self, before: object) -> bool:  # torch.compile adds names
         return isinstance(before, _Functions) and all(

@@ -105,7 +105,7 @@ def test_a_gpu_that_is_not_in_the_catalogue(folder: Path, options: tuple[str, ..
         (("--frozen", "tronk"), "did you mean 'trunk'?"),
         (("--frozen", "head 7"), "unknown part 'head 7'"),
         (("--frozen", ","), "training.frozen = ',': names no part"),
-        (("--micro-batches", "0"), "training.micro_batches = 0: must be at least 1"),
+        (("--micro-batches", "0"), "training.micro_batches = 0: must be from 1 to"),
         (("--micro-batches", "two"), "training.micro_batches = 'two': expected a whole number"),
         (("--set-to-none", "maybe"), "expected true or false"),
         (("--gpu-memory", "much"), "expected a size like 24GiB"),

@@ -161,7 +161,10 @@ def test_recorded_results_of_two_kinds(tmp_path: Path, capsys: pytest.CaptureFix
         (["good", "-o", "/proc/nowhere/r.html"], "/proc/nowhere: cannot be written"),
         (["good", "--timeline", "cut/results.jsonl"], "cut/results.jsonl: no timeline.json (cut off?): "),
         (["good", "--timeline", "t.json"], "t.json: no timeline.json (cut off?): not a step's storages and events"),
-        (["good", "--timeline", "huge.json"], "huge.json: no timeline.json (cut off?): not a storage"),
+        (
+            ["good", "--timeline", "huge.json"],
+            "huge.json: no timeline.json (cut off?): huge.json: holds a whole number",
+        ),
         (["good", "--timeline", "empty.json"], "empty.json: no timeline.json (cut off?): no events"),
     ],
 )
