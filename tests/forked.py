@@ -1,7 +1,6 @@
 """`mtp-mem` in a process of its own that starts at once: forked from one that has imported everything already."""
 
 import io
-import multiprocessing
 import os
 import resource
 import signal
@@ -14,14 +13,13 @@ from typing import Any
 
 from command_line import Ended
 
+from mtp_mem._util import fork_context
+
 CLOSED = Path("closed")
 WAIT_S = 300  # for what takes a second on a quiet machine
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        *("torch", "torch._dynamo", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"),
-        *("mtp_mem.cli", "mtp_mem.runs.sweep", "mtp_mem.runs.isolated", "mtp_mem.report.build", "forked"),
-    ]
+IMPORTED = (
+    *("torch", "torch._dynamo", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"),
+    *("mtp_mem.cli", "mtp_mem.runs.sweep", "mtp_mem.runs.isolated", "mtp_mem.report.build"),
 )
 
 
@@ -49,14 +47,14 @@ def start(
     """The command with `folder` as the working directory; by default its streams are files beside the folder."""
     out, err = (folder.with_name(f"{folder.name}.{name}") for name in ("out", "err"))
     around = Surroundings(folder, stdout or out, stderr or err, variables or {}, limits or {}, hangup_ignored)
-    process = _CONTEXT.Process(target=_command, args=(around, args))
+    process = fork_context(*IMPORTED).Process(target=_command, args=(around, args))
     process.start()
     return process
 
 
 def call(function: Callable[..., Any], *args: Any) -> BaseProcess:
     """The function in a process of its own."""
-    process = _CONTEXT.Process(target=function, args=args)
+    process = fork_context(*IMPORTED).Process(target=function, args=args)
     process.start()
     return process
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mtp_mem._util import Progress
+from mtp_mem._util import Progress, fork_context
 from mtp_mem.environment import require_deterministic
 from mtp_mem.errors import Missing, MtpMemError, one_line
 from mtp_mem.runs.bench import failure
@@ -72,8 +72,7 @@ class Group:
 
     def _until_failure(self, make: Callable[[], Work], jobs: tuple[Any, ...], progress: Progress) -> Iterator[Any]:
         """The answers of one group: of all jobs, or up to the one that failed, whose failure is the last."""
-        context = multiprocessing.get_context("forkserver")  # which imports torch once for all groups
-        context.set_forkserver_preload([__name__, "torch.distributed.fsdp"])
+        context = fork_context(__name__, "torch.distributed.fsdp")
         pipes: dict[Connection, int] = {}
         processes: list[Any] = []
         answered, heard = 0, time.monotonic()
