@@ -59,7 +59,7 @@ def test_a_run_that_is_killed_at_random_moments(tmp_path: Path) -> None:
     killed = 0
     for turn in range(KILLS):
         process = start(folder, *command, *["--fresh"] * (turn % 4 > 0))
-        process.join(draw.uniform(0, 0.9 * lasts))
+        process.join(draw.uniform(0, 0.7 * lasts))
         killed += process.is_alive()
         process.kill()
         process.join()
@@ -68,7 +68,7 @@ def test_a_run_that_is_killed_at_random_moments(tmp_path: Path) -> None:
         before = now
         for chart in out.glob("memory*.png"):
             assert chart.read_bytes().endswith(b"IEND\xaeB`\x82")
-    assert killed >= KILLS // 2
+    assert killed >= KILLS // 4  # the first run, which `lasts` is of, may have been a slow one
     last = start(folder, *command)
     last.join(WAIT_S)
     assert last.exitcode == 0
