@@ -19,7 +19,8 @@ from mtp_mem.cli.setup import chosen_profile, model_options, names, training_opt
 from mtp_mem.errors import printable
 
 if TYPE_CHECKING:
-    from mtp_mem.config.schema import GPU, Profile
+    from mtp_mem.config.gpus import GPU
+    from mtp_mem.config.schema import Profile
 
 NARROWEST = 80
 

@@ -18,8 +18,8 @@ def add(command: AddCommand) -> None:
 
 def list_(args: argparse.Namespace) -> int:
     """Strategies and profiles, a line each."""
+    from mtp_mem.config.gpus import load_gpus
     from mtp_mem.config.profiles import builtin_profiles, load_profile
-    from mtp_mem.config.schema import load_gpus
     from mtp_mem.strategy import available, summary
 
     strategies: dict[str, str] = {}

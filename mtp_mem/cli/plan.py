@@ -13,7 +13,8 @@ from mtp_mem.cli.setup import chosen_profile, gpu_of, gpu_options, model_options
 from mtp_mem.errors import BadInput, BrokenContract, Missing, MtpMemError
 
 if TYPE_CHECKING:
-    from mtp_mem.config.schema import GPU, Profile
+    from mtp_mem.config.gpus import GPU
+    from mtp_mem.config.schema import Profile
     from mtp_mem.prediction.largest_fit import Answer, Plan
     from mtp_mem.strategy import Strategy
 

@@ -20,7 +20,7 @@ from mtp_mem.cli.setup import gpu_of, gpu_options, part_option
 from mtp_mem.errors import BadInput
 
 if TYPE_CHECKING:
-    from mtp_mem.config.schema import GPU
+    from mtp_mem.config.gpus import GPU
     from mtp_mem.runs.record import Record
 
 PROFILE = "llama3-8b"

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from mtp_mem.errors import BadInput
 
 if TYPE_CHECKING:
-    from mtp_mem.config.schema import GPU, Profile
+    from mtp_mem.config.gpus import GPU
+    from mtp_mem.config.schema import Profile
 
 HF_KINDS = ("parallel", "causal", "anticausal", "deepseek", "medusa", "linear")
 UNITS = {"": 1, "b": 1, "mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -150,7 +151,7 @@ def with_setup(profile: "Profile", args: argparse.Namespace) -> "Profile":
 def gpu_of(name: str, args: argparse.Namespace) -> "GPU":
     """The GPU by its name, with `--gpu-memory` for its own, and its allocator set as the environment says."""
     from mtp_mem._util import format_bytes
-    from mtp_mem.config.schema import load_gpu
+    from mtp_mem.config.gpus import load_gpu
     from mtp_mem.prediction.cuda.allocator_settings import allocator_settings, from_environment
 
     gpu = load_gpu(name)

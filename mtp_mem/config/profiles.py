@@ -2,14 +2,21 @@
 
 import dataclasses
 import typing
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from mtp_mem.config.foreign import read_toml
+from mtp_mem.config.gpus import load_gpus
 from mtp_mem.config.other_models import huggingface_profile
-from mtp_mem.config.schema import MASTER, PRECISIONS, Dtype, HeadKind, Profile, builtin_folder
+from mtp_mem.config.schema import MASTER, PRECISIONS, Dtype, HeadKind, Profile
 from mtp_mem.config.toml import convert, from_table, short
 from mtp_mem.errors import BadInput, unknown
+
+
+def builtin_folder() -> Path:
+    """Where the shipped profiles lie."""
+    return Path(str(resources.files("mtp_mem.profiles")))
 
 
 def builtin_profiles() -> dict[str, Path]:
@@ -34,7 +41,11 @@ def load_profile(name: str) -> Profile:
     try:
         if "hf" in table:
             table = _with_huggingface(table, path)
-        return from_table(Profile, _named_precision({"name": path.stem, **table}))
+        profile = from_table(Profile, _named_precision({"name": path.stem, **table}))
+        for gpu in profile.gpus:
+            if gpu not in load_gpus():
+                raise unknown("GPU", gpu, load_gpus(), "gpus")
+        return profile
     except BadInput as e:
         raise BadInput(f"{path}: {e}") from None
 

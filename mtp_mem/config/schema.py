@@ -1,4 +1,4 @@
-"""What to run, as validated dataclasses: model, workload, sweep, and the GPUs to predict for.
+"""What to run, as validated dataclasses: model, workload, training and sweep.
 
 Symbols used throughout: B sequences of S tokens (N = B*S), D model width, V vocabulary, n future tokens (heads).
 """
@@ -8,13 +8,9 @@ import math
 import re
 import typing
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
-from mtp_mem.config.foreign import read_toml
-from mtp_mem.config.toml import convert, short
+from mtp_mem.config.toml import short
 from mtp_mem.errors import BadInput, unknown
 
 HeadKind = Literal["parallel", "causal", "anticausal", "linear", "deepseek", "medusa"]
@@ -340,70 +336,10 @@ class Profile:
             )
         if self.training.master_weights and self.workload.dtype != "bf16":
             raise BadInput(f"training.master_weights with dtype {self.workload.dtype}: only bf16 has fp32 copies")
-        known = load_gpus()
-        for name in self.gpus:
-            if name not in known:
-                raise unknown("GPU", name, known, "gpus")
         if not self.gpus or len(set(self.gpus)) != len(self.gpus):
             raise BadInput(f"gpus = {list(self.gpus)}: needs distinct GPUs, at least one")
         for n in self.sweep.n:
             self.model.with_n(n)  # raises where the layers do not allow it
-
-
-@dataclass(frozen=True, kw_only=True)
-class GPU:
-    """A target to predict for; where each figure comes from is its `source`."""
-
-    name: str
-    total_bytes: int  # what CUDA reports to a process
-    multiprocessors: int
-    source: str
-    capability: str = ""  # of compute, "9.0"
-    threads_per_multiprocessor: int = 2048  # that can be resident at once
-    workspace_bytes: int | None = None  # of one cuBLAS workspace; None: by capability and torch's version
-    workspaces_kept: bool | None = None  # from product to product; None: by torch's version
-    expandable_segments: bool = False  # torch's default
-    allocator: str = ""  # settings as in PYTORCH_ALLOC_CONF
-
-    def __post_init__(self) -> None:
-        least_of = {"total_bytes": 1, "workspace_bytes": 0, "multiprocessors": 0, "threads_per_multiprocessor": 512}
-        for name, least in least_of.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value < 2**63:
-                raise BadInput(f"{name} = {value}: must be at least {least}")
-        if not re.fullmatch(r"(\d+\.\d+)?", self.capability):
-            raise BadInput(f"capability = {self.capability!r}: expected a compute capability, 9.0 say")
-        if not self.capability and self.workspace_bytes is None:
-            raise BadInput("capability is missing: from it follows the size of cuBLAS workspaces; or workspace_bytes")
-
-
-def builtin_folder() -> Path:
-    """Where the shipped profiles lie."""
-    return Path(str(resources.files("mtp_mem.profiles")))
-
-
-@cache
-def load_gpus() -> dict[str, GPU]:
-    """The target GPUs of profiles/gpus.toml, by name."""
-    return _gpus_of(builtin_folder() / "gpus.toml")
-
-
-def load_gpu(name: str) -> GPU:
-    """A target GPU by its name in the catalogue, or FILE.toml:NAME, a file like profiles/gpus.toml.
-
-    Raises:
-        BadInput: no such file or GPU; names the valid ones.
-    """
-    file, colon, own = name.rpartition(":")
-    gpus = _gpus_of(Path(file)) if colon and file.endswith(".toml") else load_gpus()
-    wanted = own if colon else name
-    if wanted.lower() not in gpus:
-        raise unknown("GPU", wanted, gpus, file)
-    return gpus[wanted.lower()]
-
-
-def _gpus_of(path: Path) -> dict[str, GPU]:
-    return {name.lower(): convert(GPU, row, f"{path}: {name}") for name, row in read_toml(path).items()}
 
 
 def _one_of(where: str, value: str, literal: Any) -> None:

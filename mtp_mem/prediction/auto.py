@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from mtp_mem._util import format_bytes
-from mtp_mem.config.schema import GPU, ModelConfig, Training, Workload
+from mtp_mem.config.gpus import GPU
+from mtp_mem.config.schema import ModelConfig, Training, Workload
 from mtp_mem.prediction.simulated_step import Simulation
 from mtp_mem.strategies.chunked_tokens import CPU_TOKENS, CUDA_TOKENS
 from mtp_mem.strategy import Strategy, load_strategy

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mtp_mem.config.schema import GPU
+from mtp_mem.config.gpus import GPU
 from mtp_mem.memory.trace import Buffers
 from mtp_mem.memory.tracker import PRODUCTS
 from mtp_mem.prediction.cuda.cublas import product_buffers, workspaces

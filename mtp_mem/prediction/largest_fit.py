@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mtp_mem._util import Progress, format_bytes
-from mtp_mem.config.schema import GPU, ModelConfig, Profile, Workload
+from mtp_mem.config.gpus import GPU
+from mtp_mem.config.schema import ModelConfig, Profile, Workload
 from mtp_mem.errors import BadInput, Missing, contained, one_line
 from mtp_mem.prediction.auto import resolve_auto
 from mtp_mem.prediction.caching_allocator import Fit, fit

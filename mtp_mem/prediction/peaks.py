@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any
 
 from mtp_mem._util import format_bytes
-from mtp_mem.config.schema import GPU, Profile
+from mtp_mem.config.gpus import GPU
+from mtp_mem.config.schema import Profile
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.trace import Trace
 from mtp_mem.prediction import simulated_step

@@ -12,7 +12,8 @@ from fractions import Fraction
 from typing import Any
 
 from mtp_mem._util import Progress, format_bytes
-from mtp_mem.config.schema import GPU, NODE, Profile, Training, Workload
+from mtp_mem.config.gpus import GPU
+from mtp_mem.config.schema import NODE, Profile, Training, Workload
 from mtp_mem.errors import unknown
 from mtp_mem.model.shape import Shape
 from mtp_mem.prediction.caching_allocator import Fit, fit

@@ -24,7 +24,8 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_leaves
 
-from mtp_mem.config.schema import GPU, Dtype, ModelConfig, Training, Workload
+from mtp_mem.config.gpus import GPU
+from mtp_mem.config.schema import Dtype, ModelConfig, Training, Workload
 from mtp_mem.data import make_batch
 from mtp_mem.errors import BadInput
 from mtp_mem.head_loss import HeadLoss, loss_backward

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_mem._util import format_bytes
-from mtp_mem.config.schema import GPU, load_gpus
+from mtp_mem.config.gpus import GPU, load_gpus
 from mtp_mem.report import tables
 from mtp_mem.report.charts.style import HOW
 from mtp_mem.report.recommend import advise, choose, peak_bytes, saving, slowdown

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_mem._util import format_bytes
-from mtp_mem.config.schema import GPU, Profile
+from mtp_mem.config.gpus import GPU
+from mtp_mem.config.schema import Profile
 from mtp_mem.environment import environment
 from mtp_mem.prediction.largest_fit import AXES, Answer, Plan, advice
 from mtp_mem.prediction.peaks import assumptions

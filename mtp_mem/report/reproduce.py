@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from mtp_mem.config.gpus import load_gpus
 from mtp_mem.config.profiles import builtin_profiles, load_profile
-from mtp_mem.config.schema import ModelConfig, Profile, Training, Workload, load_gpus
+from mtp_mem.config.schema import ModelConfig, Profile, Training, Workload
 from mtp_mem.runs.identity import training_facts
 from mtp_mem.runs.record import Record
 

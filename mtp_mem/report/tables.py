@@ -8,7 +8,8 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from mtp_mem._util import format_bytes
-from mtp_mem.config.schema import ALL_DTYPES, GPU
+from mtp_mem.config.gpus import GPU
+from mtp_mem.config.schema import ALL_DTYPES
 from mtp_mem.memory.trace import Category
 from mtp_mem.prediction.caching_allocator import fit
 from mtp_mem.prediction.formulas import slope

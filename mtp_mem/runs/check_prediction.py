@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from mtp_mem._util import atomic_write, writable
 from mtp_mem.config.foreign import read_json
-from mtp_mem.config.schema import GPU, ModelConfig, Profile, Sweep, Workload, load_gpu
+from mtp_mem.config.gpus import GPU, load_gpu
+from mtp_mem.config.schema import ModelConfig, Profile, Sweep, Workload
 from mtp_mem.environment import code_digest
 from mtp_mem.errors import BadInput
 from mtp_mem.prediction import simulated_step

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from mtp_mem._util import Progress
-from mtp_mem.config.schema import GPU, Profile
+from mtp_mem.config.gpus import GPU
+from mtp_mem.config.schema import Profile
 from mtp_mem.environment import environment
 from mtp_mem.errors import contained, one_line
 from mtp_mem.model.build import parameters

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mtp_mem.cli import main
-from mtp_mem.config.schema import load_gpu
+from mtp_mem.config.gpus import load_gpu
 from mtp_mem.environment import environment
 from mtp_mem.prediction.cuda.cublas import workspaces
 from mtp_mem.prediction.peaks import assumptions

@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mtp_mem import data
+from mtp_mem.config.gpus import load_gpu
 from mtp_mem.config.other_models import huggingface_profile
-from mtp_mem.config.profiles import load_profile
-from mtp_mem.config.schema import Workload, builtin_folder, load_gpu
+from mtp_mem.config.profiles import builtin_folder, load_profile
+from mtp_mem.config.schema import Workload
 from mtp_mem.errors import BadInput, MtpMemError
 from mtp_mem.memory.trace import Event, Storage, Trace
 from mtp_mem.model.build import parameters

@@ -20,7 +20,7 @@ from torch.cuda._memory_viz import trace_plot
 
 from mtp_mem import Workload, load_strategy
 from mtp_mem._util import MiB
-from mtp_mem.config.schema import load_gpu
+from mtp_mem.config.gpus import load_gpu
 from mtp_mem.memory.snapshot import recordings
 from mtp_mem.prediction.simulated_step import simulate
 from mtp_mem.report.recording import logits_rows

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from mtp_mem.config.gpus import GPU
 from mtp_mem.config.profiles import load_profile
-from mtp_mem.config.schema import GPU, ModelConfig, Profile, Sweep, Training, Workload
+from mtp_mem.config.schema import ModelConfig, Profile, Sweep, Training, Workload
 
 TEXT = (Path(__file__).parents[2] / "profiles/README.md").read_text()
 TABLES: dict[str, type[Any]] = {

@@ -12,9 +12,9 @@ from small import gradients
 from torch import Tensor
 
 from mtp_mem import Training, TrainingStep, forward_backward, from_hf, load_strategy, make_batch, make_optimizer
+from mtp_mem.config.gpus import load_gpu
 from mtp_mem.config.other_models import huggingface_profile
 from mtp_mem.config.profiles import load_profile
-from mtp_mem.config.schema import load_gpu
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.cpu import track
 from mtp_mem.model.build import make_model, parameters

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from mtp_mem.config.schema import GPU, load_gpu
+from mtp_mem.config.gpus import GPU, load_gpu
 from mtp_mem.errors import BadInput
 from mtp_mem.prediction.cuda.cublas import workspaces
 from mtp_mem.prediction.kernel_buffers import kernels_of

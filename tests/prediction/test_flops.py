@@ -7,7 +7,7 @@ from small import build, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtp_mem import Workload, forward_backward, load_profile, load_strategy
-from mtp_mem.config.schema import load_gpu
+from mtp_mem.config.gpus import load_gpu
 from mtp_mem.model.shape import Shape
 from mtp_mem.prediction.formulas import baseline, formula_peak, step_flops
 from mtp_mem.prediction.simulated_step import simulate

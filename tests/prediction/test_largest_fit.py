@@ -14,7 +14,8 @@ from small import tiny
 from mtp_mem import Workload, load_strategy
 from mtp_mem._util import GiB, MiB
 from mtp_mem.cli import main
-from mtp_mem.config.schema import Profile, Sweep, load_gpu
+from mtp_mem.config.gpus import load_gpu
+from mtp_mem.config.schema import Profile, Sweep
 from mtp_mem.prediction.largest_fit import (
     AXES,
     FARTHEST,

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mtp_mem._util import MiB
 from mtp_mem.cli import main
-from mtp_mem.config.schema import load_gpu
+from mtp_mem.config.gpus import load_gpu
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.prediction.caching_allocator import CachingAllocator
 from mtp_mem.prediction.kernel_buffers import kernels_of

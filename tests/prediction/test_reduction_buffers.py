@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from mtp_mem.config.schema import GPU, load_gpu
+from mtp_mem.config.gpus import GPU, load_gpu
 from mtp_mem.prediction.cuda.reduction_buffers import reduction_buffers
 from mtp_mem.prediction.kernel_buffers import KERNELS
 

@@ -11,7 +11,8 @@ from small import tiny
 
 from mtp_mem import Training, Workload, load_strategy
 from mtp_mem._util import GiB
-from mtp_mem.config.schema import Profile, Sweep, load_gpu
+from mtp_mem.config.gpus import load_gpu
+from mtp_mem.config.schema import Profile, Sweep
 from mtp_mem.errors import BadInput
 from mtp_mem.prediction.peaks import predicted
 from mtp_mem.prediction.setups import Tried, cheapest, setup_advice, try_setups, variations

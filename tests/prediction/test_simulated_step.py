@@ -10,7 +10,7 @@ import torch
 from small import KINDS, build, tiny
 
 from mtp_mem import TrainingStep, Workload, load_strategy, make_optimizer
-from mtp_mem.config.schema import load_gpu, load_gpus
+from mtp_mem.config.gpus import load_gpu, load_gpus
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.cpu import track
 from mtp_mem.prediction import kernel_buffers
@@ -134,7 +134,7 @@ class Watch(TorchDispatchMode):
             assert not (isinstance(leaf, torch.device) and leaf.type == "cuda"), func
         return out
 from mtp_mem import ModelConfig, Workload, load_strategy
-from mtp_mem.config.schema import load_gpu
+from mtp_mem.config.gpus import load_gpu
 from mtp_mem.prediction.simulated_step import simulate
 config = ModelConfig(vocab_size=300, dim=32, n_layers=3, n_attention_heads=2, n_future=2)
 with Watch():

@@ -9,7 +9,7 @@ from memory.test_tracker import allocator_peak
 from small import build, tiny
 
 from mtp_mem import ModelConfig, MTPModel, Training, TrainingStep, Workload, load_strategy
-from mtp_mem.config.schema import load_gpu
+from mtp_mem.config.gpus import load_gpu
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.cpu import track
 from mtp_mem.model.head_tree import keep_inputs

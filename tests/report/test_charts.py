@@ -15,7 +15,7 @@ from fixed import MODEL, record, records
 from matplotlib.testing.compare import compare_images
 from PIL import Image
 
-from mtp_mem.config.schema import GPU
+from mtp_mem.config.gpus import GPU
 from mtp_mem.report import charts
 from mtp_mem.report.charts.time import paper_times
 from mtp_mem.report.charts.tradeoff import chunk_of, family, pareto

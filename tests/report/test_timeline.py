@@ -11,7 +11,7 @@ from small import tiny
 
 from mtp_mem import Workload, load_strategy
 from mtp_mem.cli import main
-from mtp_mem.config.schema import load_gpu
+from mtp_mem.config.gpus import load_gpu
 from mtp_mem.prediction.simulated_step import simulate
 from mtp_mem.report.charts.timeline import live_by_category, phases
 

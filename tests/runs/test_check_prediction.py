@@ -9,7 +9,8 @@ import torch
 from small import tiny
 
 from mtp_mem.cli import main
-from mtp_mem.config.schema import GPU, Profile, Sweep, Workload, load_gpu
+from mtp_mem.config.gpus import GPU, load_gpu
+from mtp_mem.config.schema import Profile, Sweep, Workload
 from mtp_mem.memory.trace import Trace
 from mtp_mem.prediction.cuda.cublas import workspaces
 from mtp_mem.runs import check_prediction

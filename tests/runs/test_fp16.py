@@ -9,7 +9,7 @@ from command_line import mtp_mem
 from small import build, tiny
 
 from mtp_mem import Training, TrainingStep, Workload, load_strategy
-from mtp_mem.config.schema import load_gpu
+from mtp_mem.config.gpus import load_gpu
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.cpu import track
 from mtp_mem.model.optimizers import make_optimizer

@@ -12,7 +12,7 @@ from small import tiny
 from mtp_mem import Profile, Sweep, Workload, load_profile
 from mtp_mem._util import GiB
 from mtp_mem.cli import main
-from mtp_mem.config.schema import load_gpu
+from mtp_mem.config.gpus import load_gpu
 from mtp_mem.data import load_corpus
 from mtp_mem.runs import sweep
 

@@ -10,7 +10,7 @@ from small import build, gradients, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp_mem import TrainingStep, Workload, load_strategy, make_optimizer
-from mtp_mem.config.schema import load_gpu
+from mtp_mem.config.gpus import load_gpu
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.cpu import track
 from mtp_mem.memory.tracker import Tracker

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from mtp_mem._util import MiB
-from mtp_mem.config.schema import GPU
+from mtp_mem.config.gpus import GPU
 
 LARGE, SMALL = 32 * MiB, 8_519_680
 THREADS = 2

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mtp_mem.config.schema import GPU
+from mtp_mem.config.gpus import GPU
 
 BLOCK, WARP = 512, 32
 """Threads of a block and of a warp."""

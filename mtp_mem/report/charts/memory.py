@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from mtp_mem._util import format_bytes
-from mtp_mem.config.schema import GPU
+from mtp_mem.config.gpus import GPU
 from mtp_mem.report.charts.style import (
     HOW,
     End,
