@@ -60,33 +60,31 @@ def __getattr__(name: str) -> Callable[[int], Benchmark]:
     return lambda _n: Benchmark(dim or logits, rows, unused=0)
 
 
-class InItsOwnDtype(Sequential):
-    """Sequential, with the cross entropy in the dtype of the logits."""
-
-    def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """See `Sequential`."""
-        loss = heads.loss(head, hidden, targets, cross_entropy)
-        heads.backward([loss], [weight])
-        return loss.detach()
-
-
 def cross_entropy(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
     """Mean over the targets, 0-dim fp32; no product where there is no unembedding."""
     logits = partial(F.linear, weight=unembedding) if len(unembedding) else nn.Identity()
     return F.cross_entropy(logits(hidden).flatten(0, -2), targets.flatten()).float()
 
 
-class CappedInItsOwnDtype(Sequential):
-    """Sequential, with logits capped as in Gemma 2 in their own dtype, and the cross entropy in fp32."""
-
-    def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """See `Sequential`."""
-        loss = heads.loss(head, hidden, targets, capped_cross_entropy)
-        heads.backward([loss], [weight])
-        return loss.detach()
-
-
 def capped_cross_entropy(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
     """Mean over the targets, 0-dim fp32."""
     capped = 30 * torch.tanh(F.linear(hidden, unembedding) / 30)
     return F.cross_entropy(capped.flatten(0, -2).float(), targets.flatten())
+
+
+class InItsOwnDtype(Sequential):
+    """Sequential, with the cross entropy in the dtype of the logits."""
+
+    loss_fn = staticmethod(cross_entropy)
+
+    def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        """See `Sequential`."""
+        loss = heads.loss(head, hidden, targets, self.loss_fn)
+        heads.backward([loss], [weight])
+        return loss.detach()
+
+
+class CappedInItsOwnDtype(InItsOwnDtype):
+    """Sequential, with logits capped as in Gemma 2 in their own dtype, and the cross entropy in fp32."""
+
+    loss_fn = staticmethod(capped_cross_entropy)
