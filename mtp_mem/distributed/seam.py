@@ -79,6 +79,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor if shard is None else shard
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """What the ranks hold of a DTensor together; any other tensor itself. Called on all ranks."""
+    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
 def refuse_wrapped(model: object) -> None:
     """Raises BadInput for a model inside DDP, whose hooks a strategy's partial passes would trip ("ready twice")."""
     if isinstance(model, DistributedDataParallel):

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mtp_mem._util import Progress
 from mtp_mem.config.schema import NODE, Dtype, ModelConfig, Profile
 from mtp_mem.data import Batch, Corpus, load_corpus
 from mtp_mem.distributed.collectives import Collectives
+from mtp_mem.distributed.seam import whole
 from mtp_mem.errors import MtpMemError
 from mtp_mem.head_loss import HeadLoss, loss_backward
 from mtp_mem.model.own import Model, groups
@@ -156,8 +156,8 @@ class RankBench(Bench):
         (losses,) = gradients["losses"]
         assert losses is not None
         dist.all_reduce(losses)
-        whole = {name: [_whole(gradient) for gradient in own] for name, own in gradients.items()}
-        return whole | {"losses": [losses.cpu() / self.world]}
+        gathered = {name: [None if g is None else whole(g).cpu() for g in own] for name, own in gradients.items()}
+        return gathered | {"losses": [losses.cpu() / self.world]}
 
     def _backward(self, strategy: Strategy) -> Tensor:
         step, count = self.step(strategy), self.profile.training.micro_batches
@@ -228,12 +228,6 @@ def _average(seen: dict[int, Tensor], bucket: dist.GradBucket) -> torch.futures.
     """What DDP does with a full bucket by itself, and where the bucket lies."""
     seen[bucket.index()] = bucket.buffer()
     return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
-
-
-def _whole(gradient: Tensor | None) -> Tensor | None:
-    if isinstance(gradient, DTensor):
-        gradient = gradient.full_tensor()
-    return None if gradient is None else gradient.cpu()
 
 
 def _sums(total: Sequence[Tensor | None] | None, more: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mtp_mem._util import Progress
@@ -21,6 +20,7 @@ from mtp_mem.config.schema import Dtype
 from mtp_mem.data import IGNORE, Batch
 from mtp_mem.distributed.ddp import mean_items
 from mtp_mem.distributed.fsdp2 import shard
+from mtp_mem.distributed.seam import whole
 from mtp_mem.head_loss import HeadLoss, loss_backward
 from mtp_mem.step import forward_backward
 from mtp_mem.strategy import Strategy, load_strategy
@@ -155,7 +155,7 @@ def _sharded(problem: Problem, strategy: Strategy, how: How) -> Outcome:
                 losses = loss_backward(ddp, batch, strategy, **options)
             else:
                 losses = forward_backward(model, batch, strategy, **options)
-    gradients = {name: _whole(parameter.grad) for name, parameter in model.named_parameters()}
+    gradients = {name: None if p.grad is None else whole(p.grad) for name, p in model.named_parameters()}
     shares = mean_items(batch.targets) if scenario.over_all else torch.ones_like(losses)
     counts = (batch.targets != IGNORE).flatten(1).sum(1) if scenario.over_all else torch.ones_like(losses)
     mean = losses * counts / shares / world
@@ -169,10 +169,6 @@ def _weights(batch: Batch, scenario: RankScenario) -> Tensor | tuple[float, ...]
         return scenario.weights
     counts = (batch.targets != IGNORE).flatten(1).sum(1)  # (n,)
     return counts / mean_items(batch.targets)
-
-
-def _whole(gradient: Tensor | None) -> Tensor | None:
-    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
 def _mean(outcomes: Sequence[Outcome]) -> Outcome:
