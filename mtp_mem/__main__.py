@@ -15,13 +15,13 @@ def run() -> int:
     sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
     try:
         whole = importlib.util.find_spec("mtp_mem.strategies") is not None
-        from mtp_mem.cli import main
+        from mtp_mem.cli import script
     except ModuleNotFoundError:
         whole = False
     if not whole:
         print(NOT_INSTALLED, file=sys.stderr)
         return 3
-    return main()
+    return script()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def test_a_wheel_installs_nothing_but_mtp_mem(tmp_path: Path) -> None:
     assert {"mtp_mem/profiles/quick.toml", "mtp_mem/py.typed", "mtp_mem/memory/tracker.py"} <= set(names)
     assert {f"mtp_mem/report/assets/{name}" for name in ("page.html", "page.css", "timeline.js")} <= set(names)
     entry_points = next(n for n in names if n.endswith("entry_points.txt"))
-    assert "mtp-mem = mtp_mem.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
+    assert "mtp-mem = mtp_mem.cli:script" in zipfile.ZipFile(wheel).read(entry_points).decode()
 
 
 BARE = """import runpy, sys

@@ -5,7 +5,9 @@ Results go to stdout, progress and notes to stderr. Exit codes: 0 ok; 1 a check 
 """
 
 import argparse
+import atexit
 import contextlib
+import gc
 import signal
 import threading
 import warnings
@@ -18,6 +20,13 @@ from mtp_mem.cli.streams import lost_results, standard_streams
 from mtp_mem.errors import BadInput, Missing, MtpMemError, crashed, one_line
 
 COMMANDS = (compare, verify, predict, plan, timeline, report, regressions, profile, listing)
+
+
+def script() -> int:
+    """`main` in a process of its own."""
+    # Python ends by looking through every object twice for cycles: a second for torch's, which end with the process.
+    atexit.register(gc.freeze)
+    return main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

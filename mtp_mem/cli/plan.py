@@ -45,6 +45,13 @@ def add(command: AddCommand) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """What of the profile fits on the GPU, strategy by strategy."""
+    from mtp_mem.prediction.simulated_step import without_collections
+
+    with without_collections():
+        return _plan(args)
+
+
+def _plan(args: argparse.Namespace) -> int:
     from mtp_mem._util import writable
     from mtp_mem.prediction.largest_fit import LeftOut, Point, Prober, plan
     from mtp_mem.prediction.peaks import check_predictable

@@ -6,19 +6,17 @@ What a value means is for the reader to check, field by field (mtp_mem/config/to
 import json
 import math
 import os
-import re
 import stat
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from mtp_mem.errors import BadInput, clean_text
+from mtp_mem.errors import LONGEST_TEXT, BadInput, clean_text
 
 LARGEST_FILE = 2**28
 DEEPEST, LARGEST_NUMBER = 40, 2**63
 
 _PLAIN = bytes(set(range(32, 127)) - set(b"\\"))
-_HUGE = re.compile(rb"[eE]\+?\d{3}|\d{19}")
 
 
 def read_bytes(path: Path, largest: int = LARGEST_FILE) -> bytes:
@@ -83,8 +81,7 @@ def document(content: bytes | str, *, nan: bool = False) -> Any:
         if harmless:
             value = (_ANY if nan else _STRICT).decode(raw.decode("ascii"))
         else:
-            strict: dict[str, Any] = {} if nan else {"parse_constant": _no_constant, "parse_float": _finite}
-            value = json.loads(content, **strict)
+            value = json.loads(content, **(_ANY_HOOKS if nan else _STRICT_HOOKS))
     except BadInput:
         raise
     except (ValueError, RecursionError) as e:
@@ -94,15 +91,14 @@ def document(content: bytes | str, *, nan: bool = False) -> Any:
 
 
 def _harmless(content: bytes) -> bool:
-    """Whether no text or number of this JSON need be looked at: plain ASCII, no escape, nothing long, deep or huge.
+    """Whether no text of this JSON need be looked at: plain ASCII, no escape, nothing long or deep.
 
     It is so of every line of ours, of which a file may have a hundred thousand.
     """
     return (
         not content.translate(None, _PLAIN)
         and content.count(b"{") + content.count(b"[") <= DEEPEST
-        and max(map(len, content.split(b'"'))) < 300  # digits or characters
-        and not _HUGE.search(content)
+        and max(map(len, content.split(b'"'))) < LONGEST_TEXT
     )
 
 
@@ -132,8 +128,16 @@ def _finite(text: str) -> float:
     return number
 
 
+def _whole(text: str) -> int:
+    if len(text) > len(str(-LARGEST_NUMBER)) or abs(number := int(text)) >= LARGEST_NUMBER:
+        raise BadInput("holds a whole number beyond 2**63")
+    return number
+
+
 def _no_constant(name: str) -> Any:
     raise BadInput(f"holds {name}, which is no JSON")
 
 
-_ANY, _STRICT = json.JSONDecoder(), json.JSONDecoder(parse_constant=_no_constant)
+_ANY_HOOKS: dict[str, Any] = {"parse_int": _whole}
+_STRICT_HOOKS: dict[str, Any] = {**_ANY_HOOKS, "parse_float": _finite, "parse_constant": _no_constant}
+_ANY, _STRICT = json.JSONDecoder(**_ANY_HOOKS), json.JSONDecoder(**_STRICT_HOOKS)

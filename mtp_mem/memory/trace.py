@@ -128,7 +128,8 @@ class Trace:
     def phase_peaks(self) -> dict[str, int]:
         """The most bytes live in each phase, phases in the order of their first allocation."""
         peaks: dict[str, int] = {}
-        for event, total in list(zip(self.events, self.totals(), strict=True))[self.start :]:
+        since = slice(self.start, None)
+        for event, total in zip(self.events[since], self.totals()[since], strict=True):
             if event.kind != "free":
                 phase = self.storages[event.key].phase
                 peaks[phase] = max(peaks.get(phase, 0), total)

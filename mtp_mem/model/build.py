@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp_mem._util import importing_from_here
 from mtp_mem.config.other_models import FactoryConfig, HuggingFaceConfig, transformers
@@ -62,10 +63,32 @@ def parameters(config: ModelConfig) -> dict[str, int]:
         BadInput: a weight would have more elements than torch can count.
     """
     try:
-        model = make_model(config, device="meta")
+        with Unfilled():
+            model = make_model(config, device="meta")
     except (RuntimeError, TypeError) as e:
         raise BadInput(f"no model of this shape can be made: {e}".split("\n")[0]) from None
     return {name: sum(p.numel() for p in group) for name, group in groups(model).items()}
+
+
+class Unfilled(TorchDispatchMode):
+    """Leaves tensors as they are where a model without data would draw its weights.
+
+    torch draws for device meta in Python that imports its compiler: a second, for nothing.
+    """
+
+    _FILLS = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler for the mode itself
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return args[0] if func in self._FILLS else func(*args, **(kwargs or {}))
 
 
 def weight_bytes(count: int, dtype: Dtype) -> int:

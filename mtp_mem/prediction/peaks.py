@@ -46,6 +46,11 @@ def assumptions(gpu: GPU) -> list[str]:
     return stated
 
 
+def kept_workspaces(trace: Trace, gpu: GPU) -> tuple[int, ...]:
+    """Sizes of the cuBLAS workspaces that stay allocated on the target from the step's products on."""
+    return workspaces(gpu).resident(len(first_products(trace)))
+
+
 def predicted(trace: Trace, gpu: GPU, resident: tuple[int, ...] | None = None) -> dict[str, Any]:
     """The allocator's figures and the tracked ones that explain them.
 
@@ -56,7 +61,7 @@ def predicted(trace: Trace, gpu: GPU, resident: tuple[int, ...] | None = None) -
             rule.
     """
     if resident is None:
-        resident = workspaces(gpu).resident(len(first_products(trace)))
+        resident = kept_workspaces(trace, gpu)
     peak = trace.peak()
     blocks = replay(trace, settings_of(gpu), resident)
     by_category: dict[str, int] = {str(category): nbytes for category, nbytes in peak.by_category.items()}

@@ -32,7 +32,7 @@ from mtp_mem.head_loss import HeadLoss, loss_backward
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.memory.unseen import all_seen
-from mtp_mem.model.build import make_model
+from mtp_mem.model.build import Unfilled, make_model
 from mtp_mem.model.head_tree import keep_inputs
 from mtp_mem.model.layers import Attention
 from mtp_mem.model.mtp_model import MTPModel, cuda_attention
@@ -103,7 +103,8 @@ class Simulation:
         # Under FSDP2 the parameters that it gathers are in bf16, and there is no autocast.
         dtype: Dtype = "fp32" if sharded and workload.dtype == "bf16-mixed" else workload.dtype
         with without_collections(), fake or results:
-            model = make_model(config, dtype=dtype, attention=attention, device=device)
+            with Unfilled():
+                model = make_model(config, dtype=dtype, attention=attention, device=device)
             set_up(model, training)
             if ranks is not None:
                 shard_as(model, workload.dtype, ranks)

@@ -8,7 +8,7 @@ from pathlib import Path
 from mtp_mem.errors import BadInput
 from mtp_mem.runs.identity import machine, setting
 from mtp_mem.runs.record import Record
-from mtp_mem.runs.results_file import read_lines
+from mtp_mem.runs.results_file import NAMED, read_lines
 
 SAID = 3
 """Of what is wrong with files without a single usable record, so many are named in the one line of the error."""
@@ -75,6 +75,7 @@ def groups(located: Sequence[Located], notes: list[str]) -> list[list[Record]]:
     """
     kept: dict[tuple[tuple[str, str], ...], dict[tuple[str, int], Located]] = {}
     settings: dict[str, tuple[tuple[str, str], ...]] = {}  # by what they are read from: many records have one
+    replaced: list[str] = []
     for one in located:
         record = one.record
         facts = (record.backend, record.exactness, record.model, record.workload, record.training, record.environment)
@@ -83,10 +84,13 @@ def groups(located: Sequence[Located], notes: list[str]) -> list[list[Record]]:
         cases = kept.setdefault(settings[written], {})
         before = cases.pop((record.strategy, record.n), None)
         if before:
-            notes.append(
+            replaced.append(
                 f"{before.path}:{before.line}: replaced by {one.path}:{one.line}: {record.strategy} at n = {record.n}"
             )
         cases[record.strategy, record.n] = one
+    notes += replaced[:NAMED]
+    if len(replaced) > NAMED:
+        notes.append(f"{len(replaced) - NAMED} more records are replaced by later ones of the same strategy and n")
     for path in dict.fromkeys(one.path for one in located):
         lines: dict[str, list[int]] = {}
         for one in located:

@@ -19,7 +19,7 @@ from mtp_mem.runs.record import Record
 PATIENCE_S = 10
 """For a lock that is held for milliseconds; whoever holds it longer has been stopped."""
 NAMED = 20
-"""Damaged lines of a file that are named one by one."""
+"""So many damaged lines of a file, or replaced records, are named one by one."""
 
 
 def read_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:

@@ -141,3 +141,11 @@ def test_machines_models_and_predictions_stand_apart(tmp_path: Path) -> None:
         f"{results}:1: replaced by {results}:19: naive at n = 1",
         f"{results}: records of 2 machines, shown apart: A CPU from line 1; NVIDIA H200 from line 17",
     ]
+
+
+def test_many_replaced_records_are_counted_not_listed(tmp_path: Path) -> None:
+    results = write(tmp_path / "results.jsonl", *(line(case=f"run {i}") for i in range(30)))
+    notes: list[str] = []
+    assert [len(group) for group in groups(read([results], notes), notes)] == [1]
+    assert len(notes) == 21
+    assert notes[-1] == "9 more records are replaced by later ones of the same strategy and n"
