@@ -28,7 +28,6 @@ from mtp_mem.config.gpus import GPU
 from mtp_mem.config.schema import Dtype, ModelConfig, Training, Workload
 from mtp_mem.data import make_batch
 from mtp_mem.errors import BadInput
-from mtp_mem.head_loss import HeadLoss, loss_backward
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.memory.unseen import all_seen
@@ -42,6 +41,7 @@ from mtp_mem.prediction.floor import NoLogits
 from mtp_mem.prediction.kernel_buffers import kernels_of
 from mtp_mem.prediction.meta_results import MetaResults
 from mtp_mem.step import TrainingStep
+from mtp_mem.step.head_loss import HeadLoss, loss_backward
 from mtp_mem.strategy import Strategy, kernel_limits
 
 STEPS_BEFORE = 1  # the replay's first pass over the step itself, which makes the optimizer's state

@@ -19,13 +19,13 @@ from mtp_mem.data import Batch, Corpus, load_corpus
 from mtp_mem.distributed.collectives import Collectives
 from mtp_mem.distributed.seam import whole
 from mtp_mem.errors import MtpMemError
-from mtp_mem.head_loss import HeadLoss, loss_backward
 from mtp_mem.model.own import Model, groups
 from mtp_mem.prediction.fake_ranks import shard_as
 from mtp_mem.prediction.floor import NoLogits
 from mtp_mem.runs.bench import REFERENCES, Bench, drawn_model, failure, free, on_host, speed
 from mtp_mem.runs.ranks import Work
 from mtp_mem.step import TrainingStep, forward_backward
+from mtp_mem.step.head_loss import HeadLoss, loss_backward
 from mtp_mem.strategy import Strategy, load_strategy
 from mtp_mem.verification.gradient_error import Gradients, take
 

@@ -21,8 +21,8 @@ from mtp_mem.data import IGNORE, Batch
 from mtp_mem.distributed.ddp import mean_items
 from mtp_mem.distributed.fsdp2 import shard
 from mtp_mem.distributed.seam import whole
-from mtp_mem.head_loss import HeadLoss, loss_backward
 from mtp_mem.step import forward_backward
+from mtp_mem.step.head_loss import HeadLoss, loss_backward
 from mtp_mem.strategy import Strategy, load_strategy
 from mtp_mem.verification.checks import Check
 from mtp_mem.verification.scenarios import Outcome, Problem, Scenario, build, oracle, run, step_with, with_options
