@@ -50,7 +50,7 @@ _STRATEGIES = (
 TARGETS = {
     **{f"mtp_mem/verification/{name}.py": _VERIFIER for name in ("contract", "behaviour")},
     "mtp_mem/verification/global_state.py": _VERIFIER,
-    "mtp_mem/verification/model_state.py": Tests((), (_CONTRACT, "runs/test_bench.py")),
+    "mtp_mem/model/model_state.py": Tests((), (_CONTRACT, "runs/test_bench.py")),
     **{f"mtp_mem/verification/{name}.py": _VERIFIER for name in ("gradient_error", "checks", "verify")},
     "mtp_mem/model/losses.py": Tests(("naive", "sequential"), _STRATEGIES),
     "mtp_mem/model/head_tree.py": Tests(

@@ -132,7 +132,8 @@ def _on_profile(
     from mtp_mem.model.own import moved
     from mtp_mem.runs.bench import Bench
     from mtp_mem.strategy import load_strategy, loadable, refusal, require
-    from mtp_mem.verification.scenarios import Problem, Scenario
+    from mtp_mem.verification.problem import Problem
+    from mtp_mem.verification.scenarios import Scenario
     from mtp_mem.verification.verify import verify_problem
 
     profile = chosen_profile(args)

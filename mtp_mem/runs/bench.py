@@ -18,6 +18,7 @@ from mtp_mem.memory.cpu import track
 from mtp_mem.memory.rss import sampled_rss
 from mtp_mem.memory.trace import Trace
 from mtp_mem.model.build import make_model
+from mtp_mem.model.model_state import model_kept
 from mtp_mem.model.optimizers import make_optimizer
 from mtp_mem.model.own import Model, groups, set_up
 from mtp_mem.prediction.auto import resolve_auto
@@ -26,7 +27,6 @@ from mtp_mem.strategy import Strategy, kernel_limits, load_strategy
 from mtp_mem.verification.contract import put_back
 from mtp_mem.verification.global_state import restored
 from mtp_mem.verification.gradient_error import Comparison, Gradients, compare, take
-from mtp_mem.verification.model_state import model_kept
 
 REFERENCES = ("naive", "sequential", "chunked_tokens")
 """Whose gradients the others are held against: the first that fits. The first two are bit-identical."""

@@ -13,14 +13,15 @@ from mtp_mem.memory.cpu import held_arrays, held_tensors
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.memory.unseen import eager
 from mtp_mem.model.head_tree import Heads
+from mtp_mem.model.model_state import model_kept
 from mtp_mem.model.own import Model, moved
 from mtp_mem.step import forward_backward
 from mtp_mem.strategy import Strategy, kernel_limits, load_strategy
 from mtp_mem.verification.checks import Check
 from mtp_mem.verification.contract import Watched, counted_hooks, unchanged
 from mtp_mem.verification.gradient_error import Part, identical, judge
-from mtp_mem.verification.model_state import model_kept
-from mtp_mem.verification.scenarios import Outcome, Problem, Scenario, build, plain_step, run, step_with, with_options
+from mtp_mem.verification.problem import Outcome, Problem, build, plain_step, run, step_with, with_options
+from mtp_mem.verification.scenarios import Scenario
 
 STEPS = 6
 LEARNING_RATE = 0.3

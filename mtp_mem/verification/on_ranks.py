@@ -25,7 +25,8 @@ from mtp_mem.step import forward_backward
 from mtp_mem.step.head_loss import HeadLoss, loss_backward
 from mtp_mem.strategy import Strategy, load_strategy
 from mtp_mem.verification.checks import Check
-from mtp_mem.verification.scenarios import Outcome, Problem, Scenario, build, oracle, run, step_with, with_options
+from mtp_mem.verification.problem import Outcome, Problem, build, oracle, run, step_with, with_options
+from mtp_mem.verification.scenarios import Scenario
 from mtp_mem.verification.verify import Truth, held_against
 
 How = Literal["ddp", "fsdp2", "hsdp"]

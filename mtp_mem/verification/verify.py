@@ -19,18 +19,8 @@ from mtp_mem.strategy import KernelLimits, Strategy, kernel_limits, load_strateg
 from mtp_mem.verification.behaviour import across_steps, protocol, raised, watched
 from mtp_mem.verification.checks import Check, Verification
 from mtp_mem.verification.gradient_error import Part, identical, judge
-from mtp_mem.verification.scenarios import (
-    REAL_SIZES,
-    SCENARIOS,
-    Outcome,
-    Problem,
-    Scenario,
-    build,
-    oracle,
-    run,
-    step_with,
-    with_options,
-)
+from mtp_mem.verification.problem import Outcome, Problem, build, oracle, run, step_with, with_options
+from mtp_mem.verification.scenarios import REAL_SIZES, SCENARIOS, Scenario
 
 
 def verify(

@@ -24,7 +24,7 @@ from mtp_mem.model.losses import full
 from mtp_mem.model.own import set_up
 from mtp_mem.prediction.peaks import predicted
 from mtp_mem.prediction.simulated_step import Simulation, simulate
-from mtp_mem.verification.scenarios import plain_step
+from mtp_mem.verification.problem import plain_step
 
 CONFIGS = Path(__file__).parents[1] / "hf"
 TINY: dict[str, Any] = {

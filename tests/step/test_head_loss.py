@@ -13,7 +13,7 @@ import mtp_mem
 from mtp_mem import Batch, MTPForCausalLM, forward_backward, from_hf, future_targets, head_loss, load_strategy
 from mtp_mem.errors import BadInput
 from mtp_mem.model.huggingface import HuggingFaceMTP
-from mtp_mem.verification.scenarios import plain_step
+from mtp_mem.verification.problem import plain_step
 
 N = 3
 SPECS = ("naive", "sequential", "checkpointed")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtp_mem import IGNORE, Batch, ModelConfig, MTPModel, forward_backward, load_strategy, make_batch
 from mtp_mem.strategy import Strategy, loadable
-from mtp_mem.verification.scenarios import plain_step
+from mtp_mem.verification.problem import plain_step
 
 CASES = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 BOUND = 1e-12

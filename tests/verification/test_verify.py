@@ -14,7 +14,8 @@ import mtp_mem as package
 from mtp_mem.config.schema import ALL_DTYPES
 from mtp_mem.strategy import load_strategy, loadable, loss_options
 from mtp_mem.verification.broken_conduct import ALL_BROKEN
-from mtp_mem.verification.scenarios import REAL_SIZES, SCENARIOS, Scenario, build, oracle, run
+from mtp_mem.verification.problem import build, oracle, run
+from mtp_mem.verification.scenarios import REAL_SIZES, SCENARIOS, Scenario
 from mtp_mem.verification.verify import verify
 
 RIGHT = [spec for spec in loadable() if spec != "auto"]  # which is one of the others
