@@ -51,7 +51,7 @@ TARGETS = {
     **{f"mtp_mem/verification/{name}.py": _VERIFIER for name in ("contract", "behaviour")},
     "mtp_mem/verification/global_state.py": _VERIFIER,
     "mtp_mem/model/model_state.py": Tests((), (_CONTRACT, "runs/test_bench.py")),
-    **{f"mtp_mem/verification/{name}.py": _VERIFIER for name in ("gradient_error", "checks", "verify")},
+    **{f"mtp_mem/verification/{name}.py": _VERIFIER for name in ("gradient_error", "checks", "verify", "problem")},
     "mtp_mem/model/losses.py": Tests(("naive", "sequential"), _STRATEGIES),
     "mtp_mem/model/head_tree.py": Tests(
         ("sequential", "chunked_tokens", "checkpointed"), ("model/test_heads.py", "test_strategy.py")
@@ -239,20 +239,24 @@ def _suite(tests: Tests, killers: list[str]) -> int:
             if check.status != "right" or not same:
                 print(f"FAILED verify: {check.explain()}")
                 return 1
-    if failing(*(f"tests/{name}" for name in tests.files)):
+    if tests.prove and not _proved(None):
         return 1
-    return int(tests.prove and not _proved(None))
+    return failing(*(f"tests/{name}" for name in tests.files))
 
 
 def _proved(only: list[str] | None) -> bool:
     """Whether the strategies that behave badly are caught; `only` those of these names, or all."""
-    from mtp_mem.verification.broken_conduct import ALL_BROKEN
-    from mtp_mem.verification.verify import verify
+    import torch
 
-    for broken in (cls for cls in ALL_BROKEN if cls.caught_by in ("protocol", "6 optimizer steps")):
-        wanted = only is None or broken.__name__ in only
-        if wanted and broken.caught_by not in [check.scenario for check in verify([broken()], scenarios=()).failures]:
-            print(f"FAILED {broken.__name__} is not caught")
+    from mtp_mem.verification.behaviour import across_steps, protocol
+    from mtp_mem.verification.broken_conduct import ALL_BROKEN
+    from mtp_mem.verification.scenarios import Scenario
+
+    checks = {"protocol": protocol, "6 optimizer steps": across_steps}
+    for broken in (cls for cls in ALL_BROKEN if cls.caught_by in checks and (only is None or cls.__name__ in only)):
+        usual, name = Scenario(name="usual"), broken.__name__
+        if checks[broken.caught_by](name, broken(), usual, "fp64", torch.device("cpu")).status == "right":
+            print(f"FAILED {name} is not caught")
             return False
     return True
 
