@@ -18,8 +18,8 @@ def train(strategy: str) -> list[Tensor]:
     model.checkpoint_trunk(1)
     shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    mine = rows(24)[dist.get_rank() :: dist.get_world_size()]
-    for batch in torch.utils.data.DataLoader(mine, batch_size=2):
+    share = rows(24)[dist.get_rank() :: dist.get_world_size()]
+    for batch in torch.utils.data.DataLoader(share, batch_size=2):
         targets = mtp_mem.future_targets(batch["labels"], HEADS)
         step = mtp_mem.Batch(batch["input_ids"], targets)
         losses = mtp_mem.forward_backward(model, step, mtp_mem.load_strategy(strategy))

@@ -127,10 +127,10 @@ def main() -> int:
             rows.append({**row, "seconds": round(seconds, 1), "by": by if fate == "killed" else ""})
             if args.json:
                 args.json.write_text(json.dumps(rows, indent=1), "utf-8")
-    for file, made in of_files.items():
+    for file, of_file in of_files.items():
         fates = [row["fate"] for row in rows if row["file"] == file]
         counts = (f"  {fates.count(fate):4} {fate}" for fate in ("killed", "timed out", "survived"))
-        print(f"{file:40}" + "".join(counts) + f"  of {len(made)}")
+        print(f"{file:40}" + "".join(counts) + f"  of {len(of_file)}")
     survivors = [row for row in rows if row["fate"] != "killed"]
     for row in survivors:
         print(f"{row['file']}:{row['line']}: {row['change']} ({row['fate']})")
@@ -140,12 +140,12 @@ def main() -> int:
 def _drawn(of_files: dict[str, list[Mutant]], seed: int) -> Iterator[tuple[str, Mutant]]:
     """File by file in turn, one mutant for every 40 that the file has."""
     draw = random.Random(seed)
-    turns = {file: max(1, len(made) // 40) for file, made in of_files.items()}
-    left = {file: draw.sample(made, len(made)) for file, made in of_files.items()}
+    turns = {file: max(1, len(of_file) // 40) for file, of_file in of_files.items()}
+    left = {file: draw.sample(of_file, len(of_file)) for file, of_file in of_files.items()}
     while any(left.values()):
-        for file, made in left.items():
-            for _ in range(min(turns[file], len(made))):
-                yield file, made.pop()
+        for file, of_file in left.items():
+            for _ in range(min(turns[file], len(of_file))):
+                yield file, of_file.pop()
 
 
 def _import_heavy() -> None:

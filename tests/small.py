@@ -37,9 +37,9 @@ def gradients(model: MTPModel, run: Callable[[], object]) -> dict[str, torch.Ten
     """Gradients by parameter name that `run` leaves behind, from empty `.grad`."""
     model.zero_grad(set_to_none=True)
     run()
-    found = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    copies = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    return found
+    return copies
 
 
 def plain_joint(model: MTPModel, batch: Batch, phase: Phase = no_phase) -> None:

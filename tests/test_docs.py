@@ -103,13 +103,13 @@ def test_the_readme_is_short_and_its_trainer_lines_run() -> None:
 
 
 def test_the_figures_in_the_readme_are_the_recorded_ones() -> None:
-    here, predicted = recorded("cpu-2-cores/quick"), recorded("predicted/llama3-8b-h200")
+    measured, predicted = recorded("cpu-2-cores/quick"), recorded("predicted/llama3-8b-h200")
     rows = table("README.md", "strategy")
     assert [row[0] for row in rows] == ["naive", "sequential", "chunked_vocab", "chunked_tokens", "checkpointed"]
-    needs = {name: r["peak_requested_bytes"] - r["baseline_bytes"] for (name, n), r in here.items() if n == 8}
-    naive_ms = here["naive", 8]["step_ms"]
+    needs = {name: r["peak_requested_bytes"] - r["baseline_bytes"] for (name, n), r in measured.items() if n == 8}
+    naive_ms = measured["naive", 8]["step_ms"]
     for name, *cells in rows:
-        record = here[name, 8]
+        record = measured[name, 8]
         assert cells == [
             f"{needs[name] / 2**20:.1f} MiB",
             f"{needs[name] / needs['naive']:.2f}x",

@@ -42,12 +42,12 @@ def modules() -> dict[str, Path]:
         "mtp_mem.strategies": ROOT / "strategies",
         "mtp_mem.profiles": ROOT / "profiles",
     }
-    found = {}
+    paths = {}
     for package, folder in files.items():
         for path in folder.rglob("*.py"):
             parts = [package, *path.relative_to(folder).with_suffix("").parts]
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+            paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return paths
 
 
 @cache

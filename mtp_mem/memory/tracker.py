@@ -120,8 +120,8 @@ class Tracker(TorchDispatchMode):
         """
         trace = self.trace
         warm_up = trace.events[warmed_up:begun]
-        made = {event.key for event in warm_up if event.kind != "free"}
-        before = [event for event in warm_up if event.key in made]
+        new = {event.key for event in warm_up if event.kind != "free"}
+        before = [event for event in warm_up if event.key in new]
         events = before + trace.events[begun:]
         products = [(at - begun + len(before), backward) for at, backward in trace.products if at >= begun]
         return Trace(trace.storages, trace.resident, events, len(before), trace.made_by_first_step, products)

@@ -20,10 +20,10 @@ def pytest_benchmark_compare_machine_info(
     config: pytest.Config, benchmarksession: Any, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
 ) -> None:
     """Times and bytes of one GPU say nothing about another."""
-    here = machine_info["mtp_mem"]["device"]
+    local = machine_info["mtp_mem"]["device"]
     there = compared_benchmark["machine_info"].get("mtp_mem", {}).get("device", "unknown")
-    if here != there:
-        raise pytest.UsageError(f"--benchmark-compare: measured on {there}, this machine has {here}; not comparable")
+    if local != there:
+        raise pytest.UsageError(f"--benchmark-compare: measured on {there}, this machine has {local}; not comparable")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

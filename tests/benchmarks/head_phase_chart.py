@@ -32,14 +32,14 @@ def head_phase(rows: Sequence[Mapping[str, Any]], out: Path, *, title: str, foot
     Returns:
         The files written under `out`: NAME.png, .svg and .csv.
     """
-    found = sorted(rows, key=lambda row: -row["times_floor"])
-    names = [str(row["strategy"]) for row in found]
+    ranked = sorted(rows, key=lambda row: -row["times_floor"])
+    names = [str(row["strategy"]) for row in ranked]
     looks = styles(names)
-    bound = int(found[0]["lower_bound_bytes"])
-    unit, unit_name = unit_for(max(int(row["peak_over_inputs_bytes"]) for row in found))
-    with figure(9, 1.6 + 0.42 * len(found), "Head phase: time and memory of each strategy", title, foot) as drawing:
+    bound = int(ranked[0]["lower_bound_bytes"])
+    unit, unit_name = unit_for(max(int(row["peak_over_inputs_bytes"]) for row in ranked))
+    with figure(9, 1.6 + 0.42 * len(ranked), "Head phase: time and memory of each strategy", title, foot) as drawing:
         left, right = drawing.subplots(1, 2, sharey=True)
-        for y, row in enumerate(found):
+        for y, row in enumerate(ranked):
             colour = looks[names[y]][0]
             times, nbytes = row["times_floor"], int(row["peak_over_inputs_bytes"])
             band = [[times - row["times_floor_p20"]], [row["times_floor_p80"] - times]]
@@ -50,7 +50,7 @@ def head_phase(rows: Sequence[Mapping[str, Any]], out: Path, *, title: str, foot
         _floor(left, 1.0, "time, times the bare matrix products (line)")
         _floor(right, bound / unit, f"bytes above the inputs, {unit_name}; line: lower bound {format_bytes(bound)}")
         left.set_yticks(range(len(names)), names)
-        return save(drawing, out, name, write_rows(COLUMNS, [[row[column] for column in COLUMNS] for row in found]))
+        return save(drawing, out, name, write_rows(COLUMNS, [[row[column] for column in COLUMNS] for row in ranked]))
 
 
 def _label(axes: Axes, x: float, y: int, text: str) -> None:

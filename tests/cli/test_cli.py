@@ -115,11 +115,11 @@ def test_a_damaged_line_is_named_and_its_case_run_again(work: Path, compared: En
     out.mkdir()
     newer = json.dumps({**json.loads(whole[0]), "schema": 99})
     (out / "results.jsonl").write_text("\n".join([newer, *whole[1:7], whole[7][:100]]))
-    found = mtp_mem(work, "compare", "--profile", "small.toml", "--out", "damaged")
-    assert found.returncode == 0
-    assert "results.jsonl:1: skipped: schema 99; this version reads schema 1" in found.stderr
-    assert "results.jsonl:8: skipped: not a whole JSON object" in found.stderr
-    assert "6 of 8 cases are in" in found.stderr
+    done = mtp_mem(work, "compare", "--profile", "small.toml", "--out", "damaged")
+    assert done.returncode == 0
+    assert "results.jsonl:1: skipped: schema 99; this version reads schema 1" in done.stderr
+    assert "results.jsonl:8: skipped: not a whole JSON object" in done.stderr
+    assert "6 of 8 cases are in" in done.stderr
     kept = (out / "results.jsonl").read_text().splitlines()
     assert kept[:7] == [newer, *whole[1:7]]  # what could not be read is left alone
     assert [json.loads(line)["strategy"] for line in kept[8:]] == ["naive", "checkpointed"]
@@ -248,21 +248,21 @@ def test_bad_input_is_one_line(work: Path, args: list[str], code: int, words: st
     (work / "latin1.txt").write_bytes("gärten".encode("latin-1"))
     before = sorted(p.name for p in work.iterdir())
     profile = "bytes.toml" if "--text" in args else "small.toml"
-    found = mtp_mem(work, "compare", *(["--profile", profile] if "--profile" not in args else []), *args)
-    assert found.returncode == code
-    assert words in found.stderr
-    assert "Traceback" not in found.stderr
-    assert found.stdout == ""
-    assert len(found.stderr.strip().splitlines()) == 1 or "usage:" in found.stderr
+    done = mtp_mem(work, "compare", *(["--profile", profile] if "--profile" not in args else []), *args)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1 or "usage:" in done.stderr
     assert sorted(p.name for p in work.iterdir() if p.name != "results") == [n for n in before if n != "results"]
 
 
 def test_cuda_asked_for_and_absent(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    found = mtp_mem(work, "compare", "--profile", "small.toml", "--device", "cuda")
-    assert found.returncode == 3
-    assert found.stderr.count("\n") == 1
-    assert "device cuda" in found.stderr
+    done = mtp_mem(work, "compare", "--profile", "small.toml", "--device", "cuda")
+    assert done.returncode == 3
+    assert done.stderr.count("\n") == 1
+    assert "device cuda" in done.stderr
 
 
 def test_list_and_env(work: Path) -> None:
@@ -270,9 +270,9 @@ def test_list_and_env(work: Path) -> None:
     assert listed.returncode == 0
     assert all(name in listed.stdout for name in ("naive", "sequential", "chunked_vocab", "checkpointed", "quick"))
     assert json.loads(mtp_mem(work, "list", "--json").stdout)["strategies"]["sequential"].startswith("Each head")
-    found = json.loads(mtp_mem(work, "env", "--json").stdout)
-    assert found["device"]
-    assert found["host_bytes"] > 2**30
+    document = json.loads(mtp_mem(work, "env", "--json").stdout)
+    assert document["device"]
+    assert document["host_bytes"] > 2**30
 
 
 def test_anything_unexpected_is_not_a_failed_check(

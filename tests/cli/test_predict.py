@@ -35,10 +35,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_predict(folder: Path) -> None:
-    found = mtp_mem(folder, "predict", "--profile", "shape.toml", "--gpu", "L4", "--json")
-    assert found.returncode == 0, found.stderr
-    assert found.stderr == ""
-    document = json.loads(found.stdout)
+    done = mtp_mem(folder, "predict", "--profile", "shape.toml", "--gpu", "L4", "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    document = json.loads(done.stdout)
     assert [(r["n"], r["strategy"]) for r in document["records"][:2]] == [(1, "naive"), (1, "sequential")]
     for record in document["records"]:
         assert (record["backend"], record["exactness"], record["status"]) == ("fake", "predicted", "ok")
@@ -53,7 +53,7 @@ def test_predict(folder: Path) -> None:
 
 @pytest.mark.parametrize("columns", [80, 120])
 def test_the_table_fits(folder: Path, columns: int) -> None:
-    found = mtp_mem(
+    done = mtp_mem(
         folder,
         "predict",
         "--profile",
@@ -66,9 +66,9 @@ def test_the_table_fits(folder: Path, columns: int) -> None:
         "naive,sequential",
         columns=columns,
     )
-    assert max(map(len, found.stdout.splitlines())) <= columns
-    assert "…" not in found.stdout
-    assert all(word in found.stdout for word in ("allocated", "fits", "not measured"))
+    assert max(map(len, done.stdout.splitlines())) <= columns
+    assert "…" not in done.stdout
+    assert all(word in done.stdout for word in ("allocated", "fits", "not measured"))
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ def test_the_table_fits(folder: Path, columns: int) -> None:
     ],
 )
 def test_bad_input_is_one_line(folder: Path, args: list[str], words: str) -> None:
-    found = mtp_mem(folder, "predict", *args)
-    assert found.returncode == 2
-    assert words in found.stderr
-    assert found.stderr.count("\n") == 1
-    assert found.stdout == ""
+    done = mtp_mem(folder, "predict", *args)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""

@@ -72,21 +72,21 @@ def test_check_names_mistakes(tmp_path: Path, run: Run, before: str, after: str,
     good = run("profile", "check", "p.toml")
     assert (good.returncode, good.stderr) == (0, "")
     path.write_text(CHECKED.replace(before, after))
-    found = run("profile", "check", "p.toml")
-    assert found.returncode == 2
-    assert words in found.stderr
-    assert (found.stderr.count("\n"), found.stdout) == (1, "")
+    done = run("profile", "check", "p.toml")
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert (done.stderr.count("\n"), done.stdout) == (1, "")
 
 
 def test_check_says_what_does_not_run_everywhere(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "p.toml"
     text = CHECKED.replace("dim = 32", "dim = 576").replace("sequence = 8", "sequence = 8\ndtype = 'bf16'")
     path.write_text(text)
-    found = run("profile", "check", "p.toml")
-    assert found.returncode == 0
-    assert found.stderr == "note: D / heads = 288: flash attention on CUDA takes at most 256\n"
+    done = run("profile", "check", "p.toml")
+    assert done.returncode == 0
+    assert done.stderr == "note: D / heads = 288: flash attention on CUDA takes at most 256\n"
     if "liger" not in loadable():
         path.write_text(f"{text}[sweep]\nstrategies = ['liger', 'naive']\n")
-        found = run("profile", "check", "p.toml")
-        assert found.returncode == 0
-        assert "note: liger cannot run here: " in found.stderr
+        done = run("profile", "check", "p.toml")
+        assert done.returncode == 0
+        assert "note: liger cannot run here: " in done.stderr

@@ -50,9 +50,9 @@ def rows(heading: str) -> dict[str, list[str]]:
     lines = [line for line in section.splitlines() if line.startswith("| `")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert all(len(row) == 5 for row in cells)
-    found = {row[0].strip("`"): row[1:] for row in cells}
-    assert len(found) == len(cells)
-    return found
+    table = {row[0].strip("`"): row[1:] for row in cells}
+    assert len(table) == len(cells)
+    return table
 
 
 def kind(hint: Any) -> str:

@@ -107,14 +107,14 @@ class Wrapped(nn.Module):
 
 
 def under_ddp(model: str, tied: bool, micro: int) -> None:
-    mine, right = batch_of(dist.get_rank()), reference(model, tied, micro)
+    own, right = batch_of(dist.get_rank()), reference(model, tied, micro)
     for spec in ("joint", *SPECS):
         wrapped = DistributedDataParallel(Wrapped(build(model, tied), spec), bucket_cap_mb=0.02)
 
         def in_forward(wrapped: Any = wrapped) -> None:
             for i in range(micro):
                 wrapped.require_backward_grad_sync = i == micro - 1
-                wrapped(mine).backward()
+                wrapped(own).backward()
 
         case = {"how": "ddp, head_loss", "model": model, "tied": tied, "micro": micro, "spec": spec}
         report(case, {f"module_.{k}": v for k, v in right.items()}, wrapped, in_forward)
@@ -125,13 +125,13 @@ def under_ddp(model: str, tied: bool, micro: int) -> None:
         def explicit(ddp: Any = ddp, spec: str = spec) -> None:
             with averaged_gradients(ddp) as inner:
                 for _ in range(micro):
-                    forward_backward(inner, mine, load_strategy(spec))
+                    forward_backward(inner, own, load_strategy(spec))
 
         report(case | {"how": "ddp, explicit"}, right, ddp, explicit)
 
 
 def under_fsdp2(model: str, tied: bool, micro: int, mesh: Any, specs: tuple[str, ...] = ("joint", *SPECS)) -> None:
-    mine, right = batch_of(dist.get_rank()), reference(model, tied, micro)
+    own, right = batch_of(dist.get_rank()), reference(model, tied, micro)
     for spec in specs:
         sharded: Any = shard(build(model, tied), mesh=mesh)
 
@@ -140,9 +140,9 @@ def under_fsdp2(model: str, tied: bool, micro: int, mesh: Any, specs: tuple[str,
                 last = i == micro - 1
                 sharded.set_requires_gradient_sync(last)
                 if spec == "joint":
-                    joint_loss(sharded, mine).backward()
+                    joint_loss(sharded, own).backward()
                 else:
-                    forward_backward(sharded, mine, load_strategy(spec), sync=last)
+                    forward_backward(sharded, own, load_strategy(spec), sync=last)
 
         how = "hsdp" if mesh is not None and mesh.ndim == 2 else "fsdp2"
         report({"how": how, "model": model, "tied": tied, "micro": micro, "spec": spec}, right, sharded, step)
@@ -151,10 +151,10 @@ def under_fsdp2(model: str, tied: bool, micro: int, mesh: Any, specs: tuple[str,
 def in_mixed_precision(tied: bool) -> None:
     """fp32 shards, bf16 products, fp32 reduction: held against naive under the same policy, in fp32 sums."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    mine, right = batch_of(dist.get_rank()), None
+    share, right = batch_of(dist.get_rank()), None
     for spec in SPECS:
         sharded: Any = shard(build("hf", tied), mp_policy=policy)
-        forward_backward(sharded, mine, load_strategy(spec))
+        forward_backward(sharded, share, load_strategy(spec))
         own = whole(sharded)
         right = right or own
         errors = [float((own[name] - g).norm() / g.norm()) for name, g in right.items()]
@@ -171,10 +171,10 @@ def uneven() -> None:
     everything = Batch(torch.cat([b.tokens for b in batches]), torch.cat([b.targets for b in batches], dim=1))
     forward_backward(one, everything, load_strategy("naive"))
     right = {name: p.grad for name, p in one.named_parameters()}
-    mine, model = batches[dist.get_rank()], build("hf", False)
+    share, model = batches[dist.get_rank()], build("hf", False)
     with averaged_gradients(model) as inner:
-        items = mean_items(mine.targets)
-        head_loss(inner, inner.trunk(mine.tokens), mine.targets, "sequential", num_items=items)[0].backward()
+        items = mean_items(share.targets)
+        head_loss(inner, inner.trunk(share.tokens), share.targets, "sequential", num_items=items)[0].backward()
     own = whole(model)
     errors = [float((own[name] - g).norm() / g.norm()) for name, g in right.items()]
     if dist.get_rank() == 0:

@@ -30,10 +30,10 @@ N, D, V = 300, 40, 301  # more than one block of each, and a rest
 def test_liger_is_right(dtype: Dtype) -> None:
     # A softcap's tanh is CUDA's own; of an offset that all logits share the kernel's loss loses the digits.
     some = [scenario for scenario in SCENARIOS if scenario.softcap is None and not scenario.offset]
-    found = verify(["liger"], dtypes=[dtype], scenarios=some)
-    assert [check.explain() for check in found.failures] == []
-    assert len(found.checks) == 2 + sum(dtype in scenario.dtypes for scenario in some)
-    assert found.remarks == (
+    verification = verify(["liger"], dtypes=[dtype], scenarios=some)
+    assert [check.explain() for check in verification.failures] == []
+    assert len(verification.checks) == 2 + sum(dtype in scenario.dtypes for scenario in some)
+    assert verification.remarks == (
         "liger waits for the device: the host counts its targets and looks at the upstream gradient",
     )
 
@@ -42,8 +42,8 @@ def test_liger_does_wait() -> None:
     class Silent(Liger):
         limits = KernelLimits()
 
-    found = verify([Silent()], dtypes=["fp32"], scenarios=SCENARIOS[:1])
-    assert [check.broken for check in found.failures] == [
+    verification = verify([Silent()], dtypes=["fp32"], scenarios=SCENARIOS[:1])
+    assert [check.broken for check in verification.failures] == [
         "synchronises with the device (aten._local_scalar_dense.default)"
     ]
 
@@ -66,9 +66,9 @@ def cce(monkeypatch: pytest.MonkeyPatch) -> CCE:
 def test_cut_cross_entropy_is_right(cce: CCE, ignored: int, frozen: str) -> None:
     targets = torch.randint(V, (1, N), generator=torch.Generator().manual_seed(3))
     targets[:, torch.randperm(N, generator=torch.Generator().manual_seed(4))[:ignored]] = IGNORE
-    mine, right = outcome(cce.loss, torch.float16, targets, frozen), outcome(full, torch.float64, targets, frozen)
+    own, right = outcome(cce.loss, torch.float16, targets, frozen), outcome(full, torch.float64, targets, frozen)
     for name, theirs in right.items():
-        assert relative_error([mine[name]], [theirs]) < 2e-3, name
+        assert relative_error([own[name]], [theirs]) < 2e-3, name
 
 
 def outcome(loss: Loss, dtype: torch.dtype, targets: Tensor, frozen: str) -> dict[str, Tensor | None]:
@@ -76,6 +76,6 @@ def outcome(loss: Loss, dtype: torch.dtype, targets: Tensor, frozen: str) -> dic
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(1, N, D, generator=generator).half().to(dtype).requires_grad_(frozen != "hidden")
     weight = (torch.randn(V, D, generator=generator) / 4).half().to(dtype).requires_grad_(frozen != "unembedding")
-    found = loss(hidden, weight, targets)
-    (0.37 * 256 * found).backward()  # small gradients would be subnormal in fp16
-    return {"loss": found.detach().double(), "hidden": hidden.grad, "unembedding": weight.grad}
+    computed = loss(hidden, weight, targets)
+    (0.37 * 256 * computed).backward()  # small gradients would be subnormal in fp16
+    return {"loss": computed.detach().double(), "hidden": hidden.grad, "unembedding": weight.grad}

@@ -58,16 +58,16 @@ def test_the_same_trace(spec: str) -> None:
     step()
     real = track(step)
     sizes = Sizes(batch.tokens.numel(), 4099, 64, frozenset(p.nbytes for p in model.parameters()))
-    found = trace_of(**as_history(real), sizes=sizes)
-    assert found.baseline == real.baseline
-    assert found.peak().nbytes == real.peak().nbytes
-    assert found.peak().phase == real.peak().phase
-    assert found.phase_peaks() == real.phase_peaks()
-    mine, theirs = found.peak().by_category, real.peak().by_category
+    rebuilt = trace_of(**as_history(real), sizes=sizes)
+    assert rebuilt.baseline == real.baseline
+    assert rebuilt.peak().nbytes == real.peak().nbytes
+    assert rebuilt.peak().phase == real.peak().phase
+    assert rebuilt.phase_peaks() == real.phase_peaks()
+    own, theirs = rebuilt.peak().by_category, real.peak().by_category
     for category in ("parameters", "optimizer", "logits", "trunk activations"):
-        assert mine[category] == theirs[category]  # type: ignore[index]
+        assert own[category] == theirs[category]  # type: ignore[index]
     # A sum that moved into another's block: the allocator sees one block, and so knows what becomes of it.
-    assert {s.name for s in found.peak().live} >= {s.name for s in real.peak().live}
+    assert {s.name for s in rebuilt.peak().live} >= {s.name for s in real.peak().live}
 
 
 def test_where_a_block_was_made_and_what_is_in_no_name() -> None:

@@ -53,10 +53,10 @@ def test_a_history_from_anywhere(expandable: bool, seed: int, since: int) -> Non
         return
     (later,) = recordings(cut)
     expected = held.totals[len(recording.tape.events) - len(later.tape.events) :]
-    found = hold(later.tape).totals
-    assert [totals.requested for totals in found] == [totals.requested for totals in expected]
+    replayed = hold(later.tape).totals
+    assert [totals.requested for totals in replayed] == [totals.requested for totals in expected]
     if later.tape.events[0].kind != "alloc":  # its memory may have been got just before
-        assert [totals.reserved for totals in found] == [totals.reserved for totals in expected]
+        assert [totals.reserved for totals in replayed] == [totals.reserved for totals in expected]
 
 
 def test_before_a_history_of_large_blocks() -> None:

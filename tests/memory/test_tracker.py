@@ -227,9 +227,9 @@ def test_holds_nothing_and_changes_no_gradient() -> None:
         losses = forward_backward(model, batch, strategy, phase=tracker.phase)
         seen.append(weakref.ref(losses))
 
-    found = gradients(model, lambda: tracked(run, list(model.named_parameters())))
+    computed = gradients(model, lambda: tracked(run, list(model.named_parameters())))
     assert seen[0]() is None
-    assert all(torch.equal(found[name], expected[name]) for name in expected)  # type: ignore[arg-type]
+    assert all(torch.equal(computed[name], expected[name]) for name in expected)  # type: ignore[arg-type]
 
 
 def test_calibration_finds_the_engine_only_buffer() -> None:

@@ -93,10 +93,10 @@ def test_a_head_s_loss_reaches_the_heads_below_it_and_no_other(kind: str, spec: 
             else:
                 forward_backward(model, batch, load_strategy(spec), weights)
 
-        found = gradients(model, run)
+        computed = gradients(model, run)
 
-        def touched(prefix: str, found: Any = found) -> list[bool]:
-            own = [g for name, g in found.items() if name.startswith(prefix)]
+        def touched(prefix: str, computed: Any = computed) -> list[bool]:
+            own = [g for name, g in computed.items() if name.startswith(prefix)]
             return [g is not None and bool(torch.count_nonzero(g)) for g in own]
 
         for j in range(4):

@@ -30,9 +30,9 @@ def test_softmax_and_loss_have_the_precision_that_is_promised(dtype: torch.dtype
     targets[0, 3] = IGNORE
     right = torch.nn.functional.cross_entropy(unembedding.T.double(), targets[0], ignore_index=IGNORE)
     for loss in (full, partial(vocabulary_slabs, chunk=7), partial(vocabulary_slabs, chunk=300)):
-        found = loss(hidden, unembedding, targets)
-        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        torch.testing.assert_close(found.double(), right, rtol=1e-14 if dtype == torch.float64 else 1e-6, atol=0)
+        computed = loss(hidden, unembedding, targets)
+        assert computed.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(computed.double(), right, rtol=1e-14 if dtype == torch.float64 else 1e-6, atol=0)
 
 
 def test_only_the_gradients_that_are_asked_for() -> None:

@@ -59,10 +59,10 @@ def test_rotation_depends_on_the_distance_only() -> None:
 
 def test_rotation_is_as_exact_as_the_model() -> None:
     # From fp32 angles, an fp64 model is as far off as two devices' fp32 cosines: 1e-8, where 1e-12 is allowed.
-    found = torch.stack(rotation(40, 8, 10_000.0, torch.float64, torch.device("cpu")))
+    tables = torch.stack(rotation(40, 8, 10_000.0, torch.float64, torch.device("cpu")))
     angles = [[s * 10_000.0 ** (-j / 4) for j in range(4)] for s in range(40)]
     right = [[[turn(angle) for angle in row] for row in angles] for turn in (math.cos, math.sin)]
-    torch.testing.assert_close(found, torch.tensor(right, dtype=torch.float64), rtol=0, atol=1e-14)
+    torch.testing.assert_close(tables, torch.tensor(right, dtype=torch.float64), rtol=0, atol=1e-14)
 
 
 def test_rms_norm_gradients() -> None:
@@ -91,10 +91,10 @@ def test_shapes_that_cannot_be_built(changes: dict[str, object], words: str) -> 
 def test_a_copy_elsewhere_runs_the_attention_of_that_place() -> None:
     # As the oracle of `verify` does with a model from a CUDA device: flash attention runs nowhere else.
     model = MTPModel(tiny(n_future=2, unembedding="tied", head="deepseek"), dtype="bf16", attention="flash")
-    found = model.moved("fp64", torch.device("cpu"))
-    assert (found.norm.weight.dtype, found.attention, model.attention) == (torch.float64, "sdpa", "flash")
-    assert found.unembedding.weight is found.embedding.weight  # type: ignore[union-attr]
-    logits = found(torch.zeros(1, 5, dtype=torch.long))
+    actual = model.moved("fp64", torch.device("cpu"))
+    assert (actual.norm.weight.dtype, actual.attention, model.attention) == (torch.float64, "sdpa", "flash")
+    assert actual.unembedding.weight is actual.embedding.weight  # type: ignore[union-attr]
+    logits = actual(torch.zeros(1, 5, dtype=torch.long))
     assert logits.dtype == torch.float64
     assert torch.isfinite(logits).all()
     assert default_attention("bf16", torch.device("cuda")) == "flash"

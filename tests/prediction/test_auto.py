@@ -55,8 +55,8 @@ def test_only_strategies_that_choose_are_settled() -> None:
 def test_without_a_model_it_is_chunked_tokens() -> None:
     model, batch = build(tiny(n_future=2), "fp64")
     expected = gradients(model, lambda: forward_backward(model, batch, load_strategy("chunked_tokens")))
-    found = gradients(model, lambda: forward_backward(model, batch, load_strategy("auto")))
-    assert all((found[name] == expected[name]).all() for name in expected)  # type: ignore[union-attr]
+    computed = gradients(model, lambda: forward_backward(model, batch, load_strategy("auto")))
+    assert all((computed[name] == expected[name]).all() for name in expected)  # type: ignore[union-attr]
 
 
 def test_low_precision_on_cuda() -> None:

@@ -19,9 +19,9 @@ PLAIN = ["naive", "sequential", "checkpointed"]
 
 
 def shape_of(config: ModelConfig, workload: Workload) -> Shape:
-    found = Shape.of(dataclasses.asdict(config), dataclasses.asdict(workload))
-    assert found is not None
-    return found
+    shape = Shape.of(dataclasses.asdict(config), dataclasses.asdict(workload))
+    assert shape is not None
+    return shape
 
 
 @pytest.mark.parametrize("n", [1, 3, 6])

@@ -52,19 +52,19 @@ def allocated(spec: str, point: Point) -> int:
     """By a prediction that shares no model, no cache and no search with the plan."""
     workload = dataclasses.replace(PROFILE.workload, batch=point.batch, sequence=point.sequence)
     trace = simulate(PROFILE.model.with_n(point.n), workload, load_strategy(spec), gpu=GPU)
-    found: int = predicted(trace, GPU)["peak_allocated_bytes"]
-    return found
+    nbytes: int = predicted(trace, GPU)["peak_allocated_bytes"]
+    return nbytes
 
 
 @pytest.fixture(scope="module")
-def found() -> Plan:
+def plans() -> Plan:
     return planned()
 
 
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("spec", SPECS)
-def test_the_answer_fits_and_the_next_one_does_not(found: Plan, spec: str, axis: Axis) -> None:
-    (answer,) = [a for a in found.of(axis) if a.strategy == spec]
+def test_the_answer_fits_and_the_next_one_does_not(plans: Plan, spec: str, axis: Axis) -> None:
+    (answer,) = [a for a in plans.of(axis) if a.strategy == spec]
     assert answer.fits
     assert allocated(spec, answer.point) == answer.figures.allocated <= LIMIT
     others = {"batch": 2, "sequence": 256, "n": 3} | {axis: answer.value}
@@ -79,14 +79,14 @@ def test_the_answer_fits_and_the_next_one_does_not(found: Plan, spec: str, axis:
     assert allocated(spec, beyond) == answer.next_figures.allocated > LIMIT
 
 
-def test_the_answers_are_not_all_alike(found: Plan) -> None:
+def test_the_answers_are_not_all_alike(plans: Plan) -> None:
     # or the test above would say little: naive runs out of memory where the others do not
-    n = {a.strategy: a.value for a in found.of("n")}
+    n = {a.strategy: a.value for a in plans.of("n")}
     assert n["naive"] < n["sequential"] == 4
-    batch = {a.strategy: a.value for a in found.of("batch")}
+    batch = {a.strategy: a.value for a in plans.of("batch")}
     assert batch["naive"] < batch["sequential"] < batch["chunked_tokens"]
-    assert found.recommended() in found.of("batch")
-    assert f"where naive stops at {batch['naive']}" in advice(found)
+    assert plans.recommended() in plans.of("batch")
+    assert f"where naive stops at {batch['naive']}" in advice(plans)
 
 
 def test_nothing_fits() -> None:
@@ -113,7 +113,7 @@ class Mine:
         return load_strategy("naive").backward(cut, heads, targets, weights)
 
 
-def test_strategies_from_elsewhere(found: Plan) -> None:
+def test_strategies_from_elsewhere(plans: Plan) -> None:
     strategies = {"x:ReadsBack": ReadsBack(), "x:Mine": Mine(), "x:Raises": Raises()}
     asked: list[str] = []
     own = plan(Prober(PROFILE, GPU, strategies, asked.append), BASE, LIMIT)
@@ -121,7 +121,7 @@ def test_strategies_from_elsewhere(found: Plan) -> None:
     assert own.left_out.reasons["x:Raises"].startswith("ValueError: not today (")
     assert own.left_out.failed == ["x:Raises"]  # what cannot be predicted is no failure
     assert "it needs real data or a GPU kernel" in own.left_out.reasons["x:ReadsBack"]
-    assert [a.figures for a in own.answers] == [a.figures for a in found.answers if a.strategy == "naive"]
+    assert [a.figures for a in own.answers] == [a.figures for a in plans.answers if a.strategy == "naive"]
     assert len(asked) == len(set(asked))  # each step is simulated once
 
 

@@ -57,8 +57,8 @@ def predicted(
         assert main(["predict", *args]) == 0
         (record,) = json.loads(capsys.readouterr().out)["records"]
         assert record["status"] == "ok", record["error"]
-        found: dict[str, int] = record
-        return found
+        facts: dict[str, int] = record
+        return facts
 
     return predict
 

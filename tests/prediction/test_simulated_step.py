@@ -37,9 +37,9 @@ def test_predicted_equals_tracked(spec: str, n: int, dtype: str) -> None:
     workload = Workload(batch=2, sequence=64, dtype=dtype)  # type: ignore[arg-type]
     fake = simulate(config, workload, load_strategy(spec), cuda=False)
     assert fake.baseline == real.baseline
-    found, expected = fake.peak(), real.peak()
-    assert (found.nbytes, found.phase, found.op) == (expected.nbytes, expected.phase, expected.op)
-    assert found.by_category == expected.by_category
+    simulated, expected = fake.peak(), real.peak()
+    assert (simulated.nbytes, simulated.phase, simulated.op) == (expected.nbytes, expected.phase, expected.op)
+    assert simulated.by_category == expected.by_category
     assert fake.phase_peaks() == real.phase_peaks()
 
 
@@ -54,12 +54,12 @@ def test_predicted_equals_tracked_for_every_kind(spec: str, kind: str, unembeddi
     real = track(step)
     fake = simulate(config, Workload(batch=2, sequence=64), load_strategy(spec), cuda=False)
     assert fake.baseline == real.baseline
-    found, expected = fake.peak(), real.peak()
-    assert (found.nbytes, found.phase, found.op) == (expected.nbytes, expected.phase, expected.op)
-    assert found.by_category == expected.by_category
+    simulated, expected = fake.peak(), real.peak()
+    assert (simulated.nbytes, simulated.phase, simulated.op) == (expected.nbytes, expected.phase, expected.op)
+    assert simulated.by_category == expected.by_category
     assert fake.phase_peaks() == real.phase_peaks()
     # Log-softmaxes of all live heads and two gradients (N, V), whatever the heads are.
-    assert found.by_category["logits"] == (3 + 2 if spec == "naive" else 3) * 2 * 64 * 4099 * 4
+    assert simulated.by_category["logits"] == (3 + 2 if spec == "naive" else 3) * 2 * 64 * 4099 * 4
 
 
 def test_naive_holds_the_logits_that_can_be_counted_by_hand() -> None:
@@ -116,8 +116,8 @@ def test_a_kernel_that_decides_by_the_device_is_predicted_for_this_one_only() ->
     model, batch = build(config)
     step = TrainingStep(model, make_optimizer(model), batch, load_strategy("native"))
     step()
-    here = simulate(config, workload, load_strategy("native"), cuda=False).peak()
-    assert here.nbytes == track(step).peak().nbytes
+    local = simulate(config, workload, load_strategy("native"), cuda=False).peak()
+    assert local.nbytes == track(step).peak().nbytes
 
 
 def test_never_touches_the_device_cuda(tmp_path: Path) -> None:
@@ -141,14 +141,14 @@ with Watch():
     simulate(config, Workload(batch=1, sequence=16, dtype="bf16"), load_strategy("naive"), gpu=load_gpu("h200"))
 print("alive")
 """
-    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert found.stdout == "alive\n", found.stderr
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "alive\n", done.stderr
 
 
 def test_every_gpu_says_where_its_figures_come_from() -> None:
     for name, gpu in load_gpus().items():
         assert gpu.source, name
-        assert 14 * 2**30 < gpu.total_bytes < 200 * 2**30
+        assert 14 * 2**30 < gpu.total_bytes < 300 * 2**30
         assert workspaces(gpu).nbytes % 512 == 0
 
 

@@ -77,10 +77,10 @@ def small(png: Path, to: Path) -> Path:
 def test_the_picture_is_the_baseline(name: str, tmp_path: Path) -> None:
     png, svg, table = DRAWN[name](tmp_path)
     assert [p.suffix for p in (png, svg, table)] == [".png", ".svg", ".csv"]
-    baseline, found = BASELINES / f"{name}.png", small(png, tmp_path / "small.png")
+    baseline, picture = BASELINES / f"{name}.png", small(png, tmp_path / "small.png")
     if os.environ.get("MTP_MEM_BASELINES") == "write":
-        baseline.write_bytes(found.read_bytes())
-    assert compare_images(str(baseline), str(found), TOLERANCE) is None
+        baseline.write_bytes(picture.read_bytes())
+    assert compare_images(str(baseline), str(picture), TOLERANCE) is None
 
 
 def test_a_changed_line_is_seen(tmp_path: Path) -> None:
@@ -91,8 +91,8 @@ def test_a_changed_line_is_seen(tmp_path: Path) -> None:
         else r
         for r in records()
     ]
-    found = small(charts.memory_vs_n(changed, tmp_path)[0], tmp_path / "small.png")
-    assert "RMS" in (compare_images(str(BASELINES / "memory.png"), str(found), TOLERANCE) or "")
+    picture = small(charts.memory_vs_n(changed, tmp_path)[0], tmp_path / "small.png")
+    assert "RMS" in (compare_images(str(BASELINES / "memory.png"), str(picture), TOLERANCE) or "")
 
 
 @pytest.mark.parametrize("name", ["memory-oom", "tradeoff", "composition"])
@@ -135,9 +135,9 @@ def test_chunk_sizes_of_a_spec() -> None:
 
 
 def test_no_two_strategies_look_alike() -> None:
-    found = charts.styles([*BUILTIN, "one:A", "two:B", "three:C"])
-    assert len({(colour, marker) for colour, marker, _ in found.values()}) == len(found)
-    assert charts.styles(["one:A", "naive"])["naive"] == found["naive"]
+    looks = charts.styles([*BUILTIN, "one:A", "two:B", "three:C"])
+    assert len({(colour, marker) for colour, marker, _ in looks.values()}) == len(looks)
+    assert charts.styles(["one:A", "naive"])["naive"] == looks["naive"]
 
 
 def test_the_paper_is_shown_only_for_its_shapes() -> None:

@@ -36,9 +36,9 @@ BENCH: dict[str, Any] = {
 
 
 def bench(path: Path, **changes: Any) -> Path:
-    found = copy.deepcopy(BENCH)
-    found["benchmarks"][1]["extra_info"] |= changes
-    path.write_text(json.dumps(found))
+    changed = copy.deepcopy(BENCH)
+    changed["benchmarks"][1]["extra_info"] |= changes
+    path.write_text(json.dumps(changed))
     return path
 
 
@@ -95,9 +95,9 @@ def test_a_gradient_that_is_wrong_now(tmp_path: Path, capsys: pytest.CaptureFixt
     old = results(tmp_path / "old.jsonl", record("naive"), record("sequential"))
     new = results(tmp_path / "new.jsonl", record("naive"), record("sequential", gradient="differs"))
     assert main(["regressions", str(old), str(new), "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
-    assert [(c["kind"], c["worse"]) for c in found["changes"]] == [("gradient", True)]
-    assert found["changes"][0]["case"].startswith("sequential n=")
+    document = json.loads(capsys.readouterr().out)
+    assert [(c["kind"], c["worse"]) for c in document["changes"]] == [("gradient", True)]
+    assert document["changes"][0]["case"].startswith("sequential n=")
 
 
 def test_other_machines_and_other_cases_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

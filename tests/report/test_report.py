@@ -71,9 +71,9 @@ class Page(HTMLParser):
         self.text += data
 
 
-def write(path: Path, found: list[Record]) -> Path:
+def write(path: Path, content: list[Record]) -> Path:
     path.mkdir(parents=True, exist_ok=True)
-    (path / "results.jsonl").write_text("".join(json.dumps(r.to_json()) + "\n" for r in found))
+    (path / "results.jsonl").write_text("".join(json.dumps(r.to_json()) + "\n" for r in content))
     return path
 
 
@@ -204,10 +204,10 @@ def test_a_damaged_line_is_named_on_the_page(tmp_path: Path, capsys: pytest.Capt
 
 def test_the_command_to_run_again() -> None:
     quick = load_profile("quick")
-    made = [record(s, n) for n in quick.sweep.n for s in quick.sweep.strategies]
-    text = command([_as("CPython's pydoc_data.topics", r) for r in made])
+    sweep = [record(s, n) for n in quick.sweep.n for s in quick.sweep.strategies]
+    text = command([_as("CPython's pydoc_data.topics", r) for r in sweep])
     assert text == "# mtp_mem 0.1.0, commit 1234567, torch 2.13.0\nmtp-mem compare --profile quick --device cpu"
-    assert command([_as("CPython's pydoc_data.topics", made[len(quick.sweep.strategies)])]).endswith(
+    assert command([_as("CPython's pydoc_data.topics", sweep[len(quick.sweep.strategies)])]).endswith(
         "--profile quick --n 2 --strategies naive --device cpu"
     )
     other = command([record("chunked_vocab:chunk=3", 2, model={**MODEL, "dim": 32, "n_future": 2})])
@@ -216,12 +216,12 @@ def test_the_command_to_run_again() -> None:
     assert "# add --text FILE: a text" in other
     assert "'a b;c'" in command([record("a b;c")])
     training = Training(sharding="fsdp2", world=4).facts("fp32")
-    sharded = [dataclasses.replace(_as("CPython's pydoc_data.topics", r), training=training) for r in made]
+    sharded = [dataclasses.replace(_as("CPython's pydoc_data.topics", r), training=training) for r in sweep]
     assert command(sharded).endswith("--profile quick --sharding fsdp2 --device cpu --nproc 4")
 
 
-def _as(source: str, found: Record) -> Record:
-    return record(found.strategy, found.n, workload={**WORKLOAD, "source": source})
+def _as(source: str, like: Record) -> Record:
+    return record(like.strategy, like.n, workload={**WORKLOAD, "source": source})
 
 
 def test_a_timeline_is_read_back_as_it_was_drawn() -> None:

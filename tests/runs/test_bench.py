@@ -71,32 +71,32 @@ class Tired:
 
 
 def test_a_strategy_that_fails_while_timed_is_out_and_the_others_go_on() -> None:
-    told: list[str] = []
-    found = bench().time({"naive": load_strategy("naive"), "tired": Tired(1)}, told.append)
-    naive = found["naive"]
+    messages: list[str] = []
+    times = bench().time({"naive": load_strategy("naive"), "tired": Tired(1)}, messages.append)
+    naive = times["naive"]
     assert isinstance(naive, list)
     assert len(naive) == 3
-    assert isinstance(found["tired"], torch.OutOfMemoryError)
-    assert told == ["naive", "tired", "tired", "naive", "naive", "tired"]
+    assert isinstance(times["tired"], torch.OutOfMemoryError)
+    assert messages == ["naive", "tired", "tired", "naive", "naive", "tired"]
 
 
 def test_what_a_failed_step_had_made_is_gone_when_the_next_one_runs() -> None:
-    made: list[weakref.ref[torch.Tensor]] = []
+    created: list[weakref.ref[torch.Tensor]] = []
     alive: list[bool] = []
 
     class Full:
         def backward(self, cut: torch.Tensor, *_: Any) -> torch.Tensor:
             logits = torch.zeros_like(cut)
-            made.append(weakref.ref(logits))
+            created.append(weakref.ref(logits))
             raise torch.OutOfMemoryError("no room")
 
     class Looks:
         def backward(self, *args: Any) -> torch.Tensor:
-            alive.extend(found() is not None for found in made)
+            alive.extend(times() is not None for times in created)
             return load_strategy("sequential").backward(*args)
 
-    found = bench().time({"full": Full(), "looks": Looks()}, lambda _: None)
-    assert isinstance(found["full"], torch.OutOfMemoryError)
+    times = bench().time({"full": Full(), "looks": Looks()}, lambda _: None)
+    assert isinstance(times["full"], torch.OutOfMemoryError)
     assert alive == [False, False, False]
 
 
@@ -273,11 +273,11 @@ def test_the_allocator_s_figures(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda: answers.pop(0))
     monkeypatch.setattr(cuda, "process_bytes", lambda: 5000)
-    found = cuda.measure(step)
+    measured = cuda.measure(step)
     assert answers == []
-    assert (found.baseline, found.requested, found.allocated, found.reserved) == (100, 900, 1010, 2000)
-    assert (found.spread, found.retries, found.nvml_process) == (10, 1, 5000)
-    assert found.unnamed == 100  # nothing of the model lies on a device here
+    assert (measured.baseline, measured.requested, measured.allocated, measured.reserved) == (100, 900, 1010, 2000)
+    assert (measured.spread, measured.retries, measured.nvml_process) == (10, 1, 5000)
+    assert measured.unnamed == 100  # nothing of the model lies on a device here
 
 
 @pytest.mark.parametrize("named", ["GPU-1234", "MIG-1234", None])
@@ -297,7 +297,7 @@ def test_the_driver_s_handle_is_found_by_uuid(monkeypatch: pytest.MonkeyPatch, n
         monkeypatch.setattr(pynvml, name, nothing)
     monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "580.1")
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", handle)
-    found = device_facts()
-    assert found["driver"] == "580.1"
-    assert ("mig_slice" in found) == (named is not None)
+    facts = device_facts()
+    assert facts["driver"] == "580.1"
+    assert ("mig_slice" in facts) == (named is not None)
     assert process_bytes() is None

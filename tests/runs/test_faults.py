@@ -153,8 +153,8 @@ def test_two_runs_into_one_folder(tmp_path: Path) -> None:
     assert {(row["strategy"], row["n"]) for row in rows} == {
         (s, n) for s in ("naive", "sequential", "chunked_vocab") for n in (1, 2)
     }
-    told = [error.read_text().count("another run writes to out now") for error in errors]
-    assert sorted(told) == [0, 1]
+    messages = [error.read_text().count("another run writes to out now") for error in errors]
+    assert sorted(messages) == [0, 1]
 
 
 def test_losses_that_are_no_numbers(tmp_path: Path) -> None:

@@ -31,35 +31,35 @@ PROFILE = Profile(
 
 def test_the_same_bytes_as_in_this_process() -> None:
     config = PROFILE.model.with_n(2)
-    here = Bench(PROFILE, config, load_corpus(PROFILE.workload, 300), torch.device("cpu"))
-    expected = here.measure(load_strategy("sequential"))
-    found = measure(PROFILE, 2, "sequential", "cpu")
-    assert found.pop("host_rss_bytes") > 0
+    local = Bench(PROFILE, config, load_corpus(PROFILE.workload, 300), torch.device("cpu"))
+    expected = local.measure(load_strategy("sequential"))
+    measured = measure(PROFILE, 2, "sequential", "cpu")
+    assert measured.pop("host_rss_bytes") > 0
     expected.pop("host_rss_bytes")
-    assert found == expected
+    assert measured == expected
 
 
 def test_the_floor() -> None:
-    found = measure(PROFILE, 2, "", "cpu")
-    assert found["status"] == "ok"
-    assert "logits" not in found["bytes_at_peak"]
+    measured = measure(PROFILE, 2, "", "cpu")
+    assert measured["status"] == "ok"
+    assert "logits" not in measured["bytes_at_peak"]
 
 
 def test_a_strategy_that_raises() -> None:
-    found = measure(PROFILE, 2, "no_such_module_here:Nothing", "cpu")
-    assert found["status"] == "error"
-    assert "no module 'no_such_module_here'" in found["error"]
+    measured = measure(PROFILE, 2, "no_such_module_here:Nothing", "cpu")
+    assert measured["status"] == "error"
+    assert "no module 'no_such_module_here'" in measured["error"]
 
 
 def test_a_child_that_hangs_is_killed() -> None:
-    found = measure(PROFILE, 2, "sequential", "cpu", timeout_s=0.2)
-    assert found == {"status": "error", "error": "no answer within 0.2 s; the process was killed"}
+    measured = measure(PROFILE, 2, "sequential", "cpu", timeout_s=0.2)
+    assert measured == {"status": "error", "error": "no answer within 0.2 s; the process was killed"}
 
 
 def test_a_child_that_dies() -> None:
-    found = measure(PROFILE, 2, "sequential", "cpu", environment={"PYTHONPATH": "", "PYTHONHOME": "/nowhere"})
-    assert found["status"] == "error"
-    assert found["error"].startswith("the process ended with exit code 1: ")
+    measured = measure(PROFILE, 2, "sequential", "cpu", environment={"PYTHONPATH": "", "PYTHONHOME": "/nowhere"})
+    assert measured["status"] == "error"
+    assert measured["error"].startswith("the process ended with exit code 1: ")
 
 
 TALKS = """

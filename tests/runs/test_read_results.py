@@ -29,8 +29,8 @@ def test_damaged_lines_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
     whole = line()
     results = write(tmp_path / "results.jsonl", line(schema=2), whole, "[1]", "", whole[:80])
     notes: list[str] = []
-    found = read([results], notes)
-    assert [(one.path, one.line) for one in found] == [(results, 2)]
+    located = read([results], notes)
+    assert [(one.path, one.line) for one in located] == [(results, 2)]
     assert notes == [
         f"{results}:1: skipped: schema 2; this version reads schema 1; update mtp_mem",
         f"{results}:3: skipped: not a JSON object",
@@ -70,8 +70,8 @@ def test_a_field_of_the_wrong_kind_is_named(tmp_path: Path, changes: dict[str, A
 def test_sound_records_pass() -> None:
     recorded = Path(__file__).parents[2] / "profiles" / "recorded"
     notes: list[str] = []
-    found = read([recorded], notes)
-    assert len(found) >= 32
+    located = read([recorded], notes)
+    assert len(located) >= 32
     assert not [note for note in notes if "skipped" in note]
     differing = record(gradient="differs", gradient_error=float("inf"))
     assert Record.from_json(json.loads(json.dumps(differing.to_json()))) == differing
@@ -133,10 +133,10 @@ def test_machines_models_and_predictions_stand_apart(tmp_path: Path) -> None:
         line(case="again", step_ms=7.0),
     )
     notes: list[str] = []
-    found = groups(read([results], notes), notes)
-    assert [len(group) for group in found] == [16, 1, 1]
-    assert [machine(group[0]) for group in found] == ["A CPU", "NVIDIA H200", "A CPU"]
-    assert next(r.step_ms for r in found[0] if (r.strategy, r.n) == ("naive", 1)) == 7.0
+    grouped = groups(read([results], notes), notes)
+    assert [len(group) for group in grouped] == [16, 1, 1]
+    assert [machine(group[0]) for group in grouped] == ["A CPU", "NVIDIA H200", "A CPU"]
+    assert next(r.step_ms for r in grouped[0] if (r.strategy, r.n) == ("naive", 1)) == 7.0
     assert notes == [
         f"{results}:1: replaced by {results}:19: naive at n = 1",
         f"{results}: records of 2 machines, shown apart: A CPU from line 1; NVIDIA H200 from line 17",

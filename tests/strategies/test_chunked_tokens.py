@@ -66,9 +66,9 @@ def test_blocks_of_low_precision_change_nothing(
     expected = gradients(model, lambda: forward_backward(model, batch, strategy))
     monkeypatch.setattr(chunked_tokens, "SOFTMAX_BLOCK", softmax_rows * 517 * 4)
     monkeypatch.setattr(chunked_tokens, "WIDE_ROWS", wide_rows)
-    found = gradients(model, lambda: forward_backward(model, batch, strategy))
+    computed = gradients(model, lambda: forward_backward(model, batch, strategy))
     for name, right in expected.items():
-        torch.testing.assert_close(found[name], right)
+        torch.testing.assert_close(computed[name], right)
 
 
 def test_blocks_are_worth_a_kernel_and_small_beside_the_logits() -> None:
@@ -123,9 +123,9 @@ def test_log_softmax_may_overwrite_its_input(dtype: torch.dtype) -> None:
 def test_any_chunk_gives_the_same_gradient(chunk: int) -> None:
     model, batch = build(tiny(n_future=3), "fp64")  # N = 48
     expected = gradients(model, lambda: forward_backward(model, batch, load_strategy("naive")))
-    found = gradients(model, lambda: forward_backward(model, batch, load_strategy(f"chunked_tokens:chunk={chunk}")))
+    computed = gradients(model, lambda: forward_backward(model, batch, load_strategy(f"chunked_tokens:chunk={chunk}")))
     for name, right in expected.items():
-        torch.testing.assert_close(found[name], right, rtol=1e-11, atol=1e-14)
+        torch.testing.assert_close(computed[name], right, rtol=1e-11, atol=1e-14)
 
 
 def test_bf16_sums_are_closer_to_the_truth_than_naive_s() -> None:
@@ -136,8 +136,8 @@ def test_bf16_sums_are_closer_to_the_truth_than_naive_s() -> None:
     right = gradients(exact, lambda: forward_backward(exact, batch, load_strategy("naive")))[name]
     errors = {}
     for spec in ("naive", "chunked_tokens:chunk=32"):
-        found = gradients(model, lambda spec=spec: forward_backward(model, batch, load_strategy(spec)))[name]  # type: ignore[misc]
-        errors[spec] = ((found.double() - right).norm() / right.norm()).item()  # type: ignore[union-attr]
+        computed = gradients(model, lambda spec=spec: forward_backward(model, batch, load_strategy(spec)))[name]  # type: ignore[misc]
+        errors[spec] = ((computed.double() - right).norm() / right.norm()).item()  # type: ignore[union-attr]
     assert errors["chunked_tokens:chunk=32"] < errors["naive"]
 
 
@@ -195,7 +195,7 @@ def test_bad_options(spec: str, words: str) -> None:
 
 def test_a_norm_that_hands_its_input_on_is_not_overwritten() -> None:
     phase = HeadPhase(HeadShape(N=24, D=16, V=101, n=3, dtype=torch.float64))
-    found = {}
+    results = {}
     for spec in ("naive", "chunked_tokens:chunk=7"):
         phase.clear()
         heads = dataclasses.replace(phase.heads(), norm=torch.nn.Identity())
@@ -203,9 +203,9 @@ def test_a_norm_that_hands_its_input_on_is_not_overwritten() -> None:
         losses = load_strategy(spec).backward(phase.cut, heads, phase.targets, phase.weights)
         assert torch.equal(phase.cut, before)
         assert phase.cut.grad is not None
-        found[spec] = (losses, phase.cut.grad)
-    for mine, theirs in zip(*found.values(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+        results[spec] = (losses, phase.cut.grad)
+    for one, theirs in zip(*results.values(), strict=True):
+        torch.testing.assert_close(one, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_heads_that_read_heads_share_one_sum_of_the_unembedding() -> None:

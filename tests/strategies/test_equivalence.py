@@ -29,8 +29,8 @@ def relative(a: Any, b: Any) -> float:
 def test_bit_identical_to_naive(spec: str, dtype: str, n: int, unembedding: str) -> None:
     model, batch = build(tiny(n_future=n, unembedding=unembedding), dtype)
     expected = gradients(model, lambda: forward_backward(model, batch, NAIVE))
-    found = gradients(model, lambda: forward_backward(model, batch, load_strategy(spec)))
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    computed = gradients(model, lambda: forward_backward(model, batch, load_strategy(spec)))
+    assert [name for name in expected if not torch.equal(computed[name], expected[name])] == []
 
 
 @pytest.mark.parametrize("n", [1, 3, 8])
@@ -42,8 +42,8 @@ def test_every_kind_is_bit_identical_to_naive(kind: str, unembedding: str, dtype
     expected = gradients(model, lambda: forward_backward(model, batch, NAIVE))
     assert all(g is not None and torch.count_nonzero(g) for g in expected.values())
     for spec in ("sequential", "checkpointed"):
-        found = gradients(model, lambda spec=spec: forward_backward(model, batch, load_strategy(spec)))
-        assert [name for name in expected if not torch.equal(found[name], expected[name])] == [], spec
+        computed = gradients(model, lambda spec=spec: forward_backward(model, batch, load_strategy(spec)))
+        assert [name for name in expected if not torch.equal(computed[name], expected[name])] == [], spec
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -59,11 +59,11 @@ def test_a_tree_with_branches_is_bit_identical_to_naive(spec: str, dtype: str) -
 
     def run(strategy: Strategy) -> dict[str, torch.Tensor | None]:
         cut.grad = None
-        found = gradients(model, lambda: strategy.backward(cut, heads, batch.targets, weights))
-        return {**found, "cut": cut.grad}
+        computed = gradients(model, lambda: strategy.backward(cut, heads, batch.targets, weights))
+        return {**computed, "cut": cut.grad}
 
-    expected, found = run(NAIVE), run(load_strategy(spec))
-    assert [name for name in expected if relative(found[name], expected[name]) > 0] == []
+    expected, computed = run(NAIVE), run(load_strategy(spec))
+    assert [name for name in expected if relative(computed[name], expected[name]) > 0] == []
 
 
 @pytest.mark.parametrize("unembedding", UNEMBEDDINGS)
@@ -72,8 +72,8 @@ def test_every_kind_within_rounding_of_naive(kind: str, unembedding: str) -> Non
     model, batch = build(small_kind(kind, 4, unembedding=unembedding), "fp64", sequence=12)
     expected = gradients(model, lambda: forward_backward(model, batch, NAIVE))
     for spec in ("chunked_vocab:chunk=20", "checkpointed"):
-        found = gradients(model, lambda spec=spec: forward_backward(model, batch, load_strategy(spec)))
-        assert max(relative(found[name], expected[name]) for name in expected) <= 1e-12, spec
+        computed = gradients(model, lambda spec=spec: forward_backward(model, batch, load_strategy(spec)))
+        assert max(relative(computed[name], expected[name]) for name in expected) <= 1e-12, spec
 
 
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16", "bf16-mixed"])
@@ -82,8 +82,8 @@ def test_every_kind_within_rounding_of_naive(kind: str, unembedding: str) -> Non
 def test_the_cut_is_free_for_every_kind(kind: str, unembedding: str, dtype: str) -> None:
     model, batch = build(small_kind(kind, 3, unembedding=unembedding), dtype, sequence=12)
     expected = gradients(model, lambda: plain_joint(model, batch))
-    found = gradients(model, lambda: forward_backward(model, batch, NAIVE))
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    computed = gradients(model, lambda: forward_backward(model, batch, NAIVE))
+    assert [name for name in expected if not torch.equal(computed[name], expected[name])] == []
 
 
 @pytest.mark.parametrize("n", [1, 8])
@@ -91,8 +91,8 @@ def test_the_cut_is_free_for_every_kind(kind: str, unembedding: str, dtype: str)
 def test_the_cut_is_free(dtype: str, n: int) -> None:
     model, batch = build(tiny(n_future=n), dtype)
     expected = gradients(model, lambda: plain_joint(model, batch))
-    found = gradients(model, lambda: forward_backward(model, batch, NAIVE))
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    computed = gradients(model, lambda: forward_backward(model, batch, NAIVE))
+    assert [name for name in expected if not torch.equal(computed[name], expected[name])] == []
 
 
 @pytest.mark.parametrize("n", [1, 4])
@@ -101,8 +101,8 @@ def test_the_cut_is_free(dtype: str, n: int) -> None:
 def test_within_the_bound_of_the_dtype(spec: str, dtype: str, bound: float, n: int) -> None:
     model, batch = build(tiny(n_future=n), dtype)
     expected = gradients(model, lambda: forward_backward(model, batch, NAIVE))
-    found = gradients(model, lambda: forward_backward(model, batch, load_strategy(spec)))
-    assert max(relative(found[name], expected[name]) for name in expected) <= bound
+    computed = gradients(model, lambda: forward_backward(model, batch, load_strategy(spec)))
+    assert max(relative(computed[name], expected[name]) for name in expected) <= bound
 
 
 @pytest.mark.parametrize("spec", [*loadable(), *INEXACT])
@@ -130,13 +130,13 @@ def test_weights_scale_masks_and_losses(spec: str) -> None:
         nonlocal losses
         losses = forward_backward(model, batch, load_strategy(spec), weights, scale)
 
-    found = gradients(model, run)
-    assert max(relative(found[name], expected[name]) for name in expected) <= 1e-12
+    computed = gradients(model, run)
+    assert max(relative(computed[name], expected[name]) for name in expected) <= 1e-12
     assert losses.dtype == torch.float64
     assert losses.shape == (3,)
     assert losses[1] == 0
     assert not losses.requires_grad
-    assert all(torch.count_nonzero(g) == 0 for name, g in found.items() if name.startswith("head_layers.1."))
+    assert all(torch.count_nonzero(g) == 0 for name, g in computed.items() if name.startswith("head_layers.1."))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,8 +150,8 @@ def test_accumulates_and_leaves_the_frozen_alone(spec: str, kind: str) -> None:
         forward_backward(model, batch, strategy)
         forward_backward(model, batch, strategy)
 
-    found = gradients(model, twice)
-    assert max(relative(found[name], 2 * once[name]) for name in once) <= 1e-12  # type: ignore[operator]
+    computed = gradients(model, twice)
+    assert max(relative(computed[name], 2 * once[name]) for name in once) <= 1e-12  # type: ignore[operator]
     below = list(model.embedding.parameters()) + list(model.trunk_layers.parameters())
     frozen = [
         below,
@@ -166,10 +166,10 @@ def test_accumulates_and_leaves_the_frozen_alone(spec: str, kind: str) -> None:
         for parameter in parameters:
             parameter.requires_grad_(False)
         names = {name for name, p in model.named_parameters() if not p.requires_grad}
-        found = gradients(model, lambda: forward_backward(model, batch, strategy))
+        computed = gradients(model, lambda: forward_backward(model, batch, strategy))
         for name in once:
-            assert (found[name] is None) == (name in names), name
-            assert name in names or relative(found[name], once[name]) <= 1e-12
+            assert (computed[name] is None) == (name in names), name
+            assert name in names or relative(computed[name], once[name]) <= 1e-12
         for parameter in model.parameters():
             parameter.requires_grad_(True)
 

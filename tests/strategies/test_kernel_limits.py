@@ -50,13 +50,13 @@ class Hidden(InEights):
 
 def test_a_strategy_is_verified_within_its_limits() -> None:
     some = [scenario for scenario in SCENARIOS if not scenario.options.used][::9]
-    found = verify([InEights(), "sequential"], scenarios=some)
-    assert [check.explain() for check in found.failures] == []
-    own = [(check.scenario, check.dtype) for check in found.of("InEights")]
+    verification = verify([InEights(), "sequential"], scenarios=some)
+    assert [check.explain() for check in verification.failures] == []
+    own = [(check.scenario, check.dtype) for check in verification.of("InEights")]
     behaviour = [("6 optimizer steps", "bf16"), ("protocol", "bf16")]
     assert own == behaviour + [(s.name, d) for s in some for d in s.dtypes if d.startswith("bf16")]
-    assert len(found.of("sequential")) == 2 + sum(len(s.dtypes) for s in some)
-    assert found.remarks == (
+    assert len(verification.of("sequential")) == 2 + sum(len(s.dtypes) for s in some)
+    assert verification.remarks == (
         "InEights: not in fp64, fp32, fp16: its kernel computes in bfloat16",
         "InEights: sizes are raised to multiples of 8",
         "InEights waits for the device: it looks at its targets",
@@ -64,8 +64,8 @@ def test_a_strategy_is_verified_within_its_limits() -> None:
 
 
 def test_waiting_that_is_not_said_breaks_the_contract() -> None:
-    found = verify([Hidden()], dtypes=["bf16"], scenarios=SCENARIOS[:1])
-    assert [check.explain() for check in found.failures] == [
+    verification = verify([Hidden()], dtypes=["bf16"], scenarios=SCENARIOS[:1])
+    assert [check.explain() for check in verification.failures] == [
         "Hidden: protocol, bf16: synchronises with the device (aten._local_scalar_dense.default)"
     ]
 
@@ -118,13 +118,13 @@ def test_what_the_libraries_take() -> None:
 
 def test_the_commands_say_it(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(Path(__file__).read_text())
-    found = mtp_mem(tmp_path, "compare", "--strategies", "naive,mine:InEights", "--n", "1")
-    assert found.returncode == 2
-    assert "strategy 'mine:InEights' computes in bfloat16, not in float32" in found.stderr
-    found = mtp_mem(tmp_path, "verify", "--strategies", "mine:InEights", "--profile", "quick")
-    assert found.returncode == 2
-    assert "strategy 'mine:InEights' computes in bfloat16, not in float32" in found.stderr
-    found = mtp_mem(tmp_path, "verify", "--strategies", "mine:InEights", "--dtype", "bf16-mixed")
-    assert found.returncode == 0, found.stderr
-    assert "mine:InEights waits for the device: it looks at its targets" in found.stdout
-    assert "mine:InEights: sizes are raised to multiples of 8" in found.stdout
+    done = mtp_mem(tmp_path, "compare", "--strategies", "naive,mine:InEights", "--n", "1")
+    assert done.returncode == 2
+    assert "strategy 'mine:InEights' computes in bfloat16, not in float32" in done.stderr
+    done = mtp_mem(tmp_path, "verify", "--strategies", "mine:InEights", "--profile", "quick")
+    assert done.returncode == 2
+    assert "strategy 'mine:InEights' computes in bfloat16, not in float32" in done.stderr
+    done = mtp_mem(tmp_path, "verify", "--strategies", "mine:InEights", "--dtype", "bf16-mixed")
+    assert done.returncode == 0, done.stderr
+    assert "mine:InEights waits for the device: it looks at its targets" in done.stdout
+    assert "mine:InEights: sizes are raised to multiples of 8" in done.stdout

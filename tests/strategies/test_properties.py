@@ -125,8 +125,8 @@ class Step:
         losses = forward_backward(self.model, self.batch, strategy, self.case.weights, self.case.scale)
         return losses, {name: p.grad for name, p in self.model.named_parameters()}
 
-    def off(self, found: Tensor, right: Tensor) -> bool:
-        return not float((found - right).norm()) <= BOUND * float(right.norm()) + self.floor
+    def off(self, gradient: Tensor, right: Tensor) -> bool:
+        return not float((gradient - right).norm()) <= BOUND * float(right.norm()) + self.floor
 
     def _fill(self) -> None:
         for name, parameter in self.model.named_parameters():
@@ -159,11 +159,11 @@ def in_chunks(spec: str, chunk: int) -> Strategy:
 @given(case=cases())
 def test_the_gradients_of_plain_autograd(spec: str, case: Case) -> None:
     step = Step(case)
-    losses, found = step.run(in_chunks(spec, case.chunks[0]))
+    losses, gradients = step.run(in_chunks(spec, case.chunks[0]))
     torch.testing.assert_close(losses, step.losses, rtol=BOUND, atol=BOUND)
     wrong = []
     for name, right in step.right.items():
-        gradient, before = found[name], step.before[name]
+        gradient, before = gradients[name], step.before[name]
         if name in step.frozen:
             untouched = gradient is None if before is None else gradient is not None and torch.equal(gradient, before)
             wrong += [] if untouched else [f"{name} is frozen and changed"]

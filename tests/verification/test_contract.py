@@ -318,8 +318,8 @@ def test_integer_options_are_varied_whatever_they_are_called() -> None:
 
 def test_a_gradient_for_a_cut_that_needs_none() -> None:
     frozen = [scenario for scenario in SCENARIOS if scenario.name == "frozen trunk"]
-    found = verify([Changed("frozen cut")], dtypes=["fp32"], scenarios=frozen)
-    assert "fills cut.grad of a cut that requires none" in [check.broken for check in found.failures]
+    verification = verify([Changed("frozen cut")], dtypes=["fp32"], scenarios=frozen)
+    assert "fills cut.grad of a cut that requires none" in [check.broken for check in verification.failures]
 
 
 def test_check_strategy_says_what_is_wrong() -> None:

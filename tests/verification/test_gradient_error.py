@@ -14,14 +14,14 @@ def test_the_error_is_frobenius_relative_in_any_number_of_blocks(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     right = [torch.randn(5, 7).to(dtype), torch.randn(3).to(dtype)]
-    mine = [t + 0.25 * torch.randn_like(t) for t in right]
-    before = [t.clone() for t in (*right, *mine)]
-    apart = math.sqrt(sum((a.double() - b.double()).square().sum().item() for a, b in zip(mine, right, strict=True)))
+    own = [t + 0.25 * torch.randn_like(t) for t in right]
+    before = [t.clone() for t in (*right, *own)]
+    apart = math.sqrt(sum((a.double() - b.double()).square().sum().item() for a, b in zip(own, right, strict=True)))
     whole = apart / math.sqrt(sum(b.double().square().sum().item() for b in right))
-    assert relative_error([*mine], [*right]) == pytest.approx(whole)
+    assert relative_error([*own], [*right]) == pytest.approx(whole)
     monkeypatch.setattr(gradient_error, "BLOCK", 4)
-    assert relative_error([*mine], [*right]) == pytest.approx(whole)
-    assert all(torch.equal(a, b) for a, b in zip((*right, *mine), before, strict=True))
+    assert relative_error([*own], [*right]) == pytest.approx(whole)
+    assert all(torch.equal(a, b) for a, b in zip((*right, *own), before, strict=True))
 
 
 def test_what_has_no_error() -> None:

@@ -44,24 +44,26 @@ def test_one_thread_sums_otherwise_and_is_right() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found = verify(loadable(), dtypes=["fp32"], scenarios=[s for s in SCENARIOS if s.name in ("n = 1", "n = 8")])
+        verification = verify(
+            loadable(), dtypes=["fp32"], scenarios=[s for s in SCENARIOS if s.name in ("n = 1", "n = 8")]
+        )
     finally:
         torch.set_num_threads(threads)
-    assert [check.explain() for check in found.failures] == []
+    assert [check.explain() for check in verification.failures] == []
 
 
 def test_the_oracle_is_right_about_a_gradient_that_can_be_written_down() -> None:
     # One head, one position with a target: d loss / d logits = softmax - onehot, so dW = (softmax - onehot) h^T.
     problem = build(Scenario(name="by hand", n=1, batch=1, sequence=2, scale=3.0), "fp64", torch.device("cpu"))
     model, batch = problem.model, problem.batches[0]
-    found = oracle(problem)
+    outcome = oracle(problem)
     with torch.no_grad():
         z, turn = model.trunk(batch.tokens), model.rotation(batch.tokens)
         hidden = model.norm(model.head_layers[0](z, turn))[0, 0]  # (D,)
         shares = (model.unembedding.weight @ hidden).softmax(0)  # type: ignore[union-attr, operator]
         shares[batch.targets[0, 0, 0]] -= 1
         expected = 3 * shares[:, None] * hidden
-    torch.testing.assert_close(found.gradients["unembedding.weight"], expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(outcome.gradients["unembedding.weight"], expected, rtol=1e-12, atol=1e-15)
 
 
 def test_the_same_dropout_in_every_dtype() -> None:
@@ -94,14 +96,14 @@ def test_the_command(tmp_path: Path) -> None:
 
 def test_a_wrong_strategy_ends_with_1_and_is_named(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from mtp_mem.verification.broken_strategies import ScaleIgnored as Mine\n")
-    found = mtp_mem(tmp_path, "verify", "--strategy", "mine:Mine", "--strategies", "naive", "--dtype", "fp64")
-    assert found.returncode == 1
-    assert "mine:Mine: upstream scale 0.37, fp64: gradient of " in found.stdout
-    assert "2.7 times the right one" in found.stdout
-    assert "WRONG: mine:Mine. Of the others none is." in found.stdout
-    found = mtp_mem(tmp_path, "verify", "--strategy", "mine:Mine", "--dtype", "fp64", "--json")
-    assert found.returncode == 1
-    document = json.loads(found.stdout)
+    done = mtp_mem(tmp_path, "verify", "--strategy", "mine:Mine", "--strategies", "naive", "--dtype", "fp64")
+    assert done.returncode == 1
+    assert "mine:Mine: upstream scale 0.37, fp64: gradient of " in done.stdout
+    assert "2.7 times the right one" in done.stdout
+    assert "WRONG: mine:Mine. Of the others none is." in done.stdout
+    done = mtp_mem(tmp_path, "verify", "--strategy", "mine:Mine", "--dtype", "fp64", "--json")
+    assert done.returncode == 1
+    document = json.loads(done.stdout)
     assert document["passed"] is False
     assert any(check["scenario"] == "loss weight 0" and not check["passed"] for check in document["checks"])
 
@@ -116,9 +118,9 @@ def test_what_was_checked_before_a_stop_is_shown(tmp_path: Path) -> None:
         "        return super().backward(cut, *rest)\n"
     )
     command = [sys.executable, "-m", "mtp_mem", "verify", "--strategy", "mine:Stops", "--dtype", "fp32", "--json"]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 130, found.stderr
-    document = json.loads(found.stdout)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 130, done.stderr
+    document = json.loads(done.stdout)
     ended = ["6 optimizer steps", "protocol", *(scenario.name for scenario in SCENARIOS)][: len(document["checks"])]
     assert ended[-1] == "S = 1"
     assert [check["scenario"] for check in document["checks"]] == ended
@@ -141,9 +143,9 @@ def test_on_a_profile(tmp_path: Path) -> None:
         '[workload]\nbatch = 2\nsequence = 16\ntokenizer = "bytes"\n[sweep]\nn = [1, 3]\n'
     )
     asked = ("verify", "--profile", "own.toml", "--strategies", "sequential")
-    found = mtp_mem(tmp_path, *asked, "--dtype", "bf16", "--json")
-    assert found.returncode == 0, found.stderr
-    document = json.loads(found.stdout)
+    done = mtp_mem(tmp_path, *asked, "--dtype", "bf16", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
     checks = document["checks"]
     assert document["remarks"] == []
     assert [(c["scenario"], c["dtype"], c["bit_identical"]) for c in checks] == [
@@ -171,7 +173,7 @@ def test_on_a_profile(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, args: list[str], words: str) -> None:
-    found = mtp_mem(tmp_path, "verify", *args)
-    assert found.returncode == 2
-    assert words in found.stderr
-    assert found.stderr.count("\n") == 1
+    done = mtp_mem(tmp_path, "verify", *args)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
