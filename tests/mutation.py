@@ -2,6 +2,8 @@
 
     python tests/mutation.py [--only FILE] [--minutes M] [--seed SEED] [--limit SECONDS] [--json OUT]
 
+What stands in OUT already is not run again.
+
 A mutant (tests/mutants.py) is a copy of the package with one place changed. It is tested in a process of its own,
 forked from this one: torch is imported there, nothing of the package. It is killed if a test fails; at --limit it has
 timed out. Mutants are drawn with --seed, file by file in turn and more of the longer ones, so that a run that ends
@@ -39,7 +41,8 @@ class Tests:
 
 
 _CONTRACT, _GRADIENTS = "verification/test_contract.py", "verification/test_gradient_error.py"
-_VERIFIER = Tests((), (_GRADIENTS, _CONTRACT), prove=True)
+_WATCH = "verification/test_watch.py"
+_VERIFIER = Tests((), (_GRADIENTS, _WATCH, _CONTRACT), prove=True)
 _STRATEGIES = (
     "strategies/test_loss_options.py",
     "strategies/test_chunked_tokens.py",
@@ -50,8 +53,9 @@ _STRATEGIES = (
 TARGETS = {
     **{f"mtp_mem/verification/{name}.py": _VERIFIER for name in ("contract", "behaviour")},
     "mtp_mem/verification/global_state.py": _VERIFIER,
-    "mtp_mem/model/model_state.py": Tests((), (_CONTRACT, "runs/test_bench.py")),
-    **{f"mtp_mem/verification/{name}.py": _VERIFIER for name in ("gradient_error", "checks", "verify", "problem")},
+    "mtp_mem/model/model_state.py": Tests((), (_WATCH, _CONTRACT, "runs/test_bench.py")),
+    **{f"mtp_mem/verification/{name}.py": _VERIFIER for name in ("gradient_error", "checks", "verify")},
+    "mtp_mem/verification/problem.py": Tests(("naive",), ("verification/test_verify.py",)),
     "mtp_mem/model/losses.py": Tests(("naive", "sequential"), _STRATEGIES),
     "mtp_mem/model/head_tree.py": Tests(
         ("sequential", "chunked_tokens", "checkpointed"), ("model/test_heads.py", "test_strategy.py")
@@ -100,7 +104,8 @@ def main() -> int:
     of_files = {file: list(mutants((ROOT / file).read_text("utf-8"))) for file in args.only or TARGETS}
     total = sum(map(len, of_files.values()))
     _import_heavy()
-    rows, whole = [], set()
+    rows = json.loads(args.json.read_text("utf-8")) if args.json and args.json.exists() else []
+    known, whole = {(row["file"], row["line"], row["change"]) for row in rows}, set()
     killers: dict[str, list[str]] = {file: [] for file in of_files}  # what has killed most lately comes first
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -108,6 +113,8 @@ def main() -> int:
         for file, mutant in _drawn(of_files, args.seed):
             if time.monotonic() > stop:
                 break
+            if (file, mutant.line, mutant.change) in known:
+                continue
             if (tests := TARGETS[file]) not in whole:
                 fate, seconds = _run(folder, tests, [], args.limit)
                 if fate != "survived":

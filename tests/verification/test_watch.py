@@ -1,0 +1,132 @@
+"""The parts of the watch one by one: what they notice, what they put back, and what they leave alone."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy
+import pytest
+import torch
+
+from mtp_mem import load_strategy
+from mtp_mem.errors import BrokenContract
+from mtp_mem.model.model_state import model_kept
+from mtp_mem.strategy import KernelLimits
+from mtp_mem.verification.behaviour import across_steps, protocol
+from mtp_mem.verification.checks import Check
+from mtp_mem.verification.contract import LARGER, put_back, stand_alone
+from mtp_mem.verification.global_state import restored
+from mtp_mem.verification.gradient_error import Part
+from mtp_mem.verification.problem import build
+from mtp_mem.verification.scenarios import Scenario
+
+USUAL, CPU = Scenario(name="usual"), torch.device("cpu")
+
+
+class After:
+    """naive, and something done to its losses"""
+
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.change = change
+
+    def backward(self, cut, heads, targets, weights):  # type: ignore[no-untyped-def]
+        losses = load_strategy("naive").backward(cut, heads, targets, weights)
+        return self.change(losses)
+
+
+class Silent:
+    """Zeros everywhere, and no head runs"""
+
+    def backward(self, cut, heads, targets, weights):  # type: ignore[no-untyped-def]
+        cut.grad = torch.zeros_like(cut)
+        return torch.zeros_like(weights)
+
+
+def test_state_that_only_another_batch_changes_is_seen() -> None:
+    class Remembers:
+        limits = KernelLimits(waits="it reads its targets")
+        last: int | None = None
+
+        def backward(self, cut, heads, targets, weights):  # type: ignore[no-untyped-def]
+            batch, before = int(targets.clamp(min=0).sum()), self.last
+            self.last = batch
+            wrong = 1.0 if before in (None, batch) else 1.5
+            return load_strategy("naive").backward(cut, heads, targets, weights * wrong)
+
+    check = protocol("Remembers", Remembers(), USUAL, "fp32", CPU)
+    assert check.broken == "keeps state: the same step again gives another gradient"
+
+
+def test_a_strategy_that_runs_no_head_swallows_no_error() -> None:
+    check = protocol("Silent", Silent(), USUAL, "fp32", CPU)
+    assert check.broken == ""
+    assert "errors get out" in [part.name for part in check.parts]
+
+
+def test_steps_are_counted_from_one() -> None:
+    names = [part.name for part in across_steps("naive", load_strategy("naive"), USUAL, "fp32", CPU).parts]
+    assert names[:2] == ["losses of step 1", "weights after step 1"]
+    assert names[10:] == [
+        "losses of step 6",
+        "weights after step 6",
+        "earlier steps stay as they were",
+        "a step keeps no memory",
+    ]
+
+
+@pytest.mark.parametrize(("times", "broken"), [(LARGER, False), (LARGER + 1, True)])
+def test_losses_may_be_a_part_of_a_small_buffer(times: int, broken: bool) -> None:
+    def in_a_buffer(losses: torch.Tensor) -> torch.Tensor:
+        buffer = torch.zeros(times * len(losses))
+        buffer[: len(losses)] = losses
+        return buffer[: len(losses)]
+
+    check = protocol("After", After(in_a_buffer), USUAL, "fp32", CPU)
+    assert check.broken.startswith("returns losses as a part of") is broken
+
+
+def test_gradients_do_not_share_memory() -> None:
+    a, b = torch.ones(3), torch.ones(3)
+    stand_alone({"a.grad": a, "b.grad": b}, {"the cut": torch.ones(3)})
+    with pytest.raises(BrokenContract, match=r"leaves b\.grad in the memory of a\.grad"):
+        stand_alone({"a.grad": a, "b.grad": a.view(3)}, {})
+    with pytest.raises(BrokenContract, match=r"leaves a\.grad in the memory of the cut"):
+        stand_alone({"a.grad": a}, {"the cut": a.view(3)})
+
+
+def test_nan_is_no_change() -> None:
+    weight = torch.tensor([1.0, torch.nan])
+    assert put_back(weight, weight.clone())
+    assert not put_back(weight, torch.tensor([2.0, torch.nan]))
+    assert weight[0] == 2
+
+
+def test_numpy_s_random_state_is_put_back() -> None:
+    numpy.random.seed(3)
+    first = numpy.random.rand()
+    numpy.random.seed(3)
+    with restored() as changed:
+        numpy.random.rand(1000)
+    assert changed == ["NumPy's random state"]
+    assert numpy.random.rand() == first
+
+
+def test_hooks_that_were_taken_off_are_put_back() -> None:
+    model = build(USUAL, "fp32", CPU).model
+    calls: list[str] = []
+    model.norm.register_forward_hook(lambda *_: calls.append("module"))  # type: ignore[union-attr]
+    weight = model.get_parameter("norm.weight")  # type: ignore[operator]
+    weight.register_hook(lambda _: calls.append("parameter"))
+    with model_kept(model) as changed:
+        model.norm._forward_hooks.clear()  # type: ignore[union-attr, operator]
+        weight._backward_hooks.clear()
+    assert changed == ["hooks on norm.weight", "hooks of norm"]
+    model.norm(torch.ones(1, 32)).sum().backward()  # type: ignore[operator]
+    assert calls == ["module", "parameter"]
+
+
+def test_what_overflowed_is_not_right() -> None:
+    right = Part(name="losses", status="right")
+    unknown = Part(name="gradient of norm", status="unchecked", overflows=True)
+    check = Check(strategy="naive", scenario="usual", dtype="fp16", parts=(right, unknown))
+    assert check.status == "unchecked"
+    assert replace(check, parts=(right,)).status == "right"
