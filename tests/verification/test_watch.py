@@ -84,6 +84,17 @@ def test_losses_may_be_a_part_of_a_small_buffer(times: int, broken: bool) -> Non
     assert check.broken.startswith("returns losses as a part of") is broken
 
 
+def test_losses_that_the_next_step_overwrites_are_named() -> None:
+    buffers: list[torch.Tensor] = []
+
+    def reused(losses: torch.Tensor) -> torch.Tensor:
+        buffers[:1] = buffers[:1] or [losses.clone()]
+        return buffers[0].copy_(losses)
+
+    check = across_steps("After", After(reused), USUAL, "fp32", CPU)
+    assert check.broken == "step 2 changes the losses or the .grad of the step before"
+
+
 def test_gradients_do_not_share_memory() -> None:
     a, b = torch.ones(3), torch.ones(3)
     stand_alone({"a.grad": a, "b.grad": b}, {"the cut": torch.ones(3)})
@@ -98,6 +109,8 @@ def test_nan_is_no_change() -> None:
     assert put_back(weight, weight.clone())
     assert not put_back(weight, torch.tensor([2.0, torch.nan]))
     assert weight[0] == 2
+    empty = torch.empty(3, 0)
+    assert put_back(empty, empty.clone())
 
 
 def test_numpy_s_random_state_is_put_back() -> None:
