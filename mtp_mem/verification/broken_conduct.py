@@ -237,6 +237,32 @@ class TargetsChanged(Sequential, Broken):
         return losses
 
 
+class WeightsChanged(Sequential, Broken):
+    """The loss weights are divided by their sum, in the caller's tensor"""
+
+    origin = UNKNOWN
+    caught_by = "protocol"
+
+    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
+        """Right, and then written over."""
+        losses = super().backward(cut, heads, targets, weights)
+        weights.div_(weights.sum())
+        return losses
+
+
+class GradientsShared(_After):
+    """Unembeddings of one shape have one tensor as `.grad`: who scales one scales the others"""
+
+    origin = UNKNOWN
+    caught_by = "replicated unembedding"
+
+    def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
+        """Every head's is the first one's."""
+        for root in heads.roots[1:]:
+            root.unembedding.grad = heads.roots[0].unembedding.grad
+        return losses
+
+
 class DefaultDtypeChanged(_After):
     """The default dtype is set and left so: every tensor that is made later has another one"""
 
@@ -352,6 +378,8 @@ BROKEN_CONDUCT: tuple[type[Broken], ...] = (
     ArraysKept,
     ParametersChanged,
     TargetsChanged,
+    WeightsChanged,
+    GradientsShared,
     DefaultDtypeChanged,
     DeterminismChanged,
     DeviceAwaited,
