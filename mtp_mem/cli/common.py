@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from mtp_mem.cli.setup import chosen_profile, model_options, names, training_options
 from mtp_mem.errors import printable
@@ -21,6 +22,7 @@ from mtp_mem.errors import printable
 if TYPE_CHECKING:
     from mtp_mem.config.gpus import GPU
     from mtp_mem.config.schema import Profile
+    from mtp_mem.runs.record import Record
 
 NARROWEST = 80
 
@@ -98,6 +100,20 @@ def console() -> Console:
     usual = Console().width if sys.stdout.isatty() else 120
     width = int(asked) if re.fullmatch("0*[1-9][0-9]{0,3}", asked) else usual
     return Console(highlight=False, width=max(width, NARROWEST))
+
+
+def show_records(table: Table, records: "list[Record]", path: Path, screen: Console) -> None:
+    """A table of records, what a further head costs, what ranks send, remarks, and where all of it was written."""
+    from mtp_mem.report import tables
+
+    screen.print(table)
+    for further in (tables.slopes(records), tables.collectives(records)):
+        if further:
+            screen.print()
+            screen.print(further)
+    for line in tables.remarks(records):
+        screen.print(line, markup=False)
+    screen.print(f"\nrecords {path}, chart {path.with_name('memory-vs-n.png')} (.svg, .csv)", markup=False)
 
 
 def show_assumptions(gpu: "GPU") -> None:

@@ -19,6 +19,7 @@ from mtp_mem.cli.common import (
     profile_of,
     progress,
     settle_numerics,
+    show_records,
 )
 from mtp_mem.cli.setup import ranks_option
 from mtp_mem.errors import BadInput
@@ -109,16 +110,7 @@ def run(args: argparse.Namespace) -> int:
             note(line)
     else:
         screen = console()
-        screen.print(tables.comparison(records, screen))
-        if slopes := tables.slopes(records):
-            screen.print()
-            screen.print(slopes)
-        if between := tables.collectives(records):
-            screen.print()
-            screen.print(between)
-        for line in tables.remarks(records):
-            screen.print(line, markup=False)
-        screen.print(f"\nrecords {results.path}, chart {out / 'memory-vs-n.png'} (.svg, .csv)", markup=False)
+        show_records(tables.comparison(records, screen), records, results.path, screen)
         screen.print(sentence, markup=False)
     wrong = any(record.status == "error" or record.gradient == "differs" for record in records)
     ran = [record for record in records if record.status == "ok"]

@@ -15,6 +15,7 @@ from mtp_mem.cli.common import (
     profile_of,
     progress,
     show_assumptions,
+    show_records,
 )
 from mtp_mem.cli.setup import gpu_of, gpu_options, part_option
 from mtp_mem.errors import BadInput
@@ -123,16 +124,7 @@ def _show(records: "list[Record]", path: Path, gpu: "GPU") -> None:
     from mtp_mem.report import tables
 
     screen = console()
-    screen.print(tables.prediction(records, screen, gpu))
-    if slopes := tables.slopes(records):
-        screen.print()
-        screen.print(slopes)
-    if between := tables.collectives(records):
-        screen.print()
-        screen.print(between)
-    for line in tables.remarks(records):
-        screen.print(line, markup=False)
-    screen.print(f"\nrecords {path}, chart {path.with_name('memory-vs-n.png')} (.svg, .csv)", markup=False)
+    show_records(tables.prediction(records, screen, gpu), records, path, screen)
     screen.print(
         f"Predicted for {gpu.name} ({format_bytes(gpu.total_bytes)}), not measured on one; CUDA context and"
         " libraries come on top.",
