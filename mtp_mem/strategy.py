@@ -140,9 +140,9 @@ def _registered() -> dict[str, EntryPoint]:
 
 def _load_class(path: str, name: str) -> type[Any]:
     module, _, attribute = path.partition(":")
-    here = importing_from_here() if ":" in name else nullcontext()
+    from_here = importing_from_here() if ":" in name else nullcontext()
     try:
-        with here, contained():
+        with from_here, contained():
             cls: Any = importlib.import_module(module)
     except ModuleNotFoundError as e:
         if name in BUILTIN and (e.name or "").startswith("mtp_mem.strategies"):

@@ -263,7 +263,7 @@ def _record(
 
 
 def _tried(bench: Bench, work: Callable[[], Facts]) -> Facts:
-    """What the work found, or how it failed."""
+    """What the work gives, or how it failed."""
     try:
         return work()
     except Exception as e:
