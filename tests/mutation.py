@@ -54,7 +54,8 @@ TARGETS = {
     **{f"mtp_mem/verification/{name}.py": _VERIFIER for name in ("contract", "behaviour")},
     "mtp_mem/verification/global_state.py": _VERIFIER,
     "mtp_mem/model/model_state.py": Tests((), (_WATCH, _CONTRACT, "runs/test_bench.py")),
-    **{f"mtp_mem/verification/{name}.py": _VERIFIER for name in ("gradient_error", "checks", "verify")},
+    **{f"mtp_mem/verification/{name}.py": _VERIFIER for name in ("gradient_error", "checks")},
+    "mtp_mem/verification/verify.py": Tests((), ("strategies/test_kernel_limits.py", _CONTRACT), prove=True),
     "mtp_mem/verification/problem.py": Tests(("naive",), ("verification/test_verify.py",)),
     "mtp_mem/model/losses.py": Tests(("naive", "sequential"), _STRATEGIES),
     "mtp_mem/model/head_tree.py": Tests(

@@ -40,6 +40,7 @@ def test_verdicts() -> None:
     near = compare({"a": [torch.ones(4)], "b": [torch.ones(4) * (1 + 1e-6), None]}, right, "fp32")
     assert (near.verdict, near.group) == ("within bound", "b")
     assert near.error == pytest.approx(1e-6, rel=0.1)
+    assert not near.overflows
     far = compare({"a": [torch.ones(4) * 1.1], "b": [torch.ones(4), None]}, right, "fp32")
     assert (far.verdict, far.group) == ("differs", "a")
     assert compare({"a": [torch.ones(4).double()], "b": [torch.ones(4), None]}, right, "fp32").verdict == "within bound"
@@ -81,6 +82,26 @@ def test_what_is_wrong_is_said(own: list[torch.Tensor | None], right: list[torch
     assert (part.status, part.problem) == ("wrong", words)
 
 
+def test_a_multiple_is_one_of_all_tensors_and_not_the_right_one_itself() -> None:
+    right = [torch.ones(4), torch.full((2,), 100.0)]
+    tripled = judge("a", [3 * t for t in right], right, "fp32", names=["v", "w"])
+    assert tripled.problem == "3 times the right one"
+    assert judge("a", [3 * right[0], right[1]], right, "fp32", names=["v", "w"]).problem == ""
+    near = judge("a", [1.005 * torch.ones(4)], [torch.ones(4)], "fp32")
+    assert (near.status, near.problem) == ("wrong", "")
+
+
+def test_what_overflows_fp16_as_naive_does_is_unknown() -> None:
+    one, large = [torch.ones(2)], [torch.tensor([1.0, math.inf])]
+    assert judge("a", large, one, "fp16").status == "wrong"
+    assert judge("a", large, one, "fp16", naive=one).status == "wrong"
+    assert judge("a", large, one, "fp32", naive=large).status == "wrong"
+    unknown = judge("a", large, one, "fp16", naive=large)
+    assert (unknown.status, unknown.overflows) == ("unchecked", True)
+    asked_for = judge("a", large, one, "fp16", naive=large, expected="not finite")
+    assert (asked_for.status, asked_for.overflows) == ("right", False)
+
+
 def test_an_expected_zero_is_right() -> None:
     zero, nan = [torch.zeros(2)], [torch.full((2,), math.nan)]
     assert judge("a", zero, zero, "fp32", expected="zero").status == "right"
@@ -100,6 +121,7 @@ def test_the_rule() -> None:
     assert allowed("fp32") == allowed("fp32", 1.0) == 1e-5
     assert allowed("bf16", 0.01) == allowed("bf16-mixed", 0.01) == pytest.approx(0.0201)
     assert allowed("bf16") == allowed("bf16", math.inf) == 4 * 2**-7
+    assert allowed("fp16") == 4 * 2**-10
     one, near = [torch.ones(4)], [torch.ones(4) * 1.05]
     assert judge("a", near, one, "bf16").status == "wrong"
     assert judge("a", near, one, "bf16", factor=2).status == "right"

@@ -95,6 +95,19 @@ def test_losses_that_the_next_step_overwrites_are_named() -> None:
     assert check.broken == "step 2 changes the losses or the .grad of the step before"
 
 
+def test_the_largest_tensor_that_stays_is_named() -> None:
+    kept: list[torch.Tensor] = []
+
+    def keeps(losses: torch.Tensor) -> torch.Tensor:
+        kept[:] = [torch.zeros(5), torch.ones(70), torch.zeros(6)]
+        return losses
+
+    check = across_steps("After", After(keeps), USUAL, "fp32", CPU)
+    assert check.explain().endswith(
+        "a step keeps no memory: 324 bytes stay after it, the largest a tensor (70,) made by ones.default"
+    )
+
+
 def test_gradients_do_not_share_memory() -> None:
     a, b = torch.ones(3), torch.ones(3)
     stand_alone({"a.grad": a, "b.grad": b}, {"the cut": torch.ones(3)})
@@ -121,6 +134,18 @@ def test_numpy_s_random_state_is_put_back() -> None:
         numpy.random.rand(1000)
     assert changed == ["NumPy's random state"]
     assert numpy.random.rand() == first
+
+
+def test_autocast_is_left_as_often_as_it_was_entered() -> None:
+    torch.autocast_increment_nesting()
+    try:
+        with restored() as changed:
+            torch.autocast_increment_nesting()
+        assert changed == ["how deep autocast is nested"]
+        assert torch.autocast_increment_nesting() == 2
+        torch.autocast_decrement_nesting()
+    finally:
+        torch.autocast_decrement_nesting()
 
 
 def test_hooks_that_were_taken_off_are_put_back() -> None:
