@@ -125,6 +125,9 @@ class Changed:
         if self.how == "other dtype":
             heads.roots[0].unembedding.data = heads.roots[0].unembedding.data.double()
             heads.roots[0].unembedding.grad = None
+        if self.how == "grad dtype":
+            unembedding = heads.roots[0].unembedding
+            unembedding.grad.data = unembedding.grad.data.double()
         if self.how == "eval":
             heads.norm.eval()
         if self.how == "module hook":
@@ -171,6 +174,7 @@ class Changed:
         ("state", "keeps state: the same step again gives another gradient"),
         ("freed", "changes the cut's values"),
         ("other dtype", "changes unembedding.weight"),
+        ("grad dtype", "leaves unembedding.weight.grad in torch.float64, not in torch.float32"),
         ("eval", "leaves training mode of norm changed"),
         ("module hook", "leaves hooks of norm changed"),
         ("unhooks", "leaves hooks on unembedding.weight changed"),

@@ -83,7 +83,7 @@ def test_what_is_wrong_is_said(own: list[torch.Tensor | None], right: list[torch
 
 
 def test_a_multiple_is_one_of_all_tensors_and_not_the_right_one_itself() -> None:
-    right = [torch.ones(4), torch.full((2,), 100.0)]
+    right = [torch.ones(4), torch.ones(2)]
     tripled = judge("a", [3 * t for t in right], right, "fp32", names=["v", "w"])
     assert tripled.problem == "3 times the right one"
     assert judge("a", [3 * right[0], right[1]], right, "fp32", names=["v", "w"]).problem == ""
@@ -98,6 +98,8 @@ def test_what_overflows_fp16_as_naive_does_is_unknown() -> None:
     assert judge("a", large, one, "fp32", naive=large).status == "wrong"
     unknown = judge("a", large, one, "fp16", naive=large)
     assert (unknown.status, unknown.overflows) == ("unchecked", True)
+    nothing = compare({"a": large}, {"a": large}, "fp16")
+    assert (nothing.verdict, nothing.group, nothing.overflows) == ("unchecked", "a", True)
     asked_for = judge("a", large, one, "fp16", naive=large, expected="not finite")
     assert (asked_for.status, asked_for.overflows) == ("right", False)
 
@@ -123,6 +125,11 @@ def test_the_rule() -> None:
     assert allowed("bf16") == allowed("bf16", math.inf) == 4 * 2**-7
     assert allowed("fp16") == 4 * 2**-10
     one, near = [torch.ones(4)], [torch.ones(4) * 1.05]
+    held = judge("a", [torch.ones(4) * 1.01], one, "bf16", naive=[torch.ones(4) * 1.001])
+    assert (held.status, held.naive_error) == ("wrong", pytest.approx(1e-3, rel=0.01))
+    assert compare({"losses": one}, {"losses": one}, "fp32").verdict == "bit-identical"
+    assert compare({"losses": near}, {"losses": one}, "fp32").verdict == "differs"
+    assert compare({"losses": near}, {"losses": one}, "fp32", loss_rounding=0.06).verdict == "within bound"
     assert judge("a", near, one, "bf16").status == "wrong"
     assert judge("a", near, one, "bf16", factor=2).status == "right"
     assert judge("losses", near, one, "fp32", rounding=0.06).status == "right"

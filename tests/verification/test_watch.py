@@ -17,7 +17,8 @@ from mtp_mem.verification.contract import LARGER, put_back, stand_alone
 from mtp_mem.verification.global_state import restored
 from mtp_mem.verification.gradient_error import Part
 from mtp_mem.verification.problem import build
-from mtp_mem.verification.scenarios import Scenario
+from mtp_mem.verification.scenarios import SCENARIOS, Scenario
+from mtp_mem.verification.verify import verify
 
 USUAL, CPU = Scenario(name="usual"), torch.device("cpu")
 
@@ -164,7 +165,52 @@ def test_hooks_that_were_taken_off_are_put_back() -> None:
 
 def test_what_overflowed_is_not_right() -> None:
     right = Part(name="losses", status="right")
-    unknown = Part(name="gradient of norm", status="unchecked", overflows=True)
+    unknown = Part(name="gradient of norm", status="unchecked", problem="too large", overflows=True)
     check = Check(strategy="naive", scenario="usual", dtype="fp16", parts=(right, unknown))
     assert check.status == "unchecked"
+    assert check.explain() == "naive: usual, fp16: gradient of norm: too large"
     assert replace(check, parts=(right,)).status == "right"
+
+
+def test_the_worst_part_is_the_one_that_is_said() -> None:
+    parts = (
+        Part(name="head 1", status="right", error=0.5, allowed=1.0),
+        Part(name="head 2", status="wrong", error=2.0, allowed=1.0),
+        Part(name="head 3", status="wrong", error=9.0, allowed=3.0),
+        Part(name="norm", status="right", error=7.0, allowed=1.0),
+    )
+    check = Check(strategy="mine", scenario="usual", dtype="fp32", parts=parts)
+    assert check.worst is parts[2]
+    assert check.explain() == "mine: usual, fp32: head 3: error 9.0e+00, allowed 3.0e+00"
+    assert replace(check, parts=()).worst is None
+    assert replace(check, parts=()).explain() == "mine: usual, fp32: nothing to check"
+
+
+class Scaled:
+    """naive, with its losses and the unembedding's gradient multiplied"""
+
+    def __init__(self, losses: float = 1.0, gradient: float = 1.0, limits: KernelLimits | None = None) -> None:
+        self.losses, self.gradient, self.limits = losses, gradient, limits or KernelLimits()
+
+    def backward(self, cut, heads, targets, weights):  # type: ignore[no-untyped-def]
+        losses = load_strategy("naive").backward(cut, heads, targets, weights)
+        heads.roots[0].unembedding.grad *= self.gradient
+        return losses * self.losses
+
+
+def explained(strategy: Scaled) -> str:
+    usual = [scenario for scenario in SCENARIOS if scenario.name == "n = 3"]
+    (check,) = verify([strategy], dtypes=["bf16"], scenarios=usual, behaviour=False).checks
+    return check.explain().removeprefix("Scaled: n = 3, bf16: ")
+
+
+def test_low_precision_is_held_to_naive_s_own_error() -> None:
+    assert explained(Scaled()) == "right"
+    assert explained(Scaled(gradient=1.02)).startswith("gradient of unembedding: 1.02 times the right one")
+
+
+def test_a_kernel_that_rounds_its_loss_may_round_nothing_else() -> None:
+    rounds = KernelLimits(rounds_loss=True)
+    assert explained(Scaled(losses=1.01)) == "losses: 1.01 times the right one"
+    assert explained(Scaled(losses=1.01, limits=rounds)) == "right"
+    assert explained(Scaled(gradient=1.02, limits=rounds)).startswith("gradient of unembedding: 1.02 times")
