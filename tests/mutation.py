@@ -41,8 +41,8 @@ class Tests:
 
 
 _CONTRACT, _GRADIENTS = "verification/test_contract.py", "verification/test_gradient_error.py"
-_WATCH = "verification/test_watch.py"
-_VERIFIER = Tests((), (_GRADIENTS, _WATCH, _CONTRACT), prove=True)
+_WATCH, _CHECKS = "verification/test_watch.py", "verification/test_checks.py"
+_VERIFIER = Tests((), (_GRADIENTS, _WATCH, _CHECKS, _CONTRACT), prove=True)
 _STRATEGIES = (
     "strategies/test_loss_options.py",
     "strategies/test_chunked_tokens.py",
@@ -55,7 +55,7 @@ TARGETS = {
     "mtp_mem/verification/global_state.py": _VERIFIER,
     "mtp_mem/model/model_state.py": Tests((), (_WATCH, _CONTRACT, "runs/test_bench.py")),
     **{f"mtp_mem/verification/{name}.py": _VERIFIER for name in ("gradient_error", "checks")},
-    "mtp_mem/verification/verify.py": Tests((), ("strategies/test_kernel_limits.py", _CONTRACT), prove=True),
+    "mtp_mem/verification/verify.py": Tests((), ("strategies/test_kernel_limits.py", _CHECKS, _CONTRACT), prove=True),
     "mtp_mem/verification/problem.py": Tests(("naive",), ("verification/test_verify.py",)),
     "mtp_mem/model/losses.py": Tests(("naive", "sequential"), _STRATEGIES),
     "mtp_mem/model/head_tree.py": Tests(

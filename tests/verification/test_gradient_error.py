@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mtp_mem.verification import gradient_error
-from mtp_mem.verification.gradient_error import allowed, compare, identical, judge, relative_error
+from mtp_mem.verification.gradient_error import allowed, compare, identical, judge, relative_error, take
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -62,6 +62,15 @@ def test_what_is_not_finite_equals_nothing() -> None:
     for value in (math.nan, math.inf):
         assert not identical([torch.tensor([1.0, value])], [torch.tensor([1.0, value])])
     assert identical([torch.ones(2), None], [torch.ones(2), None])
+    assert not identical([None], [torch.ones(2)])
+    assert not identical([torch.ones(2)], [None])
+
+
+def test_gradients_are_taken_off() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = gradient = torch.ones(2)
+    assert take({"a": [parameter]})["a"][0] is gradient
+    assert parameter.grad is None
 
 
 @pytest.mark.parametrize(
@@ -131,5 +140,6 @@ def test_the_rule() -> None:
     assert compare({"losses": near}, {"losses": one}, "fp32").verdict == "differs"
     assert compare({"losses": near}, {"losses": one}, "fp32", loss_rounding=0.06).verdict == "within bound"
     assert judge("a", near, one, "bf16").status == "wrong"
+    assert judge("a", [torch.ones(4) * 1.02], one, "bf16").status == "right"
     assert judge("a", near, one, "bf16", factor=2).status == "right"
     assert judge("losses", near, one, "fp32", rounding=0.06).status == "right"

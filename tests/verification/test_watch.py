@@ -1,24 +1,22 @@
 """The parts of the watch one by one: what they notice, what they put back, and what they leave alone."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from mtp_mem import load_strategy
 from mtp_mem.errors import BrokenContract
 from mtp_mem.model.model_state import model_kept
 from mtp_mem.strategy import KernelLimits
 from mtp_mem.verification.behaviour import across_steps, protocol
-from mtp_mem.verification.checks import Check
-from mtp_mem.verification.contract import LARGER, put_back, stand_alone
+from mtp_mem.verification.broken_behaviour import HooksSkipped
+from mtp_mem.verification.contract import LARGER, counted_hooks, put_back, stand_alone, unchanged
 from mtp_mem.verification.global_state import restored
-from mtp_mem.verification.gradient_error import Part
 from mtp_mem.verification.problem import build
-from mtp_mem.verification.scenarios import SCENARIOS, Scenario
-from mtp_mem.verification.verify import verify
+from mtp_mem.verification.scenarios import Scenario
 
 USUAL, CPU = Scenario(name="usual"), torch.device("cpu")
 
@@ -158,59 +156,54 @@ def test_hooks_that_were_taken_off_are_put_back() -> None:
     with model_kept(model) as changed:
         model.norm._forward_hooks.clear()  # type: ignore[union-attr, operator]
         weight._backward_hooks.clear()
-    assert changed == ["hooks on norm.weight", "hooks of norm"]
+        model.norm.eval()  # type: ignore[union-attr, operator]
+    assert changed == ["hooks on norm.weight", "training mode of norm", "hooks of norm"]
+    assert model.norm.training  # type: ignore[union-attr]
     model.norm(torch.ones(1, 32)).sum().backward()  # type: ignore[operator]
     assert calls == ["module", "parameter"]
 
 
-def test_what_overflowed_is_not_right() -> None:
-    right = Part(name="losses", status="right")
-    unknown = Part(name="gradient of norm", status="unchecked", problem="too large", overflows=True)
-    check = Check(strategy="naive", scenario="usual", dtype="fp16", parts=(right, unknown))
-    assert check.status == "unchecked"
-    assert check.explain() == "naive: usual, fp16: gradient of norm: too large"
-    assert replace(check, parts=(right,)).status == "right"
+def test_hooks_on_what_autograd_saves_are_taken_off() -> None:
+    packed: list[torch.Tensor] = []
+    with restored() as changed:
+        saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x).__enter__()
+    assert changed == ["hooks on what autograd saves"]
+    torch.ones(2, requires_grad=True).exp()
+    assert packed == []
 
 
-def test_the_worst_part_is_the_one_that_is_said() -> None:
-    parts = (
-        Part(name="head 1", status="right", error=0.5, allowed=1.0),
-        Part(name="head 2", status="wrong", error=2.0, allowed=1.0),
-        Part(name="head 3", status="wrong", error=9.0, allowed=3.0),
-        Part(name="norm", status="right", error=7.0, allowed=1.0),
-    )
-    check = Check(strategy="mine", scenario="usual", dtype="fp32", parts=parts)
-    assert check.worst is parts[2]
-    assert check.explain() == "mine: usual, fp32: head 3: error 9.0e+00, allowed 3.0e+00"
-    assert replace(check, parts=()).worst is None
-    assert replace(check, parts=()).explain() == "mine: usual, fp32: nothing to check"
+def test_hooks_that_count_go_and_name_what_they_never_saw() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    with counted_hooks({"w": weight}):
+        weight.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [0.5] * 3
+    weight.grad = None
+    weight.sum().backward()
+    assert weight.grad.tolist() == [1.0] * 3
+    weight.grad = None
+    with pytest.raises(BrokenContract, match="the hook of w never ran"), counted_hooks({"w": weight}):
+        weight.grad = torch.ones(3)
+    assert protocol("HooksSkipped", HooksSkipped(), USUAL, "fp32", CPU).broken.startswith("the hook of unembedding")
 
 
-class Scaled:
-    """naive, with its losses and the unembedding's gradient multiplied"""
-
-    def __init__(self, losses: float = 1.0, gradient: float = 1.0, limits: KernelLimits | None = None) -> None:
-        self.losses, self.gradient, self.limits = losses, gradient, limits or KernelLimits()
-
-    def backward(self, cut, heads, targets, weights):  # type: ignore[no-untyped-def]
-        losses = load_strategy("naive").backward(cut, heads, targets, weights)
-        heads.roots[0].unembedding.grad *= self.gradient
-        return losses * self.losses
+def test_whether_a_tensor_trains_is_put_back() -> None:
+    cut = torch.ones(2, requires_grad=True)
+    with pytest.raises(BrokenContract, match="leaves cut frozen, which it was not"), unchanged({"cut": cut}):
+        cut.requires_grad_(False)
+    assert cut.requires_grad
 
 
-def explained(strategy: Scaled) -> str:
-    usual = [scenario for scenario in SCENARIOS if scenario.name == "n = 3"]
-    (check,) = verify([strategy], dtypes=["bf16"], scenarios=usual, behaviour=False).checks
-    return check.explain().removeprefix("Scaled: n = 3, bf16: ")
+def test_a_gradient_that_the_next_step_overwrites_is_named() -> None:
+    class Zeroes:
+        before: torch.Tensor | None = None
 
+        def backward(self, cut, heads, targets, weights):  # type: ignore[no-untyped-def]
+            if self.before is not None:
+                self.before.zero_()
+            losses = load_strategy("naive").backward(cut, heads, targets, weights)
+            self.before = heads.roots[0].unembedding.grad
+            return losses
 
-def test_low_precision_is_held_to_naive_s_own_error() -> None:
-    assert explained(Scaled()) == "right"
-    assert explained(Scaled(gradient=1.02)).startswith("gradient of unembedding: 1.02 times the right one")
-
-
-def test_a_kernel_that_rounds_its_loss_may_round_nothing_else() -> None:
-    rounds = KernelLimits(rounds_loss=True)
-    assert explained(Scaled(losses=1.01)) == "losses: 1.01 times the right one"
-    assert explained(Scaled(losses=1.01, limits=rounds)) == "right"
-    assert explained(Scaled(gradient=1.02, limits=rounds)).startswith("gradient of unembedding: 1.02 times")
+    check = across_steps("Zeroes", Zeroes(), USUAL, "fp32", CPU)
+    assert check.broken == "step 2 changes the losses or the .grad of the step before"
