@@ -8,7 +8,7 @@ import torch
 from mtp_mem import IGNORE
 from mtp_mem._util import MiB
 from mtp_mem.errors import BadInput
-from mtp_mem.model.losses import full
+from mtp_mem.model.losses import LossOptions, full
 from mtp_mem.strategies.chunked_vocab import VOCAB_CHUNK, ChunkedVocab, vocabulary_slabs
 
 
@@ -42,3 +42,9 @@ def test_only_the_gradients_that_are_asked_for() -> None:
         unembedding = torch.randn(30, 4, requires_grad=wants[1])
         vocabulary_slabs(hidden, unembedding, targets, chunk=7).backward()
         assert (hidden.grad is not None, unembedding.grad is not None) == wants
+
+
+def test_a_z_loss_of_logits_far_apart_is_finite() -> None:
+    hidden, unembedding = torch.tensor([[1.0, 0.0]]), torch.tensor([[1000.0, 0.0], [0.0, 1.0]])
+    loss = full(hidden, unembedding, torch.tensor([0]), options=LossOptions(z_loss=1e-3))
+    assert loss.item() == pytest.approx(1e-3 * 1000.0**2)
