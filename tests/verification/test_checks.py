@@ -25,13 +25,16 @@ def test_what_overflowed_is_not_right() -> None:
 def test_the_worst_part_is_the_one_that_is_said() -> None:
     parts = (
         Part(name="head 1", status="right", error=0.5, allowed=1.0),
-        Part(name="head 2", status="wrong", error=2.0, allowed=1.0),
+        Part(name="head 2", status="wrong", error=2.0, allowed=0.1),
         Part(name="head 3", status="wrong", error=9.0, allowed=3.0),
         Part(name="norm", status="right", error=7.0, allowed=1.0),
     )
     check = Check(strategy="mine", scenario="usual", dtype="fp32", parts=parts)
-    assert check.worst is parts[2]
-    assert check.explain() == "mine: usual, fp32: head 3: error 9.0e+00, allowed 3.0e+00"
+    assert check.worst is parts[1]  # by how many times what is allowed
+    assert check.explain() == "mine: usual, fp32: head 2: error 2.0e+00, allowed 1.0e-01"
+    broken = Check(strategy="mine", scenario="usual", dtype="fp32", broken="raised")
+    assert not broken.identical
+    assert not broken.exact
     assert replace(check, parts=()).worst is None
     assert replace(check, parts=()).explain() == "mine: usual, fp32: nothing to check"
 
@@ -68,6 +71,22 @@ def test_a_kernel_that_rounds_its_loss_may_round_nothing_else() -> None:
     assert explained(Scaled(losses=1.01)) == "losses: 1.01 times the right one"
     assert explained(Scaled(losses=1.01, limits=rounds)) == "right"
     assert explained(Scaled(gradient=1.02, limits=rounds)).startswith("gradient of unembedding: 1.02 times")
+
+
+def test_a_kernel_that_is_allowed_more_error_is_so_in_gradients() -> None:
+    assert explained(Scaled(gradient=1.02, limits=KernelLimits(error_factor=6))) == "right"
+    assert explained(Scaled(losses=1.01, limits=KernelLimits(error_factor=6))) == "losses: 1.01 times the right one"
+
+
+def test_a_tensor_is_called_by_its_name() -> None:
+    class Forgets(Scaled):
+        def backward(self, cut, heads, targets, weights):  # type: ignore[no-untyped-def]
+            losses = load_strategy("naive").backward(cut, heads, targets, weights)
+            heads.roots[0].unembedding.grad = None
+            return losses
+
+    (check,) = verified(Forgets()).checks
+    assert check.explain().endswith("gradient of unembedding: unembedding.weight has no gradient")
 
 
 def test_steps_are_held_to_naive_s_own_error_too() -> None:

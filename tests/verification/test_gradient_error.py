@@ -108,7 +108,7 @@ def test_what_overflows_fp16_as_naive_does_is_unknown() -> None:
     unknown = judge("a", large, one, "fp16", naive=large)
     assert (unknown.status, unknown.overflows) == ("unchecked", True)
     nothing = compare({"a": large}, {"a": large}, "fp16")
-    assert (nothing.verdict, nothing.group, nothing.overflows) == ("unchecked", "a", True)
+    assert (nothing.verdict, nothing.error, nothing.group, nothing.overflows) == ("unchecked", 0.0, "a", True)
     asked_for = judge("a", large, one, "fp16", naive=large, expected="not finite")
     assert (asked_for.status, asked_for.overflows) == ("right", False)
 
@@ -139,6 +139,7 @@ def test_the_rule() -> None:
     assert compare({"losses": one}, {"losses": one}, "fp32").verdict == "bit-identical"
     assert compare({"losses": near}, {"losses": one}, "fp32").verdict == "differs"
     assert compare({"losses": near}, {"losses": one}, "fp32", loss_rounding=0.06).verdict == "within bound"
+    assert compare({"a": near}, {"a": one}, "fp32", loss_rounding=0.06).verdict == "differs"
     assert judge("a", near, one, "bf16").status == "wrong"
     assert judge("a", [torch.ones(4) * 1.02], one, "bf16").status == "right"
     assert judge("a", near, one, "bf16", factor=2).status == "right"

@@ -1,5 +1,6 @@
 """The parts of the watch one by one: what they notice, what they put back, and what they leave alone."""
 
+import sys
 from collections.abc import Callable
 
 import numpy
@@ -59,6 +60,17 @@ def test_a_strategy_that_runs_no_head_swallows_no_error() -> None:
     check = protocol("Silent", Silent(), USUAL, "fp32", CPU)
     assert check.broken == ""
     assert "errors get out" in [part.name for part in check.parts]
+
+
+def test_an_error_inside_does_not_end_the_process() -> None:
+    class Leaves:
+        def backward(self, *args):  # type: ignore[no-untyped-def]
+            try:
+                return load_strategy("naive").backward(*args)
+            except torch.OutOfMemoryError:
+                sys.exit(1)
+
+    assert protocol("Leaves", Leaves(), USUAL, "fp32", CPU).broken.startswith("quits the process: SystemExit(1)")
 
 
 def test_steps_are_counted_from_one() -> None:
@@ -121,6 +133,9 @@ def test_nan_is_no_change() -> None:
     assert put_back(weight, weight.clone())
     assert not put_back(weight, torch.tensor([2.0, torch.nan]))
     assert weight[0] == 2
+    weight.untyped_storage().resize_(4)  # its last value is gone
+    assert not put_back(weight, torch.tensor([2.0, 3.0]))
+    assert weight.tolist() == [2.0, 3.0]
     empty = torch.empty(3, 0)
     assert put_back(empty, empty.clone())
 
