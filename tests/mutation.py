@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ def main() -> int:
     total = sum(map(len, of_files.values()))
     _import_heavy()
     rows = json.loads(args.json.read_text("utf-8")) if args.json and args.json.exists() else []
-    known, whole = {(row["file"], row["line"], row["change"]) for row in rows}, set()
+    known, whole = Counter((row["file"], row["line"], row["change"]) for row in rows), set()
     killers: dict[str, list[str]] = {file: [] for file in of_files}  # what has killed most lately comes first
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -114,7 +115,8 @@ def main() -> int:
         for file, mutant in _drawn(of_files, args.seed):
             if time.monotonic() > stop:
                 break
-            if (file, mutant.line, mutant.change) in known:
+            if known[file, mutant.line, mutant.change]:
+                known[file, mutant.line, mutant.change] -= 1
                 continue
             if (tests := TARGETS[file]) not in whole:
                 fate, seconds = _run(folder, tests, [], args.limit)

@@ -127,3 +127,10 @@ def test_the_number_of_threads_is_as_it_was() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_progress_is_told() -> None:
+    words: list[str] = []
+    chosen = [scenario for scenario in SCENARIOS if scenario.name == "n = 3"]
+    verify(["naive"], dtypes=["fp32"], scenarios=chosen, progress=words.append)
+    assert words == ["naive: protocol and steps", "n = 3, fp32"]
