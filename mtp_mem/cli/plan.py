@@ -55,7 +55,6 @@ def _plan(args: argparse.Namespace) -> int:
     from mtp_mem._util import writable
     from mtp_mem.prediction.largest_fit import LeftOut, Point, Prober, plan
     from mtp_mem.prediction.peaks import check_predictable
-    from mtp_mem.report.draw_files import plan_chart
     from mtp_mem.report.plan import plan_document
 
     profile, percent = chosen_profile(args), headroom(args.headroom)
@@ -85,6 +84,8 @@ def _plan(args: argparse.Namespace) -> int:
     content = plan_document(result, batches, profile, gpu, float(percent))
     files = []
     if out:
+        from mtp_mem.report.draw_files import plan_chart
+
         files = [keep(content, out / "plan.json"), *plan_chart(content, out)]
     if args.json:
         print(json.dumps({**content, "files": [str(path) for path in files]}, indent=1))
@@ -107,7 +108,6 @@ def plan_setups(
     """Training setups side by side: what each costs and needs, and which is the cheapest that fits."""
     from mtp_mem._util import format_bytes, writable
     from mtp_mem.prediction.setups import setup_advice, try_setups
-    from mtp_mem.report.draw_files import ranks_chart
     from mtp_mem.report.plan import setups_document, setups_table
 
     with progress(None) as begin:
@@ -119,6 +119,8 @@ def plan_setups(
     content = setups_document(rows, left_out, profile, gpu, n, limit)
     files = []
     if args.out:
+        from mtp_mem.report.draw_files import ranks_chart
+
         out = writable(args.out)
         files = [keep(content, out / "plan-setups.json"), *ranks_chart(content, out)]
     if args.json:
