@@ -13,7 +13,9 @@ def test_a_rank_that_fails_costs_its_own_job_alone(capfd: pytest.CaptureFixture[
     doing: list[str] = []
     jobs = ["first", "raises", "killed", "out of memory", "quits", "last"]
     answers = dict(Group(2).run(rank_jobs.make, jobs, doing.append))
-    assert list(answers) == jobs == [job for job in doing if job in jobs]
+    assert list(answers) == jobs
+    # The rank that is killed may be so before rank 0, still joining, can say what is being done.
+    assert [job for job in doing if job in jobs and job != "killed"] == [job for job in jobs if job != "killed"]
     assert (answers["first"], answers["last"]) == ("first: 2 ranks", "last: 2 ranks")
     assert answers["raises"]["error"].startswith("rank 1: ValueError: no such thing (rank_jobs.py:")
     assert answers["killed"] == {"status": "error", "error": "rank 1 ended with signal 9 (SIGKILL)"}
