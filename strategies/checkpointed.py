@@ -67,7 +67,7 @@ class Checkpointed:
 
     def peak_bytes(self, shape: Shape) -> int:
         """Bytes above the cut at the heads' worst moment: one head with its full loss, as it is recomputed."""
-        return shape.one_head(3 * shape.logits)
+        return shape.one_head(shape.full_loss(summed=shape.n > 1), joint=True)
 
 
 def hidden_and_loss(heads: Heads, head: Head, parent: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,10 +66,10 @@ class ChunkedTokens(Sequential):
     def peak_bytes(self, shape: Shape) -> int:
         """Bytes above the cut at the worst moment: in a head, or as the fp32 sum becomes the gradient."""
         heads = shape.one_head(self.loss_bytes(shape))
-        if shape.value == shape.loss_value:
+        if shape.value == shape.loss_value or not shape.trains("unembedding"):
             return heads
         # Where there is a gradient already, the sum and its copy are beside it.
-        copy = shape.unembedding if shape.training.micro_batches > 1 else 0
+        copy = shape.unembedding if shape.accumulates else 0
         return max(heads, shape.left_behind(shape.n) + copy + shape.V * shape.D * shape.loss_value)
 
     def loss_bytes(self, shape: Shape) -> int:
@@ -77,21 +77,22 @@ class ChunkedTokens(Sequential):
 
         Besides, in N rows: targets as columns (8), validity (1) and shares of the mean. A CPU has no product of low
         precision into fp32, and widens both sides. With more heads the sum is among what the others left, but for what
-        it is wider than the gradient; with one head and one chunk it begins after the softmax.
+        it is wider than the gradient; with one head and one chunk it begins after the softmax. With a frozen
+        unembedding there is no sum; the normed rows are kept all the same.
         """
         s = shape
         chunk = min(self.chunk or default_chunk(s.N, s.D, s.V, s.value, s.cuda), s.N)
         logits = chunk * s.V * s.value
-        rows = s.N * (8 + 1 + s.loss_value) + chunk * s.loss_value
+        rows = s.N * (8 + 1 + s.loss_value) + chunk * s.loss_value + s.hidden * (not s.trains("unembedding"))
         softmax_row = 5 * s.loss_value + 1  # largest logit, the target's, the loss, that times its share twice, a mask
-        among_others = s.n > 1 and s.training.micro_batches == 1
-        total = s.V * s.D * (s.loss_value - s.value * among_others)
+        among_others = s.n > 1 and not s.accumulates
+        total = s.V * s.D * (s.loss_value - s.value * among_others) * s.trains("unembedding")
         before = 0 if s.n == 1 and chunk == s.N else total
         if s.value == s.loss_value:
             return logits + rows + max(before + chunk * softmax_row, total)
         height = min(chunk, max(1, SOFTMAX_BLOCK // (s.V * s.loss_value)))
         softmax = height * (s.V * s.loss_value + softmax_row)
-        widened = 0 if s.cuda else chunk * (s.D + min(WIDE_ROWS, s.V)) * s.loss_value
+        widened = 0 if s.cuda or not total else chunk * (s.D + min(WIDE_ROWS, s.V)) * s.loss_value
         return logits + rows + max(before + softmax, total + widened)
 
 

@@ -50,12 +50,14 @@ class ChunkedVocab(Sequential):
         """A slab of the backward and what it fills: d_hidden in the loss dtype, dW, and the weighted rows.
 
         The slab is in the loss dtype; in low precision in the model's as well, and a product awaits its addition:
-        (N, D) of the hidden gradient, or (chunk, D) of the unembedding's.
+        (N, D) of the hidden gradient, or (chunk, D) of the unembedding's. With a frozen unembedding there is no dW, and
+        nothing weighted; the normed rows are kept all the same.
         """
         chunk, narrow = min(self.chunk, shape.V), shape.value != shape.loss_value
+        trains = shape.trains("unembedding")
         slab = shape.N * chunk * (shape.loss_value + narrow * shape.value)
-        product = narrow * max(shape.N, chunk) * shape.D * shape.value
-        return slab + shape.N * shape.D * shape.loss_value + shape.hidden + product + shape.unembedding
+        product = narrow * max(shape.N, chunk * trains) * shape.D * shape.value
+        return slab + shape.N * shape.D * shape.loss_value + shape.hidden + product + shape.unembedding * trains
 
 
 def vocabulary_slabs(

@@ -61,5 +61,6 @@ class Naive:
         moments = []
         for finished in range(shape.n):
             kept = shape.n - finished
-            moments.append(kept * (shape.head + shape.logits) + 2 * shape.logits + shape.left_behind(finished))
+            logits = (kept - 1) * shape.logits + shape.full_loss(summed=finished > 0)
+            moments.append(kept * shape.head + logits + shape.left_behind(finished, joint=True))
         return max(moments)

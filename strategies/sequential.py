@@ -86,5 +86,5 @@ class Sequential:
         return None if loss is None else shape.one_head(loss)
 
     def loss_bytes(self, shape: Shape) -> int | None:
-        """Bytes of `loss_backward` at its worst moment: log-softmax, its gradient and the logits' gradient."""
-        return 3 * shape.logits
+        """Bytes of `loss_backward` at its worst moment."""
+        return shape.full_loss()

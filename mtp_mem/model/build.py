@@ -3,6 +3,7 @@
 How many parameters it has is counted on the model itself, without making its weights.
 """
 
+import dataclasses
 import importlib
 import json
 from functools import cache
@@ -15,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp_mem._util import importing_from_here
 from mtp_mem.config.other_models import FactoryConfig, HuggingFaceConfig, transformers
-from mtp_mem.config.schema import Dtype, ModelConfig
+from mtp_mem.config.schema import Dtype, ModelConfig, Training
 from mtp_mem.errors import BadInput, one_line
 from mtp_mem.model.huggingface import HuggingFaceMTP, default_dtype, from_hf
 from mtp_mem.model.layers import PARAMETER_DTYPES, Attention, causal_attention
 from mtp_mem.model.mtp_model import MTPModel, default_attention
-from mtp_mem.model.own import Model, groups
+from mtp_mem.model.own import Model, groups, set_up
 
 ATTENTION_NAMES: dict[Attention, str] = {
     "sdpa": "mtp_mem_causal",
@@ -56,18 +57,25 @@ def make_model(
 
 
 @cache
-def parameters(config: ModelConfig) -> dict[str, int]:
+def parameters(config: ModelConfig, training: Training | None = None) -> dict[str, int]:
     """Parameters by the part that owns them (see `MTPModel.groups`), each counted once.
 
+    Args:
+        config: the model's shape.
+        training: count only those that this setup trains.
+
     Raises:
-        BadInput: a weight would have more elements than torch can count.
+        BadInput: a weight would have more elements than torch can count; a part that the model has not.
     """
     try:
         with Unfilled():
             model = make_model(config, device="meta")
     except (RuntimeError, TypeError) as e:
         raise BadInput(f"no model of this shape can be made: {e}".split("\n")[0]) from None
-    return {name: sum(p.numel() for p in group) for name, group in groups(model).items()}
+    if training is not None:
+        set_up(model, dataclasses.replace(training, trunk_checkpointing="none"))
+    counted = {name: [p.numel() for p in group if p.requires_grad] for name, group in groups(model).items()}
+    return {name: sum(numbers) for name, numbers in counted.items()}
 
 
 class Unfilled(TorchDispatchMode):

@@ -11,6 +11,8 @@ from typing import Any
 from mtp_mem.config.schema import Training
 
 VALUE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+PARTS = ("embedding", "trunk layers", "heads", "norm", "unembedding")
+"""Of a model, by what trains together."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Shape:
     loss_value: int
     cuda: bool = False
     training: Training = field(default_factory=Training)
+    frozen: frozenset[str] = frozenset()  # of PARTS; a tied unembedding is as its embedding
 
     @staticmethod
     def of(
@@ -43,8 +46,8 @@ class Shape:
     ) -> "Shape | None":
         """From a record's `model` and `workload`, its setup, and whether CUDA's kernels run or are predicted.
 
-        None where no formula applies: a model that is not this package's, bf16-mixed, other head kinds, parts
-        frozen other than the trunk, gradients that are kept, a loss with options, the heads alone.
+        None where no formula applies: a model that is not this package's, bf16-mixed, other head kinds, single heads
+        that are frozen, or all of them with everything below, a loss with options, the heads alone.
         """
         training = training or Training()
         if "architecture" in model or "factory" in model:
@@ -54,9 +57,10 @@ class Shape:
         if training.sharding != "none" or training.part != "step":
             return None
         tied = model["unembedding"] == "tied"
-        if training.frozen_parts not in ((), ("trunk",)) or (training.frozen_parts and tied):
+        frozen = frozen_of(training, tied)
+        if frozen is None or frozen >= {"embedding", "trunk layers", "heads"}:
             return None
-        if not training.set_to_none or training.label_smoothing or training.z_loss or model.get("logit_softcap"):
+        if training.label_smoothing or training.z_loss or model.get("logit_softcap"):
             return None
         D, H = model["dim"], model["n_attention_heads"]
         value, G, C = VALUE_BYTES[workload["dtype"]], model["n_kv_heads"] or H, model.get("head_dim") or D // H
@@ -80,6 +84,7 @@ class Shape:
             loss_value=max(4, value),
             cuda=cuda,
             training=training,
+            frozen=frozen,
         )
 
     @property
@@ -97,17 +102,19 @@ class Shape:
         """One tensor (V, D): the unembedding, or its gradient."""
         return self.V * self.D * self.value
 
-    @property
-    def layer(self) -> int:
-        """What one layer saves for its backward.
+    def layer(self, part: str) -> int:
+        """What one layer saves for its backward, a trunk's or a head's.
 
         In N rows: both residual sums and both normed inputs (D each), q and attention's output (A each), k and v
         (K each), gate, up, silu(gate) and their product (F each); two norms' scales and attention's logsumexp in the
         loss dtype. CUDA's attention in fp32 keeps k and v repeated, A each. Norms of q and k keep both as they were
-        before, and a scale for each of their heads.
+        before, and a scale for each of their heads. What only a weight's gradient asks for a frozen layer does not
+        save: the normed inputs, the product.
         """
         kept = self.A if self.cuda and self.value == VALUE_BYTES["fp32"] else self.K
-        widths, scales = 4 * self.D + 2 * self.A + 2 * kept + 4 * self.F, 2 + self.H
+        widths, scales = 2 * self.D + 2 * self.A + 2 * kept + 3 * self.F, 2 + self.H
+        if part not in self.frozen:
+            widths += 2 * self.D + self.F
         if self.qk_norm:
             widths, scales = widths + self.A + self.K, scales + self.H + self.G
         return self.N * (widths * self.value + scales * self.loss_value)
@@ -118,21 +125,37 @@ class Shape:
         biases = (self.A + 2 * self.K) * self.qkv_bias + 2 * self.C * self.qk_norm
         return (2 * self.D * (self.A + self.K) + 3 * self.D * self.F + 2 * self.D + biases) * self.value
 
-    @property
-    def shared_gradients(self) -> int:
-        """Gradients that all heads add to: the unembedding's, the final norm's, the cut's."""
-        return self.unembedding + self.D * self.value + self.hidden * (not self.frozen)
-
-    def left_behind(self, heads: int) -> int:
-        """Gradients that are live after so many heads' backward; from the second micro-batch on all are at once."""
-        if self.training.micro_batches > 1:
-            return self.gradients + self.hidden * (heads > 0 and not self.frozen)
-        return self.shared_gradients + heads * self.layer_parameters if heads else 0
+    def trains(self, part: str) -> bool:
+        """Whether a part of PARTS has gradients."""
+        return part not in self.frozen
 
     @property
-    def frozen(self) -> bool:
-        """Whether the trunk is: it keeps nothing but its output, and the cut has no gradient."""
-        return bool(self.training.frozen_parts)
+    def cut_gradient(self) -> int:
+        """The gradient (N, D) of the trunk's output, which there is if anything below it trains."""
+        return self.hidden * (self.trains("embedding") or self.trains("trunk layers"))
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether every gradient is there from the beginning and is added to."""
+        return self.training.micro_batches > 1 or not self.training.set_to_none
+
+    def left_behind(self, heads: int, joint: bool = False) -> int:
+        """Gradients that are live after so many heads' backward; all of them where they are added to.
+
+        All heads add to the unembedding's, the final norm's and the cut's. In one joint backward autograd sums those
+        before it adds them to what is there.
+        """
+        if not heads:
+            return self.gradients * self.accumulates
+        shared = self.unembedding * self.trains("unembedding") + self.norm * self.trains("norm")
+        if self.accumulates:
+            return self.gradients + self.cut_gradient + shared * joint
+        return shared + self.cut_gradient + heads * self.layer_parameters * self.trains("heads")
+
+    @property
+    def norm(self) -> int:
+        """The final norm's weight (D,), or its gradient."""
+        return self.D * self.value
 
     @property
     def trunk(self) -> int:
@@ -143,33 +166,62 @@ class Shape:
     def kept(self) -> list[int]:
         """What each trunk layer keeps: all it saves, or where it is checkpointed its output alone."""
         every = self.training.checkpoint_every
-        if self.frozen:
+        if not self.cut_gradient:
             return []
-        return [self.hidden if every and i % every == 0 else self.layer for i in range(self.trunk_layers)]
+        layer = self.layer("trunk layers")
+        return [self.hidden if every and i % every == 0 else layer for i in range(self.trunk_layers)]
 
     @property
     def below(self) -> int:
         """What is live below every trunk layer: embedded tokens; cosines and sines, (S, C/2) each, of both passes."""
-        return self.hidden + (2 if self.trunk_layers and not self.frozen else 1) * self.S * self.C * self.value
+        return self.hidden + (2 if self.trunk_layers and self.cut_gradient else 1) * self.S * self.C * self.value
 
     @property
     def head(self) -> int:
-        """What one head leaves for its backward, its logits aside: the layer, the normed rows, the norm's scale."""
-        return self.layer + self.hidden + self.N * self.loss_value
+        """What one head leaves for its backward, its logits aside: the layer, the normed rows, the norm's scale.
 
-    def one_head(self, loss: int) -> int:
+        The rows are kept for the unembedding's gradient.
+        """
+        return self.layer("heads") + self.hidden * self.trains("unembedding") + self.N * self.loss_value
+
+    def full_loss(self, summed: bool = False) -> int:
+        """What a head's loss with all its logits takes in its backward, at the worst of three moments.
+
+        Log-softmax, its gradient and the logits' gradient. Or, where tokens are few: the logits' gradient in the model's
+        dtype and what comes of it, the rows' gradient and the unembedding's; this one and its sum with another head's.
+
+        Args:
+            summed: autograd itself adds this head's gradient of the unembedding to another's, as in a joint backward.
+        """
+        table = self.unembedding * self.trains("unembedding")
+        products = self.N * self.V * self.value + self.hidden + table
+        return max(3 * self.logits, products, 2 * table * summed)
+
+    def one_head(self, loss: int, joint: bool = False) -> int:
         """Bytes above the cut with one head at a time, at the last one's moment.
 
         The others have left their gradients, and the cut's so far.
 
         Args:
             loss: bytes that the head's loss takes.
+            joint: all heads' backward is one call.
         """
-        return self.head + loss + self.left_behind(self.n - 1)
+        return self.head + loss + self.left_behind(self.n - 1, joint)
 
     @property
     def gradients(self) -> int:
         """All parameters' gradients."""
-        layers = self.n + self.trunk_layers * (not self.frozen)
-        tables = 1 if self.tied or self.frozen else 2
-        return layers * self.layer_parameters + tables * self.unembedding + self.D * self.value
+        layers = self.n * self.trains("heads") + self.trunk_layers * self.trains("trunk layers")
+        tables = self.trains("embedding") + (self.trains("unembedding") and not self.tied)
+        return layers * self.layer_parameters + tables * self.unembedding + self.norm * self.trains("norm")
+
+
+def frozen_of(training: Training, tied: bool) -> frozenset[str] | None:
+    """Those of PARTS that a setup freezes; None where it is single heads, of which there is no formula."""
+    several = {"trunk": PARTS[:2], "all but heads": tuple(part for part in PARTS if part != "heads")}
+    frozen = {part for name in training.frozen_parts for part in several.get(name, (name,))}
+    if not frozen <= set(PARTS):
+        return None
+    if tied:  # one parameter, which the name "unembedding" alone does not freeze
+        frozen = frozen - {"unembedding"} | ({"unembedding"} if "embedding" in frozen else set())
+    return frozenset(frozen)

@@ -27,16 +27,16 @@ def peak_over_baseline(spec: str, shape: Shape) -> int | None:
     heads: int | None = None if peak_bytes is None else peak_bytes(shape)
     if heads is None:
         return None
-    accumulated = shape.training.micro_batches > 1
     in_flight = shape.left_behind(shape.n) + 2 * shape.N * shape.F * shape.value
     # The embedding's gradient is the last; where there is one already it is added to it.
-    last = shape.unembedding + shape.hidden if accumulated and not shape.frozen else 0
+    last = shape.unembedding + shape.hidden if shape.accumulates and shape.trains("embedding") else 0
     moments, live = [shape.trunk + heads, shape.gradients + max(last, temporaries(shape))], shape.trunk
+    left = shape.layer_parameters * (shape.trains("trunk layers") and not shape.accumulates)
     for done, kept in enumerate(reversed(shape.kept)):
-        whole = shape.layer - shape.hidden if kept == shape.hidden else 0
-        moments.append(live + whole + in_flight + (0 if accumulated else done * shape.layer_parameters))
+        whole = shape.layer("trunk layers") - shape.hidden if kept == shape.hidden else 0
+        moments.append(live + whole + in_flight + done * left)
         live -= kept
-    return max(moments)
+    return max(moments) - (0 if shape.training.set_to_none else shape.gradients)  # those are in the baseline
 
 
 def temporaries(shape: Shape) -> int:
@@ -118,15 +118,14 @@ def slope(points: Sequence[tuple[int, int]]) -> float | None:
 
 
 def baseline(config: ModelConfig, workload: Workload, training: Training | None = None) -> int:
-    """Bytes live before a step: parameters, the optimizer's state, tokens and n rows of targets."""
-    count = sum(parameters(config).values())
-    training, weights = training or Training(), weight_bytes(count, workload.dtype)
-    if training.frozen_parts == ("trunk",):
-        owned = parameters(config)
-        count -= owned.get("embedding", 0) + owned.get("trunk", 0)
-    stepped = 4 * count if training.master_weights else weight_bytes(count, workload.dtype)
+    """Bytes live before a step: parameters, the optimizer's state, tokens and n rows of targets; gradients if kept."""
+    training, weights = training or Training(), weight_bytes(sum(parameters(config).values()), workload.dtype)
+    count = sum(parameters(config, training).values())
+    gradients = weight_bytes(count, workload.dtype)
+    stepped = 4 * count if training.master_weights else gradients
     state = {"sgd": stepped, "adamw-8bit": 2 * count + 8 * count // 256}
     kept = state.get(training.optimizer, 2 * stepped) + stepped * training.master_weights
+    kept += 0 if training.set_to_none else gradients
     return weights + kept + 8 * (1 + config.n_future) * workload.tokens
 
 

@@ -96,6 +96,7 @@ def test_other_setups(shape: dict[str, int], training: Training, dtype: str) -> 
     ("spec", "batch", "sequence"),
     [
         *((spec, 4, 128) for spec in ("naive", "sequential", "checkpointed", "chunked_tokens:chunk=64")),
+        ("chunked_vocab:chunk=512", 4, 128),
         ("sequential", 1, 16),
     ],
 )
@@ -108,10 +109,22 @@ def test_other_setups(shape: dict[str, int], training: Training, dtype: str) -> 
         Training(frozen="trunk", micro_batches=2, optimizer="adamw-foreach"),
         Training(master_weights=True),
         Training(master_weights=True, optimizer="adamw-foreach", micro_batches=2),
+        Training(set_to_none=False),
+        Training(set_to_none=False, trunk_checkpointing="full", frozen="norm"),
+        Training(set_to_none=False, master_weights=True),
+        Training(frozen="all but heads"),
+        Training(frozen="embedding"),
+        Training(frozen="trunk layers", trunk_checkpointing=2),
+        Training(frozen="unembedding"),
+        Training(frozen="unembedding,trunk", micro_batches=2),
+        Training(frozen="unembedding,norm", set_to_none=False),
+        Training(frozen="heads"),
+        Training(frozen=("heads", "norm", "unembedding")),
+        Training(frozen=("heads", "trunk layers"), optimizer="adamw-loop"),
     ],
     ids=str,
 )
-def test_frozen_trunks_micro_batches_and_fp32_copies(spec: str, batch: int, sequence: int, training: Training) -> None:
+def test_frozen_parts_micro_batches_and_fp32_copies(spec: str, batch: int, sequence: int, training: Training) -> None:
     config, workload = tiny(**WIDE, n_future=2), Workload(batch=batch, sequence=sequence, dtype="bf16")
     trace = simulate(config, workload, load_strategy(spec), training, cuda=False)
     fields = (dataclasses.asdict(config), dataclasses.asdict(workload))
@@ -123,7 +136,7 @@ def test_frozen_trunks_micro_batches_and_fp32_copies(spec: str, batch: int, sequ
 
 @pytest.mark.parametrize(
     "training",
-    [Training(label_smoothing=0.1), Training(z_loss=1e-4), Training(frozen="norm"), Training(set_to_none=False)],
+    [Training(label_smoothing=0.1), Training(z_loss=1e-4), Training(frozen="head 1"), Training(frozen="trunk,heads")],
 )
 def test_no_formula_where_none_was_counted(training: Training) -> None:
     fields = (dataclasses.asdict(tiny(**WIDE)), dataclasses.asdict(Workload(batch=1, sequence=16)))
