@@ -67,7 +67,8 @@ class Checkpointed:
 
     def peak_bytes(self, shape: Shape) -> int:
         """Bytes above the cut at the heads' worst moment: one head with its full loss, as it is recomputed."""
-        return shape.one_head(shape.full_loss(summed=shape.n > 1), joint=True)
+        loss = shape.projection + shape.full_loss(summed=shape.n > 1)
+        return shape.one_head(loss, joint=True)
 
 
 def hidden_and_loss(heads: Heads, head: Head, parent: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

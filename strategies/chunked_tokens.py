@@ -78,17 +78,17 @@ class ChunkedTokens(Sequential):
         Besides, in N rows: targets as columns (8), validity (1) and shares of the mean. A CPU has no product of low
         precision into fp32, and widens both sides. With more heads the sum is among what the others left, but for what
         it is wider than the gradient; with one head and one chunk it begins after the softmax. With a frozen
-        unembedding there is no sum; the normed rows are kept all the same.
+        unembedding there is no sum. Under autocast rows and unembedding are copied.
         """
         s = shape
-        chunk = min(self.chunk or default_chunk(s.N, s.D, s.V, s.value, s.cuda), s.N)
-        logits = chunk * s.V * s.value
-        rows = s.N * (8 + 1 + s.loss_value) + chunk * s.loss_value + s.hidden * (not s.trains("unembedding"))
+        chunk = min(self.chunk or default_chunk(s.N, s.D, s.V, s.product, s.cuda), s.N)
+        logits = chunk * s.V * s.product + s.rows + s.autocast * (s.hidden + s.V * s.D * s.product)
+        rows = s.N * (8 + 1 + s.loss_value) + chunk * s.loss_value
         softmax_row = 5 * s.loss_value + 1  # largest logit, the target's, the loss, that times its share twice, a mask
         among_others = s.n > 1 and not s.accumulates
         total = s.V * s.D * (s.loss_value - s.value * among_others) * s.trains("unembedding")
         before = 0 if s.n == 1 and chunk == s.N else total
-        if s.value == s.loss_value:
+        if s.product == s.loss_value:
             return logits + rows + max(before + chunk * softmax_row, total)
         height = min(chunk, max(1, SOFTMAX_BLOCK // (s.V * s.loss_value)))
         softmax = height * (s.V * s.loss_value + softmax_row)

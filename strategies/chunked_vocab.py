@@ -51,13 +51,14 @@ class ChunkedVocab(Sequential):
 
         The slab is in the loss dtype; in low precision in the model's as well, and a product awaits its addition:
         (N, D) of the hidden gradient, or (chunk, D) of the unembedding's. With a frozen unembedding there is no dW, and
-        nothing weighted; the normed rows are kept all the same.
+        nothing weighted; the normed rows are kept all the same. Under autocast a slab of the unembedding is copied.
         """
-        chunk, narrow = min(self.chunk, shape.V), shape.value != shape.loss_value
-        trains = shape.trains("unembedding")
-        slab = shape.N * chunk * (shape.loss_value + narrow * shape.value)
-        product = narrow * max(shape.N, chunk * trains) * shape.D * shape.value
-        return slab + shape.N * shape.D * shape.loss_value + shape.hidden + product + shape.unembedding * trains
+        s, narrow, trains = shape, shape.product != shape.loss_value, shape.trains("unembedding")
+        chunk = min(self.chunk, s.V)
+        slab = s.N * chunk * (s.loss_value + narrow * s.product)
+        product = (narrow * max(s.N, chunk * trains) + s.autocast * chunk) * s.D * s.product
+        gradients = s.N * s.D * s.loss_value + s.unembedding * trains
+        return s.rows * (1 + trains) + slab + product + gradients
 
 
 def vocabulary_slabs(

@@ -62,5 +62,5 @@ class Naive:
         for finished in range(shape.n):
             kept = shape.n - finished
             logits = (kept - 1) * shape.logits + shape.full_loss(summed=finished > 0)
-            moments.append(kept * shape.head + logits + shape.left_behind(finished, joint=True))
+            moments.append(kept * (shape.head + shape.projection) + logits + shape.left_behind(finished, joint=True))
         return max(moments)

@@ -87,4 +87,4 @@ class Sequential:
 
     def loss_bytes(self, shape: Shape) -> int | None:
         """Bytes of `loss_backward` at its worst moment."""
-        return shape.full_loss()
+        return shape.projection + shape.full_loss()

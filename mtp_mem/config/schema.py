@@ -255,6 +255,11 @@ class Training:
         return tuple(sorted({part.strip() for part in parts if part.strip()}))
 
     @property
+    def keeps_gradients(self) -> bool:
+        """Whether parameters have gradients between steps; fp32 copies are stepped in their place and leave none."""
+        return not self.set_to_none and (not self.master_weights or self.part == "heads")
+
+    @property
     def checkpoint_every(self) -> int:
         """Every which trunk layer is recomputed; 0: none."""
         if isinstance(self.trunk_checkpointing, int):

@@ -1,8 +1,8 @@
 """The sizes of a step in closed form: what a layer saves, what a head leaves, how large the gradients are.
 
 Symbols: N = B*S tokens, D, V, n, H attention heads of C channels (D/H unless given), A = C H, G heads of keys and
-values, K = C G, F feed-forward width, b bytes of a value, l bytes of a loss value (4; 8 in fp64). They hold for
-parallel heads; for other kinds there is no closed form here.
+values, K = C G, F feed-forward width, b bytes of a parameter's value, p of a product's (2 under autocast, else b), l
+of a loss value (4; 8 in fp64). They hold for parallel heads; for other kinds there is no closed form here.
 """
 
 from dataclasses import dataclass, field
@@ -10,14 +10,15 @@ from typing import Any
 
 from mtp_mem.config.schema import Training
 
-VALUE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+VALUE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "bf16-mixed": 4, "fp16": 2}
+PRODUCT_BYTES = VALUE_BYTES | {"bf16-mixed": 2}
 PARTS = ("embedding", "trunk layers", "heads", "norm", "unembedding")
 """Of a model, by what trains together."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that closed forms of bytes and FLOPs are written in; b is `value`, l is `loss_value`."""
+    """The sizes that closed forms of bytes and FLOPs are written in; b is `value`, p `product`, l `loss_value`."""
 
     S: int
     N: int
@@ -35,6 +36,7 @@ class Shape:
     qkv_bias: bool
     qk_norm: bool
     value: int
+    product: int
     loss_value: int
     cuda: bool = False
     training: Training = field(default_factory=Training)
@@ -46,8 +48,8 @@ class Shape:
     ) -> "Shape | None":
         """From a record's `model` and `workload`, its setup, and whether CUDA's kernels run or are predicted.
 
-        None where no formula applies: a model that is not this package's, bf16-mixed, other head kinds, single heads
-        that are frozen, or all of them with everything below, a loss with options, the heads alone.
+        None where no formula applies: a model that is not this package's, other head kinds, single heads that are
+        frozen, or all of them with everything below, a loss with options, the heads alone, several ranks.
         """
         training = training or Training()
         if "architecture" in model or "factory" in model:
@@ -81,6 +83,7 @@ class Shape:
             qkv_bias=bool(model.get("qkv_bias")),
             qk_norm=bool(model.get("qk_norm")),
             value=value,
+            product=PRODUCT_BYTES[workload["dtype"]],
             loss_value=max(4, value),
             cuda=cuda,
             training=training,
@@ -94,8 +97,18 @@ class Shape:
 
     @property
     def hidden(self) -> int:
-        """One tensor (N, D)."""
+        """One tensor (N, D), as layers hand it on."""
         return self.N * self.D * self.value
+
+    @property
+    def rows(self) -> int:
+        """One tensor (N, D), as products take it."""
+        return self.N * self.D * self.product
+
+    @property
+    def autocast(self) -> bool:
+        """Whether products take copies of weights and rows in low precision, each its own copy of the rows."""
+        return self.product != self.value
 
     @property
     def unembedding(self) -> int:
@@ -109,21 +122,28 @@ class Shape:
         (K each), gate, up, silu(gate) and their product (F each); two norms' scales and attention's logsumexp in the
         loss dtype. CUDA's attention in fp32 keeps k and v repeated, A each. Norms of q and k keep both as they were
         before, and a scale for each of their heads. What only a weight's gradient asks for a frozen layer does not
-        save: the normed inputs, the product.
+        save: the normed inputs, the product. Under autocast each of the five products of normed inputs has its own
+        copy of them, and of its weight as every product has.
         """
-        kept = self.A if self.cuda and self.value == VALUE_BYTES["fp32"] else self.K
-        widths, scales = 2 * self.D + 2 * self.A + 2 * kept + 3 * self.F, 2 + self.H
-        if part not in self.frozen:
-            widths += 2 * self.D + self.F
+        kept = self.A if self.cuda and self.product == VALUE_BYTES["fp32"] else self.K
+        widths, scales = 2 * self.A + 2 * kept + 3 * self.F, 2 + self.H
+        if self.trains(part):
+            widths += (5 if self.autocast else 2) * self.D + self.F
         if self.qk_norm:
             widths, scales = widths + self.A + self.K, scales + self.H + self.G
-        return self.N * (widths * self.value + scales * self.loss_value)
+        saved = self.N * (2 * self.D * self.value + widths * self.product + scales * self.loss_value)
+        return saved + self.autocast * self.layer_weights * self.product
+
+    @property
+    def layer_weights(self) -> int:
+        """Values in one layer's matrices."""
+        return 2 * self.D * (self.A + self.K) + 3 * self.D * self.F
 
     @property
     def layer_parameters(self) -> int:
         """Bytes of one layer's parameters, or of their gradients."""
         biases = (self.A + 2 * self.K) * self.qkv_bias + 2 * self.C * self.qk_norm
-        return (2 * self.D * (self.A + self.K) + 3 * self.D * self.F + 2 * self.D + biases) * self.value
+        return (self.layer_weights + 2 * self.D + biases) * self.value
 
     def trains(self, part: str) -> bool:
         """Whether a part of PARTS has gradients."""
@@ -137,7 +157,7 @@ class Shape:
     @property
     def accumulates(self) -> bool:
         """Whether every gradient is there from the beginning and is added to."""
-        return self.training.micro_batches > 1 or not self.training.set_to_none
+        return self.training.micro_batches > 1 or self.training.keeps_gradients
 
     def left_behind(self, heads: int, joint: bool = False) -> int:
         """Gradients that are live after so many heads' backward; all of them where they are added to.
@@ -174,28 +194,33 @@ class Shape:
     @property
     def below(self) -> int:
         """What is live below every trunk layer: embedded tokens; cosines and sines, (S, C/2) each, of both passes."""
-        return self.hidden + (2 if self.trunk_layers and self.cut_gradient else 1) * self.S * self.C * self.value
+        return self.hidden + (2 if self.trunk_layers and self.cut_gradient else 1) * self.S * self.C * self.product
 
     @property
     def head(self) -> int:
-        """What one head leaves for its backward, its logits aside: the layer, the normed rows, the norm's scale.
+        """What one head leaves for its backward, its loss aside: the layer, the final norm's scale."""
+        return self.layer("heads") + self.N * self.loss_value
 
-        The rows are kept for the unembedding's gradient.
-        """
-        return self.layer("heads") + self.hidden * self.trains("unembedding") + self.N * self.loss_value
+    @property
+    def projection(self) -> int:
+        """What the product with the unembedding saves: normed rows, for its gradient, and autocast's copy of it."""
+        return self.rows * self.trains("unembedding") + self.autocast * self.V * self.D * self.product
 
     def full_loss(self, summed: bool = False) -> int:
-        """What a head's loss with all its logits takes in its backward, at the worst of three moments.
+        """What a head's loss with all its logits takes in its backward, at the worst of four moments.
 
-        Log-softmax, its gradient and the logits' gradient. Or, where tokens are few: the logits' gradient in the model's
-        dtype and what comes of it, the rows' gradient and the unembedding's; this one and its sum with another head's.
+        Log-softmax, its gradient and the logits' gradient. Or, where tokens are few: the logits' gradient as products
+        take it and what comes of it, the rows' gradient and the unembedding's; then without what the product saved,
+        this one and under autocast its wide copy, else this one and its sum with another head's.
 
         Args:
             summed: autograd itself adds this head's gradient of the unembedding to another's, as in a joint backward.
         """
-        table = self.unembedding * self.trains("unembedding")
-        products = self.N * self.V * self.value + self.hidden + table
-        return max(3 * self.logits, products, 2 * table * summed)
+        values = self.V * self.D * self.trains("unembedding")
+        products, table = self.rows + values * self.product, values * self.value
+        widened = products + self.autocast * table - self.projection
+        added = self.rows + 2 * table * (summed and not self.autocast) - self.projection
+        return max(3 * self.logits, self.N * self.V * self.product + products, widened, added)
 
     def one_head(self, loss: int, joint: bool = False) -> int:
         """Bytes above the cut with one head at a time, at the last one's moment.

@@ -27,7 +27,7 @@ def peak_over_baseline(spec: str, shape: Shape) -> int | None:
     heads: int | None = None if peak_bytes is None else peak_bytes(shape)
     if heads is None:
         return None
-    in_flight = shape.left_behind(shape.n) + 2 * shape.N * shape.F * shape.value
+    in_flight = shape.left_behind(shape.n) + 2 * shape.N * shape.F * shape.product
     # The embedding's gradient is the last; where there is one already it is added to it.
     last = shape.unembedding + shape.hidden if shape.accumulates and shape.trains("embedding") else 0
     moments, live = [shape.trunk + heads, shape.gradients + max(last, temporaries(shape))], shape.trunk
@@ -36,7 +36,7 @@ def peak_over_baseline(spec: str, shape: Shape) -> int | None:
         whole = shape.layer("trunk layers") - shape.hidden if kept == shape.hidden else 0
         moments.append(live + whole + in_flight + done * left)
         live -= kept
-    return max(moments) - (0 if shape.training.set_to_none else shape.gradients)  # those are in the baseline
+    return max(moments) - shape.gradients * shape.training.keeps_gradients  # those are in the baseline
 
 
 def temporaries(shape: Shape) -> int:
@@ -125,7 +125,7 @@ def baseline(config: ModelConfig, workload: Workload, training: Training | None 
     stepped = 4 * count if training.master_weights else gradients
     state = {"sgd": stepped, "adamw-8bit": 2 * count + 8 * count // 256}
     kept = state.get(training.optimizer, 2 * stepped) + stepped * training.master_weights
-    kept += 0 if training.set_to_none else gradients
+    kept += gradients * training.keeps_gradients
     return weights + kept + 8 * (1 + config.n_future) * workload.tokens
 
 

@@ -8,6 +8,7 @@ flash-attention operator, the fused optimizer, the buffers inside kernels.
 import contextlib
 import dataclasses
 import gc
+import importlib
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -116,7 +117,7 @@ class Simulation:
             hidden = _hidden_states(model, tokens) if training.part == "heads" else None
             named = dict(model.named_parameters() if hidden is None else _above_the_cut(model, config))
             leaves = named if hidden is None else {**named, "hidden states": hidden}
-            if not training.set_to_none:
+            if training.keeps_gradients:
                 for leaf in leaves.values():
                     leaf.grad = torch.empty_like(leaf) if leaf.requires_grad else None
         tracker.watch(model.named_parameters())
@@ -169,6 +170,8 @@ class Simulation:
         why = kernel_limits(strategy).not_predicted
         if why and self._for_cuda:
             raise BadInput(f"{type(strategy).__name__} cannot be predicted: {why}")
+        # The first operator would import it, and what it imports keeps the frames of that moment, with their tensors.
+        importlib.import_module("torch._dynamo")
         tracker, warmed_up = self._tracker, len(self._tracker.trace.events)
         step = dataclasses.replace(self._step, strategy=strategy)
         # What a strategy keeps from step to step is live before the next one. Ours keep nothing; `verify` sees to that.

@@ -161,3 +161,17 @@ def test_a_trace_does_not_depend_on_what_else_is_rehearsed() -> None:
     for spec in ("naive", "chunked_vocab:chunk=100", "sequential"):
         alone = simulate(config, workload, load_strategy(spec), gpu=gpu)
         assert predicted(simulation.trace(load_strategy(spec)), gpu) == predicted(alone, gpu)
+
+
+def test_the_first_step_of_a_process_is_as_the_second(tmp_path: Path) -> None:
+    code = """
+from mtp_mem import ModelConfig, Workload
+from mtp_mem.prediction.simulated_step import Simulation
+
+config = ModelConfig(vocab_size=64, dim=64, n_layers=2, n_attention_heads=2)
+simulation = Simulation(config, Workload(batch=1, sequence=256))
+first, second = (simulation.floor().peak().nbytes for _ in range(2))
+assert first == second, first - second
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -40,6 +40,7 @@ SETUPS = {
 MASTER = {
     "fp32 copies": Training(master_weights=True),
     "fp32 copies, foreach": Training(master_weights=True, optimizer="adamw-foreach"),
+    "fp32 copies, gradients kept": Training(master_weights=True, set_to_none=False),
 }
 CASES = [(name, setup, dtype) for name, setup in SETUPS.items() for dtype in ("fp32", "bf16")]
 # Fake tensors, which take longer.
