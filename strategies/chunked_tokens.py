@@ -65,12 +65,14 @@ class ChunkedTokens(Sequential):
 
     def peak_bytes(self, shape: Shape) -> int:
         """Bytes above the cut at the worst moment: in a head, or as the fp32 sum becomes the gradient."""
-        heads = shape.one_head(self.loss_bytes(shape))
-        if shape.value == shape.loss_value or not shape.trains("unembedding"):
+        s = shape
+        wider = s.V * s.D * (s.loss_value - s.value * (not s.accumulates)) * s.trains("unembedding")
+        heads = s.one_head(self.loss_bytes(s), kept=wider)
+        if s.value == s.loss_value or not wider:
             return heads
         # Where there is a gradient already, the sum and its copy are beside it.
-        copy = shape.unembedding if shape.accumulates else 0
-        return max(heads, shape.left_behind(shape.n) + copy + shape.V * shape.D * shape.loss_value)
+        copy = s.unembedding if s.accumulates else 0
+        return max(heads, s.left_behind(s.n) + copy + s.V * s.D * s.loss_value)
 
     def loss_bytes(self, shape: Shape) -> int:
         """A chunk of logits and the sum of the unembedding's gradient; in low precision its softmax's fp32 rows too.

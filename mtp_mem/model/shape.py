@@ -167,10 +167,14 @@ class Shape:
         """
         if not heads:
             return self.gradients * self.accumulates
-        shared = self.unembedding * self.trains("unembedding") + self.norm * self.trains("norm")
         if self.accumulates:
-            return self.gradients + self.cut_gradient + shared * joint
-        return shared + self.cut_gradient + heads * self.layer_parameters * self.trains("heads")
+            return self.gradients + self.cut_gradient + self.shared_gradients * joint
+        return self.shared_gradients + self.cut_gradient + heads * self.layer_parameters * self.trains("heads")
+
+    @property
+    def shared_gradients(self) -> int:
+        """The unembedding's and the final norm's."""
+        return self.unembedding * self.trains("unembedding") + self.norm * self.trains("norm")
 
     @property
     def norm(self) -> int:
@@ -222,16 +226,27 @@ class Shape:
         added = self.rows + 2 * table * (summed and not self.autocast) - self.projection
         return max(3 * self.logits, self.N * self.V * self.product + products, widened, added)
 
-    def one_head(self, loss: int, joint: bool = False) -> int:
-        """Bytes above the cut with one head at a time, at the last one's moment.
+    def one_head(self, loss: int, joint: bool = False, kept: int = 0) -> int:
+        """Bytes above the cut with one head at a time: the last one's loss, or its layer's backward.
 
         The others have left their gradients, and the cut's so far.
 
         Args:
             loss: bytes that the head's loss takes.
             joint: all heads' backward is one call.
+            kept: bytes of the loss that the layer's backward finds still there.
         """
-        return self.head + loss + self.left_behind(self.n - 1, joint)
+        others = self.left_behind(self.n - 1, joint)
+        layer = self.layer("heads") + self.hidden + self.in_flight("heads") + kept
+        return max(self.head + loss + others, layer + max(others, self.shared_gradients))
+
+    def in_flight(self, part: str) -> int:
+        """What a layer's backward has beside all that the layer saved, early on, at the gradients of gate and up.
+
+        Three tensors (N, F), in the place of the one that the last product saved, and that product's weight's gradient.
+        """
+        new = self.D * self.F * self.value * (self.trains(part) and not self.accumulates)
+        return 2 * self.N * self.F * self.product + new - self.autocast * self.D * self.F * self.product
 
     @property
     def gradients(self) -> int:

@@ -27,7 +27,7 @@ def peak_over_baseline(spec: str, shape: Shape) -> int | None:
     heads: int | None = None if peak_bytes is None else peak_bytes(shape)
     if heads is None:
         return None
-    in_flight = shape.left_behind(shape.n) + 2 * shape.N * shape.F * shape.product
+    in_flight = shape.left_behind(shape.n) + shape.in_flight("trunk layers")
     # The embedding's gradient is the last; where there is one already it is added to it.
     last = shape.unembedding + shape.hidden if shape.accumulates and shape.trains("embedding") else 0
     moments, live = [shape.trunk + heads, shape.gradients + max(last, temporaries(shape))], shape.trunk
