@@ -10,8 +10,8 @@ NOT_INSTALLED = (
 
 
 def run() -> int:
-    """Exit code of the command; 3 where the installation is not whole."""
-    # `python -m` puts the current folder first; what lies there runs only where the user names it.
+    """Run the command line; returns its exit code, 3 where the installation is not complete."""
+    # `python -m` puts the current folder first in sys.path: a module there must not stand in for an installed one.
     sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
     try:
         whole = importlib.util.find_spec("mtp_mem.strategies") is not None

@@ -1,4 +1,4 @@
-"""Small helpers of every room: sizes as people read them, fingerprints, and files that are whole or not there."""
+"""Small helpers of every package: sizes for display, fingerprints, and files that are written whole or not at all."""
 
 import contextlib
 import fcntl
@@ -20,13 +20,13 @@ from typing import Any
 from mtp_mem.errors import BadInput
 
 Progress = Callable[[str], None]
-"""Told the name of each unit of work as it begins."""
+"""A callback that gets the name of each unit of work as it begins."""
 
 KiB, MiB, GiB = 2**10, 2**20, 2**30
 
 
 def format_bytes(nbytes: int) -> str:
-    """Bytes in the unit that suits them, with one decimal, below ten with two."""
+    """Bytes in the largest unit (GiB, MiB, KiB, B) that fits, with one decimal, below ten with two; B without."""
     for unit, name in ((GiB, "GiB"), (MiB, "MiB"), (KiB, "KiB")):
         if abs(nbytes) >= unit:
             value = nbytes / unit
@@ -36,7 +36,7 @@ def format_bytes(nbytes: int) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A block that writes `path`: what the operating system refuses becomes one line that names it.
+    """A block that writes `path`; an OSError in it becomes an error of one line that names `path`.
 
     Raises:
         BadInput: in the place of an OSError, with its reason.
@@ -49,11 +49,11 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives another name beside `path` to write to; what is there takes the place of `path` at the end of the block.
+    """Yields a temporary path beside `path` to write to; at the end of the block that file replaces `path`.
 
     Raises:
-        BadInput: it cannot be written, or is a device or a folder. Nothing is left behind then, nor where the block
-            raises; what a process that was killed in here left is removed by the next one.
+        BadInput: `path` cannot be written, or is a device or a folder. No temporary file is left then, nor where the
+            block raises; the next write to `path` removes one that a killed process left.
     """
     with writing(path):
         if os.path.lexists(path) and not os.path.isfile(path):
@@ -76,10 +76,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder for temporary files that is gone after the block; where that is cut short, the next one removes it.
+    """Yields a folder for temporary files, removed after the block; the next call removes one of a killed process.
 
     Raises:
-        BadInput: it cannot be made.
+        BadInput: the folder cannot be made, or the block raises an OSError.
     """
     parent, prefix = Path(tempfile.gettempdir()), "mtp-mem-"
     with writing(parent):
@@ -94,7 +94,7 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def held(handle: int, wait_s: float = 0) -> bool:
-    """Take a file or folder for this process alone, until it is closed; False where another one has it for so long.
+    """Lock an open file or folder until it is closed; False where another process still has it after `wait_s` seconds.
 
     True also where the file system has no locks.
     """
@@ -113,7 +113,7 @@ def held(handle: int, wait_s: float = 0) -> bool:
 
 
 def _remove_left(folder: Path, prefix: str) -> None:
-    """Remove our own temporary files and folders whose process has gone, and which none on another machine holds."""
+    """Remove this user's temporary files and folders whose process has ended, and that no other machine has locked."""
     for path in folder.glob(f"{prefix}*.tmp"):
         pid = path.name.removeprefix(prefix).partition("-")[0]
         if not pid.isdecimal() or os.path.exists(f"/proc/{pid}"):
@@ -129,14 +129,14 @@ def _remove_left(folder: Path, prefix: str) -> None:
 
 
 def _umask() -> int:
-    """What files of this process lack; it can be read only by setting it."""
+    """This process's umask, which can be read only by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
 def writable(folder: Path) -> Path:
-    """The folder, made if it is not there.
+    """The folder, made if it is not there, after a test that files can be written in it.
 
     Raises:
         BadInput: it cannot be made or written.
@@ -149,9 +149,9 @@ def writable(folder: Path) -> Path:
 
 @contextmanager
 def importing_from_here() -> Iterator[None]:
-    """A block in which modules of the current folder can be imported, after what is installed.
+    """A block in which modules of the current folder can be imported; installed ones come first.
 
-    Only while a module is loaded that the user named: of a folder of somebody's results nothing is to run.
+    Only for loading a module that the user named: a folder of somebody's results may hold code, which must not run.
     """
     path = os.getcwd()
     sys.path.append(path)
@@ -159,21 +159,21 @@ def importing_from_here() -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(ValueError):
-            sys.path.reverse()  # the last one, which is ours
+            sys.path.reverse()  # `remove` takes the first: the last is ours
             sys.path.remove(path)
             sys.path.reverse()
 
 
 def fingerprint(*parts: Any) -> str:
-    """A short name for a case and all that its figures depend on."""
+    """16 hex digits that name these parts: a case and all that its figures depend on, say."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def fork_context(*preload: str) -> ForkServerContext:
-    """Processes that are forked from one which has imported these modules, each once.
+    """A multiprocessing context whose processes are forked from a server that has imported the modules `preload`.
 
-    The first call in a process decides which modules. They are those that are installed: a clone in the current folder
-    would stand in for them.
+    The first call in a process starts the server and decides which modules. PYTHONSAFEPATH keeps a clone in the current
+    folder from standing in for the installed ones.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))

@@ -83,11 +83,12 @@ def load_corpus(workload: Workload, vocab_size: int, text: Path | None = None) -
 
     Args:
         workload: chooses the tokenizer: bytes, a BPE vocabulary trained on the text (cached), or uniform random ids.
-        vocab_size: V; the BPE vocabulary is trained to exactly this size.
+        vocab_size: V; the BPE vocabulary is trained to this size, and where the text fills less, ids are uniform.
         text: a UTF-8 file; by default the help topics that every CPython installation carries.
 
     Raises:
-        BadInput: unreadable, not UTF-8 or too short a text; a vocabulary smaller than the tokens need.
+        BadInput: unreadable, not UTF-8 or too short a text, or any text where ids are uniform; a vocabulary
+            smaller than the tokens need.
     """
     if workload.tokenizer == "uniform":
         if text is not None:
@@ -115,13 +116,13 @@ def load_corpus(workload: Workload, vocab_size: int, text: Path | None = None) -
 
 
 def corpus_batch(corpus: Corpus, model: ModelConfig, workload: Workload, rank: int = 0) -> Batch:
-    """The first B*S tokens of the corpus as a batch; uniform ids come from a generator with the workload's seed.
+    """The rank's B*S tokens of the corpus as a batch; uniform ids are drawn with the workload's seed + rank.
 
     Args:
         corpus: the text.
         model: for V and n.
         workload: for B, S and the seed.
-        rank: of several, each of which has the next B*S tokens, from the beginning again where the text is too short.
+        rank: number of this process; each one takes the next B*S tokens, from the beginning again where the text ends.
     """
     if corpus.ids is None:
         generator = torch.Generator().manual_seed(workload.seed + rank)
@@ -162,7 +163,7 @@ def _trained_bpe(text: str, vocab_size: int) -> "Tokenizer":
             raise
         except (
             BaseException
-        ):  # of what is damaged the library raises bare Exception, or panics; training again mends it
+        ):  # for a damaged file the library raises bare Exception, or panics; training again mends it
             pass
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -174,6 +175,6 @@ def _trained_bpe(text: str, vocab_size: int) -> "Tokenizer":
         cached.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(cached) as partial:
             tokenizer.save(str(partial))
-    except Exception:  # a read-only home costs a second per run, not the run; the library raises bare Exception
+    except Exception:  # without a cache every run trains again, for a second; the library raises bare Exception
         pass
     return tokenizer

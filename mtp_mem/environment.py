@@ -23,7 +23,7 @@ ALLOCATOR_VARIABLES = (
 
 @cache
 def environment(device_type: str) -> dict[str, Any]:
-    """Everything about this machine that a figure depends on; bytes are integers."""
+    """Everything about this machine, for "cuda" with its current GPU, that a figure depends on; bytes are integers."""
     import psutil
 
     facts: dict[str, Any] = {
@@ -65,7 +65,7 @@ def footer(env: dict[str, Any]) -> str:
 @cache
 def code_digest() -> str:
     """Identifies this version of mtp_mem's code, so that results of another version are not mistaken for its own."""
-    # By name: the folder becomes mtp_mem.strategies only in an installation, and type checkers read the clone.
+    # Not by an import statement: mtp_mem.strategies exists only in an installation, and type checkers read the clone.
     strategies = Path(str(importlib.import_module("mtp_mem.strategies").__file__)).parent
     root = Path(__file__).parent
     files = {f"mtp_mem/{path.relative_to(root)}": path for path in root.rglob("*.py")}
@@ -77,7 +77,7 @@ def code_digest() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the clone that this code runs from, "+" if the tree is dirty; None outside a clone."""
+    """The commit of the clone that this code runs from, with "+" if the tree is dirty; None outside a clone."""
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return None
@@ -106,7 +106,7 @@ def _cpu_name() -> str:
 
 
 CUBLAS_CONFIG = ":4096:8"
-"""Workspaces with which cuBLAS promises the same bits again (its documentation, "Results reproducibility")."""
+"""Workspaces with which cuBLAS gives the same bits in every run (its documentation, "Results reproducibility")."""
 
 
 def require_deterministic() -> None:
@@ -119,7 +119,7 @@ def require_deterministic() -> None:
 
 
 def numerics() -> dict[str, Any]:
-    """The settings in force, as every record keeps them; `tf32` says whether fp32 products may lose 13 bits."""
+    """torch's numeric settings, as every record keeps them; with `tf32` fp32 products may lose 13 mantissa bits."""
     products = torch.backends.cuda.matmul
     return {
         "matmul_precision": torch.get_float32_matmul_precision(),
@@ -131,12 +131,12 @@ def numerics() -> dict[str, Any]:
 
 # What the NVIDIA driver says of a GPU and of this process on it. Reads only; never changes a setting.
 
-NVML_PREFIXES = ("GPU-", "MIG-")  # NVML's names have one, torch's have none
+NVML_PREFIXES = ("GPU-", "MIG-")  # NVML's UUIDs begin with one, torch's with none
 
 
 @contextmanager
 def _nvml_session() -> Iterator[Any]:
-    """The NVML handle of torch's current device, found by UUID so that CUDA_VISIBLE_DEVICES and MIG do not mislead."""
+    """Yields NVML's handle of torch's current device, or None; by UUID, as CUDA_VISIBLE_DEVICES and MIG renumber."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -150,7 +150,11 @@ def _nvml_session() -> Iterator[Any]:
 
 
 def device_facts() -> dict[str, Any]:
-    """Driver, UUID, power limit, clocks, throttle reasons and other processes' bytes; a fact NVML lacks is None."""
+    """Driver, UUID, power limit, clocks, temperature, throttle reasons and other processes' bytes, as NVML gives them.
+
+    A fact that NVML lacks is None (`mig_slice`: False, `other_process_bytes`: 0); a device that it does not find has
+    the driver alone.
+    """
     import pynvml
 
     try:

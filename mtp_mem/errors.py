@@ -1,6 +1,7 @@
-"""What can go wrong, with the exit code that the command line gives for it.
+"""The package's errors, each with the exit code that the command line gives for it.
 
-Exit codes: 0 ok; 1 a check failed; 2 usage or bad input; 3 something needed is missing; 70 anything unexpected.
+Exit codes: 0 ok; 1 a check failed; 2 usage or bad input; 3 something needed is missing; 70 anything unexpected; 130
+interrupted.
 """
 
 import difflib
@@ -16,7 +17,7 @@ LONGEST_TEXT = 1000
 _UNCLEAN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 CRASH = 70
-"""Not Python's own 1, which would read as a check that failed."""
+"""Exit code of an unexpected exception: not Python's own 1, which would read as a check that failed."""
 
 
 class MtpMemError(Exception):
@@ -42,17 +43,17 @@ class BrokenContract(MtpMemError):
 
 
 def printable(text: str) -> str:
-    """The text without what a terminal, page or shell takes for more than text: line ends are spaces, others marked."""
+    """The text, safe for a terminal, page or shell: line ends become spaces, other control characters U+FFFD."""
     return _UNCLEAN.sub("\ufffd", text.replace("\r\n", " ").replace("\n", " ").replace("\r", " "))
 
 
 def clean_text(text: str) -> str:
-    """`printable`, and no longer than 1000 characters."""
+    """`printable` of the text, cut after 1000 characters."""
     return printable(f"{text[:LONGEST_TEXT]}..." if len(text) > LONGEST_TEXT else text)
 
 
 def one_line(error: BaseException) -> str:
-    """What a strategy raised, and where, in one line; of our own errors the text alone."""
+    """An error of code that is not ours, and where it was raised, in one line; of our own errors the text alone."""
     if isinstance(error, MtpMemError):
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)
@@ -67,16 +68,16 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """A block that runs code which is not ours: it may fail, it may not end the process.
+    """A block that runs code that is not ours: it may raise, but it cannot end the process.
 
     Raises:
-        BrokenContract: it quit, `os._exit` included, or raised what no `except Exception` catches. What a person's
-            Ctrl-C raises in it goes through.
+        BrokenContract: the code tried to end the process, `os._exit` included, or raised what no `except Exception`
+            catches. The KeyboardInterrupt of a person's Ctrl-C goes through.
     """
     exit_at_once, process = os._exit, os.getpid()
 
     def refuse(status: int) -> None:
-        if os.getpid() != process:  # a fork's own end
+        if os.getpid() != process:  # a forked process may end itself
             exit_at_once(status)
         raise SystemExit(status)
 
@@ -94,7 +95,7 @@ def contained() -> Iterator[None]:
 
 
 def _by_signal(error: BaseException) -> bool:
-    """Whether a handler of signals raised it, Python's own or ours, and not a `raise` of the code that ran."""
+    """Whether a signal handler, Python's own or ours, raised the error, and not a `raise` of the code that ran."""
     place = error.__traceback__
     if not isinstance(error, KeyboardInterrupt) or place is None:
         return False

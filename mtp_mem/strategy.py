@@ -38,30 +38,31 @@ BUILTIN = {
 """The strategies that ship with the package; their order is the order of every table and chart."""
 
 GROUP = "mtp_mem.strategies"
-"""Entry-point group under which other packages register theirs."""
+"""Entry-point group under which other packages register their strategies."""
 
 
 @runtime_checkable
 class Strategy(Protocol):
     """Runs the heads forward and backward above the cut; see `backward`.
 
-    A class may say `limits = KernelLimits(...)`: what its kernel does not take, and what of the protocol it does not
-    keep; `loss_options`, those of mtp_mem/model/losses.py that its loss takes (one that says none is run with none);
-    and its cost: `flops_factor`, and `peak_bytes(shape)`, its bytes above the cut at the worst moment.
+    A class may also have `limits`, a `KernelLimits`; `loss_options`, the names of the `LossOptions` that its loss takes
+    (without it: none); and its cost: `flops_factor`, the heads' FLOPs relative to naive's, and `peak_bytes(shape)`, its
+    bytes above the cut at the worst moment.
     """
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
         """Fill `cut.grad` and the `.grad` of every trainable parameter above the cut.
 
-        The gradient is that of sum_i weights[i] * L_i, L_i the mean cross entropy over head i's valid targets; it is
-        added to whatever `.grad` holds. Parameters that require no gradient keep their `.grad` as it was; so does a
-        cut that requires none. Must not synchronise with the device and must keep no state between steps.
+        The gradient is that of sum_i weights[i] * L_i, where L_i is head i's loss with `heads.options`, the mean over
+        its valid targets. It is added to whatever `.grad` holds. Parameters that require no gradient keep their `.grad`
+        as it was, and so does a cut that requires none. A strategy must not make the host wait for the device and must
+        keep no state between steps.
 
         Args:
             cut: the trunk's output (B, S, D), a leaf, in the model's dtype.
             heads: the heads, their norm and unembedding.
             targets: (n, B, S) int64, IGNORE where there is no target.
-            weights: (n,) in the loss dtype, the upstream scale already in them.
+            weights: (n,) in the loss dtype, already multiplied by the upstream scale.
 
         Returns:
             The n losses L_i, detached, (n,) in the loss dtype.
@@ -91,7 +92,8 @@ def load_strategy(spec: str) -> Strategy:
     """The strategy a spec string describes.
 
     Raises:
-        BadInput: unknown strategy or option, or a value of the wrong type; names the valid ones.
+        BadInput: an unknown strategy or option (names the valid ones), a value of the wrong type, or a class that
+            cannot be made or has no `backward`.
         Missing: the strategy is known but what it needs is not installed.
     """
     name, rest = _split(spec)
@@ -181,26 +183,26 @@ def _options(cls: type[Any], name: str, items: list[str]) -> dict[str, Any]:
 
 
 LAST_PLACE: dict[Dtype, float] = {"fp64": 2**-52, "fp32": 2**-23, "bf16": 2**-7, "bf16-mixed": 2**-7, "fp16": 2**-10}
-"""A unit in the last place of what a kernel that rounds its loss sums it in; allowed for each chunk of tokens."""
+"""A unit in the last place, by the model's dtype; a loss that a kernel rounds may be off by one for each chunk."""
 
 LIBRARY_CHUNK = 256
-"""Tokens that a library's kernel is taken to have in a chunk, at least, where none are asked for."""
+"""The least number of tokens that a library's kernel is assumed to have in a chunk where no size is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelLimits:
     """What a strategy's kernel cannot do, and what of the protocol it does not keep; plain torch has no such limits.
 
-    A strategy's class says them as `limits = KernelLimits(...)`.
+    A strategy's class states them as `limits = KernelLimits(...)`.
 
     Attributes:
-        dtypes: of the rows that its kernel takes and computes exactly enough; empty: all.
+        dtypes: dtypes of the rows (N, D) in which the kernel runs and is exact enough; empty: all.
         multiple_of: what the tokens N, the width D and the vocabulary V must be multiples of.
-        waits: where the host waits for the device, a clause; empty: nowhere.
-        rounds_loss: it returns the loss's value in the model's dtype; `verify` allows for that in losses, never in a
-            gradient.
-        error_factor: how many times more than other strategies its gradients in low precision may be off.
-        not_predicted: why its bytes on CUDA cannot be found out elsewhere; empty: they can.
+        waits: a clause that says why the host waits for the device; empty: it does not.
+        rounds_loss: whether the kernel returns the loss's value in the model's dtype; `verify` allows for that in
+            losses, never in a gradient.
+        error_factor: in low precision its gradients may have this many times the error allowed to other strategies.
+        not_predicted: why its bytes on CUDA cannot be predicted without a GPU; empty: they can.
     """
 
     dtypes: tuple[torch.dtype, ...] = ()
@@ -212,19 +214,19 @@ class KernelLimits:
 
     @property
     def computes(self) -> str:
-        """In which dtypes, a clause."""
+        """A clause that names the dtypes of `dtypes`."""
         return f"computes in {', '.join(map(_name, self.dtypes))}"
 
     def takes(self, dtype: Dtype) -> bool:
-        """Whether it runs in a model of this dtype."""
+        """Whether the kernel runs in a model of this dtype."""
         return not self.dtypes or PRODUCT_DTYPES[dtype] in self.dtypes
 
     def loss_rounding(self, dtype: Dtype, tokens: int, chunk: int | None = None) -> float:
-        """What the relative error of a loss may be beyond the rule, where it is summed in chunks of tokens."""
+        """The relative error that a loss may have beyond the usual bound; `chunk`: tokens, None for the library's."""
         return -(-tokens // (chunk or LIBRARY_CHUNK)) * LAST_PLACE[dtype] if self.rounds_loss else 0.0
 
     def refusal(self, dtype: torch.dtype, *, N: int, D: int, V: int) -> str:
-        """Why rows (N, D) of this dtype and an unembedding (V, D) cannot be run, a clause; empty where they can."""
+        """A clause: why the kernel cannot run rows (N, D) of this dtype with a (V, D) unembedding; empty if it can."""
         if self.dtypes and dtype not in self.dtypes:
             return f"{self.computes}, not in {_name(dtype)}"
         odd = [f"{name} = {size}" for name, size in (("N", N), ("D", D), ("V", V)) if size % self.multiple_of]
@@ -232,17 +234,17 @@ class KernelLimits:
 
 
 def kernel_limits(strategy: object) -> KernelLimits:
-    """What its class says, or none."""
+    """The limits that the strategy's class states; those of plain torch where it states none."""
     limits = getattr(strategy, "limits", KernelLimits())
     return limits if isinstance(limits, KernelLimits) else KernelLimits()
 
 
 COMPUTES_LOSS = ("backward", "loss_backward", "loss", "kernel_loss")
-"""Methods by which a class has a loss of its own."""
+"""A class that defines one of these methods has a loss of its own, and does not inherit `loss_options`."""
 
 
 def loss_options(strategy: object) -> tuple[str, ...]:
-    """The options that its loss takes: what its class says, or the class it takes its loss from."""
+    """Names of the loss options that the strategy takes, as its class states, or the base class whose loss it uses."""
     for cls in type(strategy).__mro__:
         if "loss_options" in vars(cls):
             return tuple(strategy.loss_options)  # type: ignore[attr-defined]
@@ -252,7 +254,7 @@ def loss_options(strategy: object) -> tuple[str, ...]:
 
 
 def loss_refusal(strategy: object, options: LossOptions) -> str:
-    """Why the strategy cannot run with these options of the loss, a clause; empty where it can."""
+    """A clause: why the strategy cannot run with these options of the loss; empty where it can."""
     known = loss_options(strategy)
     missing = [option for option in options.used if option not in known]
     if not missing:
@@ -262,10 +264,10 @@ def loss_refusal(strategy: object, options: LossOptions) -> str:
 
 
 def require_loss(strategy: object, options: LossOptions) -> None:
-    """The strategy can run with these options of the loss.
+    """Check that the strategy can run with these options of the loss.
 
     Raises:
-        BadInput: names the strategy, and the option that it does not take.
+        BadInput: it cannot; names the strategy and the option that it does not take.
     """
     if options.used and (why := loss_refusal(strategy, options)):
         named = {path.partition(":")[2]: name for name, path in BUILTIN.items()}
@@ -274,7 +276,7 @@ def require_loss(strategy: object, options: LossOptions) -> None:
 
 
 def refusal(strategy: object, config: ModelConfig, workload: Workload, training: Training) -> str:
-    """Why the strategy cannot run this model, workload and setup, a clause; empty where it can."""
+    """A clause: why the strategy cannot run this model, workload and training setup; empty where it can."""
     dtype, tokens = PRODUCT_DTYPES[workload.dtype], workload.tokens
     options = LossOptions(
         softcap=config.logit_softcap, label_smoothing=training.label_smoothing, z_loss=training.z_loss
@@ -284,7 +286,7 @@ def refusal(strategy: object, config: ModelConfig, workload: Workload, training:
 
 
 def require(strategies: Mapping[str, object], config: ModelConfig, workload: Workload, training: Training) -> None:
-    """Every strategy, by its spec, can run this model, workload and setup.
+    """Check that every strategy, keyed by its spec, can run this model, workload and training setup.
 
     Raises:
         BadInput: names the first one that cannot, and why.

@@ -20,7 +20,7 @@ def check_strategy(
     scenarios: Sequence[Scenario] = (*SCENARIOS, *REAL_SIZES),
     device: torch.device | str = "cpu",
 ) -> None:
-    """Run the whole matrix at small size; some seconds on a CPU.
+    """Run a strategy through every scenario in every dtype at small size (some seconds on a CPU); raise if it fails.
 
     Args:
         strategy: an object or a spec string. Integer fields of its dataclass are set to what each scenario asks for.
@@ -29,12 +29,14 @@ def check_strategy(
         device: where the strategy runs.
 
     Raises:
-        AssertionError: names each scenario that failed, the part of the model and the numbers.
+        AssertionError: a check failed or had nothing to check: a line for each such scenario, with the part of the
+            model and the numbers; failures that are alike share one, and ten are shown.
+        BadInput: the strategy takes none of `dtypes`.
     """
     result = verify([strategy], dtypes=dtypes, scenarios=scenarios, device=device)
     not_right = [*result.failures, *result.unchecked]
     if not_right:
-        # What is broken alike everywhere is said once: ten times the same exception hides the other failures.
+        # Failures that are alike share a line: ten times the same exception would hide the others.
         alike: dict[str, list[Check]] = {}
         for check in not_right:
             alike.setdefault(check.broken or check.explain(), []).append(check)

@@ -1,4 +1,4 @@
-"""The built-in strategies, one file each; the file reads as the algorithm."""
+"""The built-in strategies, one file each; a file reads as its algorithm from top to bottom."""
 
 if __name__ != "mtp_mem.strategies":
     # Imported twice under two names, one file would give two classes that are not equal.

@@ -1,11 +1,11 @@
-"""Lets the step decide: its bytes are rehearsed without data, and the logits get what the rest needs anyway.
+"""Chooses by the step: simulates its bytes, and gives the logits no more than the rest of the step needs anyway.
 
     choice = the strategy and chunk for which the logits do not define the step's peak     # mtp_mem/prediction/auto.py
     choice.backward(...)
 
 `compare`, `predict` and `timeline` choose before they run, and say what and why. A trainer does the same once:
-`mtp_mem.prediction.auto.choose(config, workload, cuda=True).spec`. Where a step is run with `auto` itself there is no
-model to rehearse, and it is `chunked_tokens` with its default chunk.
+`mtp_mem.prediction.auto.choose(config, workload, cuda=True).spec`. `Auto.backward` itself has no config to simulate: it
+runs `chunked_tokens` with its default chunk.
 """
 
 from dataclasses import dataclass

@@ -1,11 +1,11 @@
-"""Sequential heads with Apple's Cut Cross-Entropy (Wijmans et al. 2024, arXiv 2411.09009): logits only ever on chip.
+"""Sequential heads with Apple's Cut Cross-Entropy (Wijmans et al. 2024, arXiv 2411.09009): logits stay on chip.
 
     for head in heads, the last first:  linear_cross_entropy(rows, unembedding, filter_eps=None).backward()
 
-Without its gradient filter, which skips what is small and is an approximation (issue #14 there). It takes no fp32 rows,
-and adds both gradients up block by block in the rows' own dtype. Memory above the cut: a number per row, an unembedding
-gradient beside the accumulated one. FLOPs: 4/3. Checked in fp16 in Triton's interpreter on a CPU (tests/kernels); not
-run on a GPU yet.
+The kernel's gradient filter is off: it skips small values, which is an approximation (ml-cross-entropy #14). The kernel
+takes no fp32 rows, and sums the gradients of rows and unembedding block by block in the rows' dtype. Memory above the
+cut: a number per row, an unembedding gradient beside the accumulated one. FLOPs: 4/3. Checked in fp16 in Triton's
+interpreter on a CPU (tests/kernels); not run on a GPU yet.
 """
 
 from dataclasses import dataclass

@@ -3,11 +3,11 @@
     for head in heads:  losses[head] = checkpoint(head_and_loss, cut)    # keeps only its input
     backward(sum(weights * losses))                                      # recomputes one head at a time
 
-The loss must be inside: a checkpoint around the projection alone still saves every head's log-softmax (N, V), which is
-what fills the memory (a published recipe does just that and saves nothing).
+The loss must be inside: a checkpoint around the projection alone still keeps every head's log-softmax (N, V), which is
+what fills the memory (a published recipe does just that, and its peak is no lower).
 
 Memory above the cut: 3 tensors (N, V) of the loss dtype and one head layer's activations, as with `sequential`.
-FLOPs: 4/3 of every head, its layer included. It fits where only a single backward call is possible.
+FLOPs: 4/3 of every head, its layer included. For trainers that allow only one backward call.
 """
 
 from dataclasses import dataclass
@@ -44,14 +44,14 @@ class Checkpointed:
     def head_forward(
         self, heads: Heads, head: Head, parent: Tensor, targets: Tensor, losses: dict[int, Tensor]
     ) -> None:
-        """One head with its loss inside a checkpoint, then its children's: parents before children.
+        """Run one head with its loss inside a checkpoint, then its children's: parents before children.
 
         Args:
             heads: all heads.
             head: the one to run.
             parent: hidden states (B, S, D) that it reads.
             targets: (n, B, S).
-            losses: by head index; this head's and its children's are added.
+            losses: 0-dim, by head index; this head's and its children's are added.
         """
         hidden, losses[head.index] = checkpoint(
             hidden_and_loss,
@@ -72,6 +72,6 @@ class Checkpointed:
 
 
 def hidden_and_loss(heads: Heads, head: Head, parent: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """What is recomputed: the head's hidden states (B, S, D), and its loss, 0-dim, over targets (B, S)."""
+    """The head's hidden states (B, S, D) and its 0-dim loss for targets (B, S): all that the checkpoint recomputes."""
     hidden = heads.hidden(head, parent)
     return hidden, heads.loss(head, hidden, targets, full)

@@ -10,9 +10,9 @@
         norm.backward(rows), head.backward
 
 A row's softmax needs that row's V logits and no others, so a chunk of tokens can be finished, gradients and all, before
-its logits are overwritten by the next one's. Vocabulary chunks cannot do that: a row's normaliser is known only after
-the last slab. FLOPs: 1, three products per head, and none twice. It needs the loss weights before the backward, which
-every trainer has.
+its logits are overwritten by the next one's. Vocabulary chunks cannot do that: a row's normaliser (logsumexp) is known
+only after the last slab. FLOPs: 1, three products per head, and none twice. It needs the loss weights before the
+backward, which every trainer has.
 
 Memory above the cut, besides one head's activations, for N rows, a chunk of c of them, b bytes a value:
 
@@ -20,7 +20,7 @@ Memory above the cut, besides one head's activations, for N rows, a chunk of c o
     V D a                 the sum of the unembedding's gradient: in fp32 (a = 4) where the parameter has less precision
     r V 4                 low precision only: r rows of logits in fp32
 
-Scaling (loss weight, 1 / count, masks) is done on sides of width D, never on the V-wide matrix.
+Scaling (loss weight, 1 / count, masks) is applied to the (c, D) operands of the products, never to the (c, V) logits.
 """
 
 from collections import Counter
@@ -39,10 +39,10 @@ from mtp_mem.model.shape import Shape
 from mtp_mem.strategies.sequential import Sequential
 
 CUDA_LOGITS = 512 * MiB
-CUDA_TOKENS = (512, 4096)
+CUDA_TOKENS = (512, 4096)  # the least and the most tokens in a default chunk
 CPU_TOKENS = (128, 1024)
-WIDE_ROWS = 4096
-SOFTMAX_BLOCK = 64 * MiB  # of fp32 rows: at V = 128256 one for each multiprocessor of an H100
+WIDE_ROWS = 4096  # vocabulary entries that `_add_product` widens to fp32 at once
+SOFTMAX_BLOCK = 64 * MiB  # bytes of fp32 logits; at V = 128256 130 rows, one for each multiprocessor of an H100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class ChunkedTokens(Sequential):
 
 
 class _Step(Sequential):
-    """One step's sequential order; `sums` lives as long as the step, so the strategy itself keeps nothing."""
+    """Sequential for one step. It holds that step's `sums`, so that the strategy itself keeps nothing."""
 
     def __init__(self, chunk: int | None, sums: "UnembeddingSums") -> None:
         self.chunk, self.sums = chunk, sums
@@ -111,8 +111,8 @@ class _Step(Sequential):
         with torch.no_grad():
             with heads.autocast():
                 dtype = compute_dtype(normed)
-            rows = normed.detach().flatten(0, -2).to(dtype)  # (N, D); `normed` itself where dtypes agree
-            if normed._is_view():  # a norm that hands its input on: the cut itself must not be overwritten
+            rows = normed.detach().flatten(0, -2).to(dtype)  # (N, D); in the memory of `normed` where dtypes agree
+            if normed._is_view():  # a norm that returns its input: head output and cut must not be overwritten
                 rows = rows.clone()
             N, (V, D) = rows.shape[0], head.unembedding.shape
             loss = head_loss(
@@ -130,7 +130,7 @@ class _Step(Sequential):
 
 
 class UnembeddingSums:
-    """The sums of a step's unembedding gradients, each alive from its first head to its last.
+    """The sums of a step's unembedding gradients, each alive from the first head that adds to it to the last.
 
     Replicated unembeddings have one head each: then one sum is alive at a time.
     """
@@ -146,7 +146,7 @@ class UnembeddingSums:
             pending += head.children
 
     def for_next_head(self, unembedding: Tensor, heads: Heads) -> "UnembeddingGradient | None":
-        """What one more head of this unembedding adds to; None where it is frozen. Sums without a head left end."""
+        """The sum that the unembedding's next head adds to, None if frozen. First finishes sums with no head left."""
         for complete in [weight for weight in self._sums if not self._heads_left[weight]]:
             self._sums.pop(complete).finish(heads)
         self._heads_left[unembedding] -= 1
@@ -155,20 +155,20 @@ class UnembeddingSums:
         return self._sums.get(unembedding)
 
     def finish(self, heads: Heads) -> None:
-        """Hand over the sums that are still open."""
+        """Hand the sums that are still open to autograd."""
         for gradient in self._sums.values():
             gradient.finish(heads)
 
 
 class UnembeddingGradient:
-    """The gradient of one unembedding (V, D), summed over chunks and heads, in fp32 where the parameter has less."""
+    """The gradient (V, D) of one unembedding, summed over chunks and heads; in fp32 for low-precision parameters."""
 
     def __init__(self, parameter: Tensor, cuda: bool) -> None:
         self.parameter, self.cuda = parameter, cuda
         self.buffer: Tensor | None = None  # (V, D), from the first product on
 
     def add(self, slab: Tensor, rows: Tensor) -> None:
-        """Add slab^T rows: slab (c, V), rows (c, D), both in the compute dtype."""
+        """Add slab^T rows to the sum: slab (c, V) of dL/dlogits and rows (c, D), both in the compute dtype."""
         empty = self.buffer is None
         if self.buffer is None:  # the first product writes it, so it needs no zero fill
             self.buffer = torch.empty_like(self.parameter, dtype=loss_dtype(self.parameter.dtype))  # (V, D)
@@ -180,14 +180,14 @@ class UnembeddingGradient:
             heads.backward([_HandOver.apply(self.parameter, self)], [None])  # type: ignore[no-untyped-call]
 
     def take(self) -> Tensor:
-        """The sum (V, D) in the parameter's dtype, kept here no longer."""
+        """The sum (V, D) in the parameter's dtype; the buffer is no longer kept here."""
         buffer, self.buffer = self.buffer, None
         assert buffer is not None
         return buffer.to(self.parameter.dtype)
 
 
 class _HandOver(torch.autograd.Function):
-    """0-dim zero whose gradient for the parameter is the sum. Autograd keeps what it is handed, without a copy."""
+    """A 0-dim zero whose gradient for the parameter is the sum, which autograd puts into an empty `.grad` uncopied."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, parameter: Tensor, gradient: UnembeddingGradient) -> Tensor:
@@ -203,10 +203,11 @@ class _HandOver(torch.autograd.Function):
 def default_chunk(N: int, D: int, V: int, value_bytes: int, cuda: bool) -> int:
     """Tokens per chunk where none are asked for: a power of two, or all tokens where they are fewer.
 
-    CUDA: the largest whose logits fit 512 MiB, at least 512 (below that reading the unembedding again for every chunk
-    costs more than the products) and at most 4096; it does not grow with N. CPU: the largest whose logits take at most
-    twice what nobody avoids, the gradients of the unembedding and of the hidden states: c V <= 2 (V + N) D. At least
-    128; at most 1024, where products of chunks were as fast as whole ones (V = 32000, D = 512).
+    CUDA: the largest whose logits, `value_bytes` each, fit 512 MiB; at least 512 (below that reading the unembedding
+    again for every chunk costs more than the products) and at most 4096; it does not grow with N. CPU: the largest with
+    at most twice as many logits as values that every strategy holds, the gradients of the unembedding and of the hidden
+    states: c V <= 2 (V + N) D. At least 128; at most 1024, where products of chunks were as fast as whole ones
+    (V = 32000, D = 512).
     """
     fits = CUDA_LOGITS // (V * value_bytes) if cuda else 2 * (V + N) * D // V
     low, high = CUDA_TOKENS if cuda else CPU_TOKENS
@@ -224,16 +225,16 @@ def head_loss(
     keep_rows: bool,
     options: LossOptions = PLAIN,
 ) -> Tensor:
-    """Mean cross entropy of one head; `rows` become their own gradient.
+    """The mean loss of one head; overwrites `rows` with their gradient and adds to the unembedding's.
 
     Args:
         rows: normed hidden states (N, D) in the compute dtype; overwritten with upstream * dL/drows unless `keep_rows`.
         unembedding: (V, D) in the compute dtype.
         targets: (N,) int64, IGNORE where there is none.
-        upstream: dLoss/dL, 0-dim, in the loss dtype.
-        gradient: what sums the unembedding's gradient; None where it is frozen.
+        upstream: derivative of the total loss by this head's loss L, 0-dim, in the loss dtype.
+        gradient: sums the unembedding's gradient; None where the unembedding is frozen.
         chunk: tokens per chunk.
-        keep_rows: leave `rows` alone: nothing below needs a gradient.
+        keep_rows: leave `rows` as they are: nothing below needs their gradient.
         options: of the loss.
 
     Returns:
@@ -253,7 +254,7 @@ def head_loss(
         z = logits[: x.shape[0]]
         torch.mm(x, unembedding.T, out=z)
         total += _softmax_minus_onehot(z, column[part], share[part], options)
-        if gradient is not None:  # the rows are needed no more, unless they are kept
+        if gradient is not None:  # unless they are kept, the rows may be scaled in place
             gradient.add(z, (x * weight).to(x.dtype) if keep_rows else x.mul_(weight))
         if not keep_rows:
             torch.mm(z, unembedding, out=x)
@@ -280,34 +281,34 @@ def _softmax_minus_onehot(z: Tensor, column: Tensor, share: Tensor, options: Los
 
 def _rows(z: Tensor, column: Tensor, share: Tensor, options: LossOptions) -> Tensor:
     slope = options.slope(options.cap_(z))  # (c, V)
-    # In place: documented for neither operator, and held by tests/strategies/test_chunked_tokens.py on every dtype.
+    # In place: torch does not document that `_softmax` may overwrite its input; the tests of gradients rely on it.
     top, wanted = z.amax(dim=1), z.gather(1, column)[:, 0]  # (c,), (c,)
-    below_top = -z.sub_(top[:, None]).mean(dim=1) if options.label_smoothing else None  # (c,); a softmax stays the same
+    below_top = -z.sub_(top[:, None]).mean(dim=1) if options.label_smoothing else None  # (c,); same softmax
     torch.ops.aten._softmax.out(z, 1, False, out=z)
     # The largest probability is at least 1 / V, so that its logarithm gives the normaliser back without underflow.
     log_total = z.amax(dim=1).log_().neg_()  # (c,)
     losses = options.row_losses(top, log_total, wanted, below_top)  # (c,)
     options.gradient_(z, top, log_total, column, torch.ones_like(column, dtype=z.dtype), z.shape[1])
-    del log_total  # with what follows it would set the rows' peak
+    del log_total  # beside the temporaries below it would raise the peak
     if slope is not None:
         z.mul_(slope)
     return torch.where(share > 0, losses * share, 0.0).sum()
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, empty: bool, cuda: bool) -> None:
-    """out = a b (empty) or out += a b; `out` may be wider than a and b."""
+    """out = a b where `out` is `empty`, else out += a b; the dtype of `out` may be wider than that of a and b."""
     if out.dtype == a.dtype:
         if empty:
             torch.mm(a, b, out=out)
         else:
             out.addmm_(a, b)
-    elif cuda:  # one kernel that sums in fp32: torch >= 2.8, and no CPU has it
+    elif cuda:  # one kernel from low precision into fp32: torch >= 2.8, CUDA only
         if empty:
             torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
         else:
             torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
     else:
         wide = b.to(out.dtype)
-        for start in range(0, out.shape[0], WIDE_ROWS):  # a wide copy of all of `a` would be larger than the logits
+        for start in range(0, out.shape[0], WIDE_ROWS):  # an fp32 copy of all of `a` would be larger than the logits
             part = slice(start, start + WIDE_ROWS)
             _add_product(out[part], a[part].to(out.dtype), wide, empty, cuda)

@@ -4,9 +4,9 @@
         for slab of the vocabulary:  update the running maximum and sum of exponentials     # online logsumexp
         for slab of the vocabulary:  recompute its logits, add its share of d_hidden, write its d_unembedding
 
-Memory above the cut: a slab (N, chunk), two copies of the unembedding's gradient, one head layer's activations.
-FLOPs: 4/3, because the logits are computed twice. It loses to token chunks where the loss weights are known in advance,
-and pays off where the unembedding arrives or leaves slab by slab.
+Memory above the cut: a slab (N, chunk), two copies of the unembedding's gradient (one head's and the sum), one head
+layer's activations. FLOPs: 4/3, because the logits are computed twice. Where the loss weights are known in advance,
+token chunks cost less; slabs pay off where the unembedding is loaded, or its gradient sent off, slab by slab.
 """
 
 from dataclasses import dataclass
@@ -64,17 +64,19 @@ class ChunkedVocab(Sequential):
 def vocabulary_slabs(
     hidden: Tensor, unembedding: Tensor, targets: Tensor, *, chunk: int, options: LossOptions = PLAIN
 ) -> Tensor:
-    """Slabs of `chunk` vocabulary entries: online logsumexp forward, logits recomputed slab by slab in backward.
+    """One head's loss in slabs of `chunk` vocabulary entries; a `Loss`, see mtp_mem/model/losses.py.
 
-    Holds (N, chunk) instead of (N, V) and runs four projections instead of three (4/3 of the FLOPs). The normaliser of
-    a row is only known after its last slab, which is why vocabulary chunks cannot do without recomputation.
+    An online logsumexp in the forward; logits recomputed slab by slab in the backward. Holds (N, chunk) instead of
+    (N, V) and runs four projections instead of three (4/3 of the FLOPs). The normaliser of a row is only known after
+    its last slab, which is why vocabulary chunks cannot do without recomputation.
     """
     rows = hidden.flatten(0, -2).to(compute_dtype(hidden))  # (N, D)
+    chunk = min(chunk, unembedding.shape[0])
     return _VocabularySlabs.apply(rows, unembedding, targets.flatten(), chunk, options)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _VocabularySlabs(torch.autograd.Function):
-    """Cross entropy over vocabulary slabs; saves of the logits only each row's maximum and log-sum, (N,)."""
+    """One head's loss; of the logits it saves only each row's maximum and the logsumexp above it, both (N,)."""
 
     @staticmethod
     def forward(
@@ -85,10 +87,10 @@ class _VocabularySlabs(torch.autograd.Function):
         total = hidden.new_zeros(targets.shape, dtype=acc)  # (N,) sum of exp(logit - top)
         target_logit = hidden.new_zeros(targets.shape, dtype=acc)  # (N,)
         below_top = torch.zeros_like(total) if options.label_smoothing else None  # (N,) sum of top - logit
-        slabs = _Slabs(hidden, min(chunk, unembedding.shape[0]), options)
+        slabs, places = _Slabs(hidden, chunk, options), _Places(targets, chunk)
         for start in range(0, unembedding.shape[0], chunk):
             slab = slabs.logits(unembedding[start : start + chunk].to(hidden.dtype))  # (N, chunk)
-            inside, column = _place(targets, start, slab.shape[1])
+            inside, column = places.in_slab(start, slab.shape[1])
             target_logit += slab.gather(1, column[:, None]).squeeze(1) * inside
             new_top = torch.maximum(top, slab.amax(dim=1))
             slab.sub_(new_top[:, None])
@@ -113,18 +115,18 @@ class _VocabularySlabs(torch.autograd.Function):
         chunk: int = ctx.chunk  # type: ignore[attr-defined]
         options: LossOptions = ctx.options  # type: ignore[attr-defined]
         acc = top.dtype
-        # Row weights go onto the (N, D) sides of the products, never onto the (N, chunk) slab.
+        # Row weights go onto the (N, D) operands of the products, never onto the (N, chunk) slab.
         row = (row_share * grad)[:, None]  # (N, 1)
         weighted = (hidden * row).to(hidden.dtype) if want_unembedding else None  # (N, D)
         d_hidden = torch.zeros_like(hidden, dtype=acc) if want_hidden else None  # (N, D)
         d_unembedding = torch.empty_like(unembedding) if want_unembedding else None  # (V, D)
-        slabs = _Slabs(hidden, min(chunk, unembedding.shape[0]), options)
+        slabs, places = _Slabs(hidden, chunk, options), _Places(targets, chunk)
         for start in range(0, unembedding.shape[0], chunk):
             weight = unembedding[start : start + chunk].to(hidden.dtype)  # (chunk, D)
             slab = slabs.logits(weight)  # (N, chunk)
             slope = options.slope(slab)
             slab = slab.sub_(top[:, None]).sub_(log_total[:, None]).exp_()  # probabilities
-            inside, column = _place(targets, start, slab.shape[1])
+            inside, column = places.in_slab(start, slab.shape[1])
             options.gradient_(slab, top, log_total, column[:, None], inside[:, None].to(acc), unembedding.shape[0])
             if slope is not None:
                 slab.mul_(slope)
@@ -144,7 +146,7 @@ class _VocabularySlabs(torch.autograd.Function):
 
 
 class _Slabs:
-    """The buffers (N, chunk) that every slab uses again: in the model's dtype and, where it differs, the loss's."""
+    """The buffers (N, chunk) that every slab uses again: in the compute dtype and, where it differs, the loss dtype."""
 
     def __init__(self, hidden: Tensor, chunk: int, options: LossOptions) -> None:
         self._hidden, self._options = hidden, options
@@ -153,14 +155,14 @@ class _Slabs:
         self._wide = None if acc == hidden.dtype else hidden.new_empty(hidden.shape[0], chunk, dtype=acc)
 
     def logits(self, weight: Tensor) -> Tensor:
-        """(N, D) x (C, D) -> logits (N, C) in the loss dtype, in a buffer that may be overwritten."""
+        """Capped logits (N, C) in the loss dtype for a slab (C, D) of the unembedding; callers may overwrite them."""
         product = self._view(self._product, weight.shape[0])
         torch.mm(self._hidden, weight.T, out=product)
         wide = product if self._wide is None else self._view(self._wide, weight.shape[0]).copy_(product)
         return self._options.cap_(wide)
 
     def narrow(self, slab: Tensor) -> Tensor:
-        """The slab in the model's dtype."""
+        """The slab in the compute dtype."""
         return slab if self._wide is None else self._view(self._product, slab.shape[1]).copy_(slab)
 
     def _view(self, buffer: Tensor, width: int) -> Tensor:
@@ -170,8 +172,17 @@ class _Slabs:
         return buffer.view(-1)[: N * width].view(N, width)
 
 
-def _place(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Which targets lie in the slab that begins at `start`, and their column there (any column for the others)."""
-    column = targets - start
-    inside = (column >= 0) & (column < width)
-    return inside, column.clamp(0, width - 1)
+class _Places:
+    """In which slab each target lies, and in which column of it; worked out once for all slabs."""
+
+    def __init__(self, targets: Tensor, chunk: int) -> None:
+        self._chunk = chunk
+        slab = targets.div(chunk, rounding_mode="floor")
+        self._slab = slab.to(torch.int32)  # (N,); below 0 where there is no target
+        self._column = targets.remainder(chunk)  # (N,)
+
+    def in_slab(self, start: int, width: int) -> tuple[Tensor, Tensor]:
+        """Which targets lie in the slab that begins at `start`, and their column there (any column for the others)."""
+        if width < self._chunk:  # the last slab: nothing asks for the other columns again
+            self._column.clamp_(max=width - 1)
+        return self._slab == start // self._chunk, self._column

@@ -1,4 +1,4 @@
-"""What strategies with another project's fused head loss share: sequential heads, and that kernel for each head's loss.
+"""Base of strategies with another project's fused head loss: sequential heads, and that kernel for each head's loss.
 
     for head in heads, the last first:  kernel(rows, unembedding, targets).backward()
 
@@ -27,10 +27,10 @@ class LibraryKernel(Sequential):
 
     Attributes:
         limits: what the kernel does not take.
-        module: to import.
-        package: that has it.
-        loss_options: those that the kernel takes.
-        interpreted: its kernels are also right in Triton's interpreter, which TRITON_INTERPRET=1 asks for.
+        module: the module to import.
+        package: the package that has it, as pip names it.
+        loss_options: names of the `LossOptions` that the kernel takes.
+        interpreted: whether its kernels are also right without CUDA, in Triton's interpreter (TRITON_INTERPRET=1).
     """
 
     limits: ClassVar[KernelLimits] = KernelLimits()
@@ -49,14 +49,15 @@ class LibraryKernel(Sequential):
             rows: normed hidden states (N, D) in the compute dtype.
             unembedding: (V, D) in the same dtype.
             targets: (N,) int64, IGNORE where there is none.
-            options: of the loss; those in `loss_options` alone.
+            options: of the loss; only those in `loss_options` are set.
         """
         raise NotImplementedError
 
     def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor, *, options: LossOptions = PLAIN) -> Tensor:
         """Mean cross entropy of one head over its valid targets, 0-dim in the loss dtype.
 
-        The libraries' own mean divides by zero where no target is valid: it is a sum over a count of at least 1.
+        The libraries' own mean divides by zero where no target is valid. So this is the kernel's sum, divided by a
+        count of at least 1.
         """
         rows, weight, flat_targets = kernel_arguments(hidden, unembedding, targets, self.limits)
         count = (flat_targets != IGNORE).sum().clamp(min=1)
@@ -98,7 +99,7 @@ class LibraryKernel(Sequential):
 def kernel_arguments(
     hidden: Tensor, unembedding: Tensor, targets: Tensor, limits: KernelLimits
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the libraries take: rows (N, D) and unembedding (V, D) in one dtype, targets (N,).
+    """The arguments of a kernel: rows (N, D) and unembedding (V, D) in one dtype, targets (N,).
 
     Raises:
         BadInput: they exceed the limits.

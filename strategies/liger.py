@@ -4,9 +4,9 @@
 
 `accum_dtype` sums the unembedding's gradient in fp32; its default sums in the weight's dtype and loses accuracy with
 every chunk (Liger #512, #827). Memory above the cut: one chunk of logits, an unembedding gradient beside the
-accumulated one. FLOPs: 1. Checked in Triton's interpreter on a CPU (tests/kernels), but for a softcap; not run on a GPU
-yet. The kernel's loss is logsumexp minus the target's logit: a large offset that all logits share takes its digits (in
-fp32 1 % at 2^20), and `verify` says so; its gradients stay right.
+accumulated one. FLOPs: 1. Checked in Triton's interpreter on a CPU (tests/kernels), except for a softcap; not run on a
+GPU yet. The kernel's loss is logsumexp minus the target's logit: a large offset common to all logits costs precision
+(in fp32 1 % of the loss at 2^20), and `verify` says so; its gradients stay right.
 """
 
 from dataclasses import dataclass
@@ -36,11 +36,11 @@ class Liger(LibraryKernel):
     def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor, *, options: LossOptions = PLAIN) -> Tensor:
         """Mean cross entropy of one head over its valid targets, 0-dim in the loss dtype.
 
-        The library's own mean: an upstream gradient of 1 leaves its gradients as they are, where a sum's would be
-        rounded once more. It is 0 where no target is valid.
+        Unlike the base class this takes the library's own mean, which is 0 where no target is valid: an upstream
+        gradient of 1 leaves the library's gradients as they are, while those of a sum would be rounded once more.
         """
         rows, weight, flat_targets = kernel_arguments(hidden, unembedding, targets, self.limits)
-        if weight.requires_grad and not rows.requires_grad:  # it asks the rows alone whether there is a backward
+        if weight.requires_grad and not rows.requires_grad:  # it looks only at the rows for a backward
             rows = rows.detach().requires_grad_()
         loss = self.library().liger_fused_linear_cross_entropy(
             rows,

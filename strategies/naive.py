@@ -4,7 +4,8 @@
     backward(sum(weights * losses))
 
 Memory above the cut: (n + 2) tensors (N, V) of the loss dtype, and n head layers' activations.
-FLOPs: 1 (three products per head). It loses as soon as V is much larger than D and n is more than one.
+FLOPs: 1, the unit of the others (three products per head). Where V is much larger than D and n is more than one, every
+other strategy needs less memory.
 """
 
 from dataclasses import dataclass
@@ -39,14 +40,14 @@ class Naive:
     def head_forward(
         self, heads: Heads, head: Head, parent: Tensor, targets: Tensor, losses: dict[int, Tensor]
     ) -> None:
-        """One head's forward and loss, graph kept, then its children's: parents before children.
+        """Run one head's forward and loss, their graph kept, then its children's: parents before children.
 
         Args:
             heads: all heads.
             head: the one to run.
             parent: hidden states (B, S, D) that it reads.
             targets: (n, B, S).
-            losses: by head index; this head's and its children's are added.
+            losses: 0-dim, by head index; this head's and its children's are added.
         """
         hidden = heads.hidden(head, parent)  # (B, S, D)
         losses[head.index] = heads.loss(head, hidden, targets[head.index], full)

@@ -2,12 +2,12 @@
 
     for head in heads, the last first:  F.linear_cross_entropy(rows, unembedding, options=...).backward()
 
-Its options decide chunk and accumulator; "auto" is PyTorch's own choice by device and dtype (2.14 has no "balanced").
+`policy` decides how sums are accumulated; "auto" is PyTorch's choice by device and dtype (2.14 has no "balanced").
 Memory above the cut: one chunk of logits, an unembedding gradient beside the accumulated one. FLOPs: 1. The returned
 loss is as precise as the model's dtype: in bf16 its value is rounded to 8 bits (`rounds_loss`), which the gradients do
-not see. Small chunks make that worse: in bf16 on a CPU, chunks of 2 tokens out of 512, the losses were 9 % off, and the
-unembedding's gradient 2.8 times as far from the oracle as naive's, under every policy (`error_factor`). It has no
-softcap and no z-loss, and label smoothing only where it makes all logits at once, so that is refused as well.
+not see. Small chunks make that worse: in bf16 on a CPU, in chunks of 2 tokens out of 512, losses were 9 % off, and the
+unembedding's gradient was 2.8 times as far from the oracle as naive's, under every policy (`error_factor`). The
+operator has no softcap and no z-loss. With label smoothing it makes all logits at once, so that is refused as well.
 """
 
 from dataclasses import dataclass

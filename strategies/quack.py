@@ -2,9 +2,9 @@
 
     for head in heads, the last first:  chunked_linear_cross_entropy(rows, unembedding).backward()
 
-Sums the unembedding's gradient in fp32. V, D and the number of tokens must be multiples of 8; fp32 rows would be
-multiplied in tf32 and are not taken. Memory above the cut: one chunk of logits, an unembedding gradient beside the
-accumulated one. FLOPs: 1. Not run yet: it needs a CUDA device.
+The kernel sums the unembedding's gradient in fp32. V, D and the number of tokens must be multiples of 8; fp32 rows
+would be multiplied in tf32 and are refused. Memory above the cut: one chunk of logits, an unembedding gradient beside
+the accumulated one. FLOPs: 1. Not run yet: it needs a CUDA device.
 """
 
 from dataclasses import dataclass

@@ -7,8 +7,8 @@
 
 Memory above the cut: 3 tensors (N, V) of the loss dtype and one head layer's activations, whatever n is; from the
 second head on, one unembedding gradient (V, D) beside the accumulated one. Where heads read heads (causal, anticausal,
-deepseek) the layers of a chain all run forward first: still one head's logits, but every head layer's activations until
-its turn comes (figure S11). FLOPs: 1, no more than the joint backward.
+deepseek) the layers of a chain all run forward first: still one head's logits, but every head layer's activations stay
+until its own backward (figure S11). FLOPs: 1, no more than the joint backward.
 The gradients are bit-identical to the joint backward's: see mtp_mem/model/head_tree.py.
 
 Strategies that differ only in how one head's loss is computed subclass `Sequential` and override `loss_backward`.
@@ -45,15 +45,15 @@ class Sequential:
     def head_backward(
         self, heads: Heads, head: Head, parent: Tensor, targets: Tensor, weights: Tensor, losses: dict[int, Tensor]
     ) -> None:
-        """One head forward, its children as a whole, its loss, its own backward (figures 2 and S11).
+        """Run one head: its forward, then all of its children, its loss, and last its own backward (figures 2 and S11).
 
         Args:
             heads: all heads.
             head: the one to run.
-            parent: hidden states (B, S, D) that it reads; their `.grad` grows.
+            parent: hidden states (B, S, D) that it reads; its gradient is added to their `.grad`.
             targets: (n, B, S).
             weights: (n,), what each head's loss is multiplied by.
-            losses: by head index; this head's and its children's are added.
+            losses: 0-dim, by head index; this head's and its children's are added.
         """
         hidden = heads.hidden(head, parent)  # (B, S, D)
         leaf = hidden.detach().requires_grad_(hidden.requires_grad)
@@ -64,7 +64,7 @@ class Sequential:
         heads.backward([hidden], [leaf.grad])
 
     def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """One head's loss and its backward down to the head's hidden states; the logits die in here.
+        """One head's loss and its backward down to the head's hidden states; frees the logits before it returns.
 
         Args:
             heads: all heads.

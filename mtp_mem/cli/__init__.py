@@ -23,8 +23,8 @@ COMMANDS = (compare, verify, predict, plan, timeline, report, regressions, profi
 
 
 def script() -> int:
-    """`main` in a process of its own."""
-    # Python ends by looking through every object twice for cycles: a second for torch's, which end with the process.
+    """`main` as a whole process: `mtp-mem` and `python -m mtp_mem`."""
+    # At its end Python looks through every object twice for cycles. With torch's that takes a second, for nothing.
     atexit.register(gc.freeze)
     return main()
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             note("mtp-mem: interrupted")
             return 130
         except Exception as e:
-            from mtp_mem.runs.bench import out_of_memory  # with torch, which is there by now or will not be missed
+            from mtp_mem.runs.bench import out_of_memory  # imported here, because it imports torch
 
             if not out_of_memory(e):
                 return crashed()
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _heeding_signals() -> Iterator[None]:
-    """A block that a hangup or a termination signal ends as Ctrl-C does: what is half-written is cleared away."""
+    """A block that SIGHUP and SIGTERM end as Ctrl-C does, by KeyboardInterrupt: half-written files are removed."""
     main_thread = threading.current_thread() is threading.main_thread()
     usual = [n for n in (signal.SIGTERM, signal.SIGHUP) if main_thread and signal.getsignal(n) == signal.SIG_DFL]
     for number in usual:

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 NARROWEST = 80
 
 AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
-"""(name, what it runs, its help) -> its parser, with `--json`."""
+"""Adds a command: (name, function that runs it, help) -> its parser, with `--json`."""
 
 
 def case_options(sub: argparse.ArgumentParser, profile: str) -> None:
-    """The options that choose cases."""
+    """Add the options that choose cases; `profile` is the default one."""
     model_options(sub, profile)
     sub.add_argument("--strategies", type=names, metavar="A,B", help="instead of the profile's; name[:option=value]...")
     sub.add_argument("--strategy", action="append", metavar="SPEC", help="one more: a name or package.module:Class")
@@ -41,12 +41,12 @@ def case_options(sub: argparse.ArgumentParser, profile: str) -> None:
 
 
 def device_option(sub: argparse.ArgumentParser) -> None:
-    """`--device`."""
+    """Add `--device`."""
     sub.add_argument("--device", default="auto", type=_device, help="cpu, cuda or cuda:N; default: CUDA if any")
 
 
 def deterministic_option(sub: argparse.ArgumentParser) -> None:
-    """`--require-deterministic`."""
+    """Add `--require-deterministic`."""
     sub.add_argument(
         "--require-deterministic",
         action="store_true",
@@ -55,7 +55,7 @@ def deterministic_option(sub: argparse.ArgumentParser) -> None:
 
 
 def budget_option(sub: argparse.ArgumentParser, what: str) -> None:
-    """`--budget-minutes`; `what` is begun no more when the minutes are spent."""
+    """Add `--budget-minutes`; `what` names the unit of work that is begun no more when they are spent."""
     sub.add_argument(
         "--budget-minutes",
         type=_minutes,
@@ -66,7 +66,7 @@ def budget_option(sub: argparse.ArgumentParser, what: str) -> None:
 
 
 def settle_numerics(args: argparse.Namespace) -> None:
-    """Act on `--require-deterministic`; before the first work on a device."""
+    """Act on `--require-deterministic`; to be called before the first work on a device."""
     from mtp_mem.environment import require_deterministic
 
     if args.require_deterministic:
@@ -74,7 +74,7 @@ def settle_numerics(args: argparse.Namespace) -> None:
 
 
 def profile_of(args: argparse.Namespace) -> "Profile":
-    """The profile with the command line's changes; every strategy in it can be loaded."""
+    """The profile with the command line's changes; raises where one of its strategies cannot be loaded."""
     from mtp_mem.strategy import load_strategy
 
     profile = chosen_profile(args)
@@ -87,14 +87,14 @@ def profile_of(args: argparse.Namespace) -> "Profile":
 
 
 def note(line: str) -> None:
-    """A line for people, on stderr."""
+    """Print a line for people to stderr."""
     print(printable(line), file=sys.stderr, flush=True)
 
 
 def console() -> Console:
-    """Stdout as wide as COLUMNS says or the terminal is; a pipe gets what fits 120 columns.
+    """A console on stdout, as wide as COLUMNS says or the terminal is, 120 columns in a pipe.
 
-    Never narrower than a table's first columns need: a terminal wraps a line, but what is cut from it is lost.
+    Never narrower than a table's first columns need: a terminal wraps a long line, but what rich cuts off is lost.
     """
     asked = os.environ.get("COLUMNS", "")
     usual = Console().width if sys.stdout.isatty() else 120
@@ -103,7 +103,7 @@ def console() -> Console:
 
 
 def show_records(table: Table, records: "list[Record]", path: Path, screen: Console) -> None:
-    """A table of records, what a further head costs, what ranks send, remarks, and where all of it was written."""
+    """Print a table of records, bytes per further head, the ranks' collectives, remarks, and the files written."""
     from mtp_mem.report import tables
 
     screen.print(table)
@@ -117,7 +117,7 @@ def show_records(table: Table, records: "list[Record]", path: Path, screen: Cons
 
 
 def show_assumptions(gpu: "GPU") -> None:
-    """What a prediction for this GPU rests on, below its figures."""
+    """Print what predictions for this GPU assume, a line each."""
     from mtp_mem.prediction.peaks import assumptions
 
     for line in assumptions(gpu):
@@ -126,12 +126,11 @@ def show_assumptions(gpu: "GPU") -> None:
 
 @contextlib.contextmanager
 def progress(total: int | None) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr for a person, nothing in a pipe; None: nobody knows yet how many units of work there are.
+    """A progress bar on stderr, none in a pipe; yields the function to call with the name of each unit of work.
 
-    Ctrl-C, a hangup or a termination signal ends the block.
-
-    The signal is only noted, and acted on when the next unit of work begins: an exception raised at any moment may be
-    raised inside a finalizer, and Python drops it there. A second signal interrupts at once.
+    `total` is the number of units; None: not known yet. Ctrl-C, a hangup or a termination signal ends the block with
+    KeyboardInterrupt. The first signal is only noted, and raised when the next unit begins: an exception raised at any
+    moment may be raised inside a finalizer, and Python drops it there. A second signal interrupts at once.
     """
     stopping = False
 
@@ -141,7 +140,7 @@ def progress(total: int | None) -> Iterator[Callable[[str], None]]:
             raise KeyboardInterrupt
         stopping = True
 
-    # What is ignored already stays so: under nohup a hangup ends nothing.
+    # A signal that is ignored already stays ignored: under nohup a hangup ends nothing.
     heeded = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     previous = {number: signal.signal(number, stop) for number in heeded}
     terminal = Console(stderr=True)
@@ -166,7 +165,7 @@ def progress(total: int | None) -> Iterator[Callable[[str], None]]:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """`1,2,4` as an argument."""
+    """The numbers of an argument like `1,2,4`."""
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError:

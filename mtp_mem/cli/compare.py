@@ -121,14 +121,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _freeze_modules() -> None:
-    """Let garbage collections pass over what is imported: each case's trace collects twice, over 400,000 objects."""
-    importlib.import_module("torch._dynamo")  # which the first optimizer imports otherwise
+    """Take imported modules out of garbage collection: each case's trace collects twice, over 400,000 objects."""
+    importlib.import_module("torch._dynamo")  # otherwise the first optimizer imports it, too late
     gc.collect()
     gc.freeze()
 
 
 def _join(args: argparse.Namespace, device_type: str) -> "Joined | None":
-    """The rank of torchrun's that this process is, which has then joined its group; None where it is none."""
+    """Under torchrun: join its process group, set `args.nproc` and return this process's rank; None elsewhere."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     from mtp_mem.runs.ranks import Joined

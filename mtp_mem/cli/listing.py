@@ -1,4 +1,4 @@
-"""`mtp-mem list` and `mtp-mem env`: what there is, and on what machine."""
+"""`mtp-mem list` and `mtp-mem env`: what can be chosen, and the machine."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ def add(command: AddCommand) -> None:
 
 
 def list_(args: argparse.Namespace) -> int:
-    """Strategies and profiles, a line each."""
+    """Print strategies, profiles and GPUs, a line each."""
     from mtp_mem.config.gpus import load_gpus
     from mtp_mem.config.profiles import builtin_profiles, load_profile
     from mtp_mem.strategy import available, summary
@@ -45,7 +45,7 @@ def list_(args: argparse.Namespace) -> int:
 
 
 def env(args: argparse.Namespace) -> int:
-    """The machine, as every record describes it."""
+    """Print the machine, as every record describes it."""
     import torch
 
     from mtp_mem.environment import environment

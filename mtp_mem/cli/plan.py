@@ -44,7 +44,7 @@ def add(command: AddCommand) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """What of the profile fits on the GPU, strategy by strategy."""
+    """Show how much of the profile fits on the GPU, strategy by strategy."""
     from mtp_mem.prediction.simulated_step import without_collections
 
     with without_collections():
@@ -65,7 +65,7 @@ def _plan(args: argparse.Namespace) -> int:
         raise BadInput(f"training.part = {profile.training.part!r}: plan fits whole steps; expected step")
     workload = profile.workload
     base = Point(batch=workload.batch, sequence=workload.sequence, n=one_n(args.n, profile))
-    profile.model.with_n(base.n)  # raises where the layers do not allow it
+    profile.model.with_n(base.n)  # raises where the model has too few layers
     specs = tuple(dict.fromkeys((*(args.strategies or profile.sweep.strategies), *(args.strategy or ()))))
     strategies, left_out = loaded(specs)
     if args.vary:
@@ -105,7 +105,7 @@ def plan_setups(
     left_out: dict[str, str],
     limit: int,
 ) -> int:
-    """Training setups side by side: what each costs and needs, and which is the cheapest that fits."""
+    """Show training setups side by side, and the cheapest whose allocated peak is within `limit` bytes."""
     from mtp_mem._util import format_bytes, writable
     from mtp_mem.prediction.setups import setup_advice, try_setups
     from mtp_mem.report.plan import setups_document, setups_table
@@ -145,7 +145,7 @@ def plan_setups(
 
 
 def keep(content: dict[str, Any], path: Path) -> Path:
-    """Write the plan, whole or not at all."""
+    """Write the plan as JSON, whole or not at all; returns the path."""
     from mtp_mem._util import atomic_write
 
     with atomic_write(path) as partial:
@@ -154,7 +154,7 @@ def keep(content: dict[str, Any], path: Path) -> Path:
 
 
 def nothing(failed: bool, left_out: "Mapping[str, str]") -> MtpMemError:
-    """The error where no strategy is left to plan with."""
+    """The error where no strategy is left to plan with; `failed`: one of them raised an error of its own."""
     return (BrokenContract if failed else BadInput)("no strategy can be predicted: " + "; ".join(left_out.values()))
 
 
@@ -174,7 +174,7 @@ def headroom(text: str) -> Fraction:
 
 
 def one_n(text: str | None, profile: "Profile") -> int:
-    """The number of heads at which batch and sequence vary.
+    """The number of heads at which batch and sequence vary, by default the profile's largest.
 
     Raises:
         BadInput: no number, or several.
@@ -208,7 +208,7 @@ def loaded(specs: tuple[str, ...]) -> "tuple[dict[str, Strategy], dict[str, str]
 
 
 def show(result: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None:
-    """The plan for a terminal."""
+    """Print the plan; `percent` is the headroom."""
     from mtp_mem._util import format_bytes
     from mtp_mem.prediction.largest_fit import AXES, advice
     from mtp_mem.report.plan import TIGHT, plan_table

@@ -44,14 +44,14 @@ def add(command: AddCommand) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The profile's peaks on GPUs that need not be here, one after the other."""
+    """Predict the profile's peaks on GPUs that need not be here, one after the other."""
     from mtp_mem.prediction.simulated_step import without_collections
 
     if args.check:
         return _check(args)
     if args.quick or args.budget_minutes:
         raise BadInput("--quick and --budget-minutes are options of --check")
-    with without_collections():  # half a second of six
+    with without_collections():  # saves half a second of six
         return _predict(args)
 
 
@@ -115,7 +115,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def gpu_folder(name: str) -> str:
-    """What a folder of a GPU's results is called."""
+    """The GPU's part of a results folder's name: `NAME` or `FILE.toml:NAME` without the file, in lower case."""
     return name.rpartition(":")[2].lower()
 
 

@@ -24,7 +24,7 @@ def add(command: AddCommand) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """A line for each change; 1 if one is a regression."""
+    """Print a line for each change; returns 1 if a figure got worse, or a case is gone and that is not allowed."""
     from mtp_mem._util import format_bytes
     from mtp_mem.report.diff import changes, load
 

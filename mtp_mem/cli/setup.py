@@ -1,4 +1,4 @@
-"""Options that change a profile's model, step and GPU: what is asked on the command line instead of the file."""
+"""Options that change a profile's model, step and GPU from the command line."""
 
 import argparse
 import dataclasses
@@ -18,11 +18,11 @@ UNITS = {"": 1, "b": 1, "mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "
 
 
 def model_options(sub: argparse.ArgumentParser, profile: str | None) -> None:
-    """`--profile`, `--hf` or `--model`: what is run.
+    """Add `--profile`, `--hf` and `--model`, which choose what is run, and `--kind`.
 
     Args:
         sub: the command's parser.
-        profile: the profile where nothing is asked for; None: nothing.
+        profile: the default profile; None: there is none.
     """
     default = f"; default {profile}" if profile else ""
     group = sub.add_mutually_exclusive_group()
@@ -54,7 +54,7 @@ def chosen_profile(args: argparse.Namespace) -> "Profile":
 
 
 def training_options(sub: argparse.ArgumentParser) -> None:
-    """`--dtype` or `--precision`, the shape of the step, and the training setup."""
+    """Add `--dtype` (or `--precision`), the shape of the step, and the training setup."""
     group = sub.add_argument_group("the step, instead of the profile's")
     group.add_argument(
         "--dtype",
@@ -87,7 +87,7 @@ def training_options(sub: argparse.ArgumentParser) -> None:
 
 
 def part_option(sub: argparse.ArgumentParser) -> None:
-    """`--part`."""
+    """Add `--part`."""
     sub.add_argument(
         "--part",
         metavar="WHAT",
@@ -96,7 +96,7 @@ def part_option(sub: argparse.ArgumentParser) -> None:
 
 
 def ranks_option(sub: argparse.ArgumentParser, what: str) -> None:
-    """`--nproc`."""
+    """Add `--nproc`; `what` says in its help what runs on the ranks."""
     sub.add_argument(
         "--nproc",
         type=count,
@@ -107,7 +107,7 @@ def ranks_option(sub: argparse.ArgumentParser, what: str) -> None:
 
 
 def gpu_options(sub: argparse.ArgumentParser, *, several: bool) -> None:
-    """`--gpu` and `--gpu-memory`."""
+    """Add `--gpu`, for one GPU or for several, and `--gpu-memory`."""
     one = "a GPU of the catalogue (see list), or FILE.toml:NAME"
     if several:
         sub.add_argument("--gpu", type=names, metavar="A,B", help=f"each {one}; instead of the profile's")
@@ -149,7 +149,7 @@ def with_setup(profile: "Profile", args: argparse.Namespace) -> "Profile":
 
 
 def gpu_of(name: str, args: argparse.Namespace) -> "GPU":
-    """The GPU by its name, with `--gpu-memory` for its own, and its allocator set as the environment says."""
+    """The GPU of this name; `--gpu-memory` replaces its bytes, PYTORCH_ALLOC_CONF its allocator settings."""
     from mtp_mem._util import format_bytes
     from mtp_mem.config.gpus import load_gpu
     from mtp_mem.prediction.cuda.allocator_settings import allocator_settings, from_environment
@@ -165,7 +165,7 @@ def gpu_of(name: str, args: argparse.Namespace) -> "GPU":
 
 
 def names(text: str) -> tuple[str, ...]:
-    """`a,b` as an argument."""
+    """The names of an argument like `a,b`."""
     parts = tuple(name.strip() for name in text.split(",") if name.strip())
     if not parts:
         raise argparse.ArgumentTypeError(f"{text!r}: expected at least one name")
@@ -173,14 +173,14 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1 as an argument."""
+    """The number of an argument that must be a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
     return int(text)
 
 
 def size(text: str) -> int:
-    """`24GiB` in bytes."""
+    """The bytes of an argument like `24GiB`."""
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in UNITS:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a size like 24GiB or 24GB")

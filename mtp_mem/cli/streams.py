@@ -1,7 +1,8 @@
-"""Standard streams as they come: closed, full, without a reader, or in an encoding that lacks a character.
+"""Standard streams in any state: closed, full, without a reader, or in an encoding that lacks a character.
 
 Results alone reach stdout: while a command runs, whatever else writes to file descriptor 1 (a strategy, a library, a
-process of theirs) lands on stderr. What nobody can read is dropped; results that could not be written are an error.
+process that they start) lands on stderr. Output that has no reader is dropped; results that could not be written are
+an error.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ class Stream(io.TextIOWrapper):
         )
 
     def write(self, text: str) -> int:
-        """The text, or nothing once a write has failed."""
+        """Write the text; once a write has failed, drop it."""
         try:
             return super().write(text)
         except OSError as e:
@@ -37,7 +38,7 @@ class Stream(io.TextIOWrapper):
             return len(text)
 
     def flush(self) -> None:
-        """Hand on what was written."""
+        """Write out the buffer."""
         try:
             super().flush()
         except OSError as e:
@@ -45,11 +46,11 @@ class Stream(io.TextIOWrapper):
 
     @property
     def lost(self) -> str:
-        """Why something was not written; empty where all was, or where the reader has gone, `| head` say."""
+        """Why something was not written; empty where all was, or where the reader has gone (`| head`, say)."""
         return "" if self.error is None or self.error.errno == errno.EPIPE else str(self.error.strerror)
 
     def _drop(self, error: OSError) -> None:
-        """What is still to be written goes nowhere: the interpreter would try again at its end, and complain."""
+        """Send the rest to /dev/null: the interpreter would try to write it again at exit, and complain."""
         self.error = self.error or error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
@@ -61,7 +62,7 @@ class Stream(io.TextIOWrapper):
 def standard_streams() -> Iterator[None]:
     """A block in which stdout and stderr can be written, whatever they are, and only results reach stdout.
 
-    Where somebody has put other objects in their place already, tests say, nothing is changed.
+    Where other objects stand in their place already, as in tests, nothing is changed.
     """
     if sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__:
         yield
@@ -88,7 +89,7 @@ def lost_results() -> str:
 
 
 def _open_closed() -> None:
-    """A closed standard stream becomes /dev/null: the next file to be opened would take its number, and its output."""
+    """Open closed standard streams on /dev/null: the next file opened would take their number, and their output."""
     for fd in range(3):
         try:
             os.fstat(fd)

@@ -1,4 +1,4 @@
-"""`mtp-mem timeline` and `snapshot`: what is live in a step of ours, and in what somebody recorded on a GPU."""
+"""`mtp-mem timeline` and `snapshot`: what is live in one training step, and in somebody's recording of a GPU."""
 
 import argparse
 import contextlib
@@ -41,7 +41,7 @@ def add(command: AddCommand) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """One step's live bytes, tracked here or predicted for a GPU."""
+    """Show one step's live bytes, tracked here or predicted for a GPU."""
     import torch
 
     from mtp_mem._util import format_bytes, writable
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def replay(args: argparse.Namespace) -> int:
-    """An answer for each file; the exit code is the worst of them."""
+    """Replay each snapshot in the model of the allocator, and show its peaks; returns the worst file's exit code."""
     from mtp_mem._util import writable
     from mtp_mem.memory import snapshot
     from mtp_mem.prediction.recording import hold
@@ -156,7 +156,7 @@ def replay(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _blamed(spec: str, strategy: object) -> Iterator[None]:
-    """What a strategy from elsewhere raises in here is an error of its own, in one line, and not a crash of ours.
+    """A block in which an exception of a strategy that is not ours becomes an error of one line, not a crash.
 
     Raises:
         BrokenContract: names the strategy, what it raised, and where.

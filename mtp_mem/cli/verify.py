@@ -30,7 +30,7 @@ ONLY_OWN = (
     *("n", "batch", "sequence", "layers", "vocab"),
     *("trunk_checkpointing", "micro_batches", "optimizer", "frozen", "sharding"),
 )
-"""Options that change a model of one's own."""
+"""Options that need --profile, --hf or --model: without these the scenarios set them."""
 SHOWN = 20  # failures in the terminal; --json has all
 
 
@@ -49,7 +49,7 @@ def add(command: AddCommand) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0: all right, and with --prove all wrong ones caught; 1: not; 130: stopped, what it had is shown."""
+    """Exit code 0: all checks passed (--prove: all bugs were caught); 1: not; 130: stopped; what it had is shown."""
     from mtp_mem.config.schema import ALL_DTYPES, Dtype
     from mtp_mem.errors import unknown
     from mtp_mem.runs.bench import resolve_device
@@ -113,7 +113,7 @@ def _show(args: argparse.Namespace, result: "Verification") -> None:
 
 
 def _asked(args: argparse.Namespace) -> list[str] | None:
-    """The specs that were asked for, all of which can be loaded; None: everything that can."""
+    """The strategies asked for, by spec, each loaded once as a test; None: all that can be loaded."""
     from mtp_mem.strategy import load_strategy
 
     specs = [*(args.strategies or ()), *(args.strategy or ())]
@@ -125,7 +125,7 @@ def _asked(args: argparse.Namespace) -> list[str] | None:
 def _on_profile(
     args: argparse.Namespace, asked: list[str] | None, device: "torch.device", each: "Callable[[Check], None]"
 ) -> tuple[str, ...]:
-    """Every check to `each`; returns what was left out, a line each."""
+    """Check the profile's own model, each check passed to `each`; returns a line for every strategy left out."""
     import torch
 
     from mtp_mem.data import load_corpus
@@ -168,7 +168,7 @@ def _on_profile(
 def _on_ranks(
     args: argparse.Namespace, asked: list[str] | None, device: "torch.device", each: "Callable[[Check], None]"
 ) -> tuple[str, ...]:
-    """Every check to `each`; returns what was left out, a line each."""
+    """Run scenarios of several ranks, each check passed to `each`; returns a line for every strategy left out."""
     from mtp_mem.config.schema import Dtype
     from mtp_mem.runs.ranks import Group
     from mtp_mem.strategy import kernel_limits, load_strategy, loadable

@@ -1,6 +1,6 @@
-"""The one door for files that somebody else may have written: JSON and TOML of bounded size and depth, clean text.
+"""The one way to read a file that somebody else may have written: JSON and TOML of bounded size and depth, clean text.
 
-What a value means is for the reader to check, field by field (mtp_mem/config/toml.py).
+What a value means is for the caller to check, field by field (mtp_mem/config/toml.py).
 """
 
 import json
@@ -13,14 +13,14 @@ from typing import Any
 
 from mtp_mem.errors import LONGEST_TEXT, BadInput, clean_text
 
-LARGEST_FILE = 2**28
+LARGEST_FILE = 2**28  # bytes
 DEEPEST, LARGEST_NUMBER = 40, 2**63
 
 _PLAIN = bytes(set(range(32, 127)) - set(b"\\"))
 
 
 def read_bytes(path: Path, largest: int = LARGEST_FILE) -> bytes:
-    """What a file holds; nothing else that has a name (a pipe, a device, a folder) is waited for.
+    """The bytes of a regular file; anything else (a pipe, a device, a folder) is refused without waiting for it.
 
     Raises:
         BadInput: it cannot be read, is no file, or has more than `largest` bytes.
@@ -38,14 +38,14 @@ def read_bytes(path: Path, largest: int = LARGEST_FILE) -> bytes:
 
 
 def read_json(path: Path, *, nan: bool = False) -> Any:
-    """The document that a file holds, cleaned.
+    """The JSON document that a file holds, its texts cleaned (`clean`).
 
     Args:
         path: the file.
-        nan: NaN and infinities may stand in it, as Python's own writer puts them there.
+        nan: whether NaN and infinities may stand in it, as Python's own writer puts them there.
 
     Raises:
-        BadInput: it cannot be read, is too large, or is no JSON.
+        BadInput: it cannot be read, is too large, or is no JSON that `document` takes.
     """
     content = read_bytes(path)
     try:
@@ -70,10 +70,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def document(content: bytes | str, *, nan: bool = False) -> Any:
-    """The document, its texts without control characters and no longer than 1000 characters.
+    """The value of a JSON document; its texts lose control characters, and what is beyond 1000 characters.
 
     Raises:
-        BadInput: no JSON, NaN or an infinity in it unless `nan`, a number beyond 2**63, or nested more than 40 deep.
+        BadInput: no JSON, NaN or an infinity in it unless `nan`, an integer beyond 2**63, or nested more than 40 deep.
     """
     raw = content.encode(errors="replace") if isinstance(content, str) else content
     harmless = _harmless(raw)
@@ -91,9 +91,9 @@ def document(content: bytes | str, *, nan: bool = False) -> Any:
 
 
 def _harmless(content: bytes) -> bool:
-    """Whether no text of this JSON need be looked at: plain ASCII, no escape, nothing long or deep.
+    """Whether this JSON needs no cleaning: printable ASCII, no escape, no long text, not deep.
 
-    It is so of every line of ours, of which a file may have a hundred thousand.
+    This saves time: it holds for every line that mtp_mem writes, and a file may have a hundred thousand.
     """
     return (
         not content.translate(None, _PLAIN)

@@ -19,10 +19,10 @@ class GPU:
     total_bytes: int  # what CUDA reports to a process
     multiprocessors: int
     source: str
-    capability: str = ""  # of compute, "9.0"
+    capability: str = ""  # compute capability, "9.0" say
     threads_per_multiprocessor: int = 2048  # that can be resident at once
     workspace_bytes: int | None = None  # of one cuBLAS workspace; None: by capability and torch's version
-    workspaces_kept: bool | None = None  # from product to product; None: by torch's version
+    workspaces_kept: bool | None = None  # workspaces stay from product to product; None: by torch's version
     expandable_segments: bool = False  # torch's default
     allocator: str = ""  # settings as in PYTORCH_ALLOC_CONF
 

@@ -1,7 +1,7 @@
-"""Models that are not this package's own, as what to run: a Hugging Face config, or a factory of the user's.
+"""Configs of models that are not this package's own: a Hugging Face config, or a factory function of the user's.
 
-Both are `ModelConfig`s, so that sweeps, records, tables and charts take them as they take any; what a shape leaves open
-(which family, which code) is in their own fields. mtp_mem/model/build.py makes the model.
+Both are `ModelConfig`s, so that sweeps, records, tables and charts take them like any other. Fields of their own say
+which class or function makes the model; mtp_mem/model/build.py calls it.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from mtp_mem.errors import BadInput, Missing, one_line
 COUNTS = re.compile("^(num|n)_.*(layer|expert|block|depth|head)|layers?$")
 """Keys of a Hugging Face config that say how many modules of a kind there are."""
 CONTEXT = 4096
-"""Tokens of a sequence where nothing is asked for, or as many as the model has positions."""
+"""Tokens of a sequence by default; fewer where the model has fewer positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceConfig(ModelConfig):
-    """A transformers decoder with n heads (mtp_mem/model/huggingface.py); `n_layers` are the config's own.
+    """A transformers decoder with n heads (mtp_mem/model/huggingface.py); `n_layers` is the decoder's own number.
 
     Attributes:
         architecture: its class, a ...ForCausalLM.
@@ -43,7 +43,7 @@ class HuggingFaceConfig(ModelConfig):
         check_sizes(self)
 
     def facts(self) -> dict[str, Any]:
-        """As a record names it: a digest in the place of the config."""
+        """The fields as a record keeps them: a digest in the place of the settings."""
         facts = dataclasses.asdict(self)
         return facts | {"settings": hashlib.sha256(facts["settings"].encode()).hexdigest()[:16]}
 
@@ -77,7 +77,7 @@ def huggingface_profile(path: Path, kind: HeadKind | None = None) -> Profile:
 
     Args:
         path: the file, or a folder that holds one.
-        kind: of heads; by default deepseek where the config has `num_nextn_predict_layers`, else parallel.
+        kind: the kind of heads; by default deepseek where the config has `num_nextn_predict_layers`, else parallel.
 
     Raises:
         BadInput: it is no config of a decoder that transformers knows.
@@ -124,7 +124,7 @@ def factory_profile(spec: str, load: Any) -> Profile:
 
     Args:
         spec: package.module:function; called with n, it returns the model.
-        load: makes the model with n = 1 on device meta, from a config: `mtp_mem.model.build.make_model`.
+        load: `mtp_mem.model.build.make_model`, which this module may not import; called for n = 1 on device meta.
 
     Raises:
         BadInput: there is no such function, or it returns no model.
@@ -154,7 +154,7 @@ def factory_profile(spec: str, load: Any) -> Profile:
 
 
 def transformers() -> Any:
-    """The library.
+    """The transformers library.
 
     Raises:
         Missing: it is not installed.
@@ -180,7 +180,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_counts(table: dict[str, Any], path: Path) -> None:
-    """Raises BadInput for more layers, experts or heads than any model has: transformers makes lists of so many."""
+    """Raises BadInput for more layers, experts or heads than any model has: transformers would make lists as long."""
     for key, value in table.items():
         if isinstance(value, dict):
             _check_counts(value, path)
@@ -189,7 +189,7 @@ def _check_counts(table: dict[str, Any], path: Path) -> None:
 
 
 def _decoder_config(table: dict[str, Any], path: Path) -> tuple[Any, str]:
-    """The config object of the decoder, nested or not, and the class that is trained."""
+    """The decoder's config object, taken out of another where nested, and the name of its ...ForCausalLM class."""
     library = transformers()
     kind = table["model_type"]
     listed = table.get("architectures")

@@ -1,8 +1,8 @@
 """Pickles of strangers: numbers, texts, lists, tuples and dicts are read, anything else is refused.
 
 Python's own unpickler can be told to load no classes, and still takes gigabytes or hours for a few bytes that ask for
-it (a memo of 2^32 places, a tuple of tuples of tuples as a key). This one knows only what a pickle of plain data
-consists of, of protocol 2 or later: no code can be named in it, keys are texts, and the number of parts is bounded.
+it (a memo of 2^32 places, a tuple of tuples of tuples as a key). This reader knows only the opcodes of plain data, of
+protocol 2 or later: a pickle can name no code, keys are texts, and the number of parts is bounded.
 """
 
 import pickle
@@ -12,7 +12,7 @@ from typing import Any
 
 from mtp_mem.errors import BadInput
 
-MOST_PARTS = 2**25  # some two million events of the allocator
+MOST_PARTS = 2**25  # opcodes; some two million events of the allocator
 
 _CONSTANTS: dict[int, Any] = {pickle.NONE[0]: None, pickle.NEWTRUE[0]: True, pickle.NEWFALSE[0]: False}
 _NUMBERS = {
@@ -21,7 +21,7 @@ _NUMBERS = {
     pickle.BININT2[0]: struct.Struct("<H"),
     pickle.BINFLOAT[0]: struct.Struct(">d"),
 }
-_LENGTHS = {  # of what follows
+_LENGTHS = {  # by opcode: the format of the length of what follows
     pickle.LONG1[0]: struct.Struct("<B"),
     pickle.SHORT_BINUNICODE[0]: struct.Struct("<B"),
     pickle.BINUNICODE[0]: struct.Struct("<I"),

@@ -51,7 +51,7 @@ def load_profile(name: str) -> Profile:
 
 
 def _with_huggingface(table: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A file that says `hf = "config.json"`, a path from the file's own folder: the config's model in it."""
+    """The table of a file with `hf = "config.json"`, relative to the file's folder, with the config's model in it."""
     hf, model = table["hf"], table.get("model", {})
     if not isinstance(hf, str):
         raise BadInput(f"hf = {short(hf)}: expected the path of a config.json")
@@ -82,7 +82,7 @@ def with_precision(profile: Profile, precision: str) -> Profile:
 
 
 def _named_precision(table: dict[str, Any]) -> dict[str, Any]:
-    """A file's `training.precision`, or a `workload.dtype` with fp32 copies, as the two fields that it stands for."""
+    """The table with its precision, in either place, as the fields `workload.dtype` and `training.master_weights`."""
     workload, training = table.get("workload"), table.get("training")
     if not isinstance(workload, dict) or not (training is None or isinstance(training, dict)):
         return table

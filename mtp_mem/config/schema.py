@@ -20,17 +20,17 @@ ALL_DTYPES: tuple[Dtype, ...] = typing.get_args(Dtype)
 Tokenizer = Literal["bytes", "bpe", "uniform"]
 OptimizerName = Literal["adamw", "adamw-foreach", "adamw-loop", "adamw-8bit", "sgd"]
 MOST_MODULES, LARGEST_SIZE, MOST_ROUNDS = 2_000, 2**31, 10**6
-"""Layers, heads and blocks, and sizes, beyond any model there is: refused before anything is built."""
+"""The most layers, heads or blocks, the largest size, and the most rounds; more is refused before anything is built."""
 Sharding = Literal["none", "ddp", "fsdp2", "hsdp"]
 Part = Literal["step", "heads"]
 NODE, MOST_RANKS = 8, 2**16
-"""GPUs of a node, over which HSDP shards; and more ranks than there are."""
+"""GPUs of a node, over which HSDP shards, and the most ranks that are accepted."""
 USUAL_DTYPES: tuple[Dtype, ...] = ("fp64", "fp32", "bf16", "bf16-mixed")
-"""Those whose range holds any gradient; fp16 ends at 65504, and needs a loss scale to keep small ones."""
-FP16_SCALE = 1024.0
+"""Dtypes whose range holds any gradient; fp16 ends at 65504, and needs a loss scale to keep small gradients."""
+FP16_SCALE = 1024.0  # the default loss scale in fp16
 MASTER = "bf16 + fp32 master"
 PRECISIONS = (*ALL_DTYPES, MASTER)
-"""Names of what parameters, products and optimizer state are in: a workload's dtypes, and one with fp32 copies."""
+"""Values of `--precision`: a workload's dtypes, and bf16 parameters of which the optimizer steps fp32 copies."""
 FROZEN_PARTS = ("trunk", "all but heads", "embedding", "trunk layers", "heads", "norm", "unembedding")
 """What a training setup may freeze, besides single parts like "head 2" and "unembedding 2"."""
 
@@ -67,8 +67,8 @@ class ModelConfig:
     norm_eps: float = 1e-5
     head_dim: int | None = None  # channels of an attention head; None: dim / n_attention_heads
     qkv_bias: bool = False
-    qk_norm: bool = False  # RMSNorm of every head's queries and keys, before they are turned
-    logit_softcap: float | None = None  # c where logits are c tanh(logits / c)
+    qk_norm: bool = False  # RMSNorm of every head's queries and keys, before the rotary embedding
+    logit_softcap: float | None = None  # c of c tanh(logits / c); None: logits as they are
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "dim", "n_layers", "n_attention_heads", "n_kv_heads", "ffn_dim", "n_future")
@@ -105,7 +105,7 @@ class ModelConfig:
             )
 
     def facts(self) -> dict[str, Any]:
-        """As a record names it."""
+        """The fields as a record keeps them."""
         return dataclasses.asdict(self)
 
     @property
@@ -130,14 +130,14 @@ class ModelConfig:
 
     @property
     def trunk_layers(self) -> int:
-        """Layers left in the trunk after the heads took one each, where heads are layers."""
+        """Layers of the trunk: all but one per head, or all but one without `match_layers`, if heads are layers."""
         if not self.heads_are_layers:
             return self.n_layers
         return self.n_layers - (self.n_future if self.match_layers else 1)
 
     @property
     def largest_n(self) -> int | None:
-        """The most heads that the layers allow; None where a head takes none of them."""
+        """The most heads that the layers allow; None where a further head takes no layer from the trunk."""
         return self.n_layers if self.heads_are_layers and self.match_layers else None
 
     def with_n(self, n: int) -> "ModelConfig":
@@ -154,7 +154,7 @@ class Workload:
     dtype: Dtype = "fp32"
     tokenizer: Tokenizer = "bpe"
     seed: int = 0
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # largest norm of all gradients together
 
     def __post_init__(self) -> None:
         for name in ("batch", "sequence"):
@@ -180,23 +180,23 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How the model is trained, beside its dtype: what is recomputed, accumulated, frozen, and who steps.
+    """How the model is trained, beside its dtype: recomputation, accumulation, frozen parts, optimizer and ranks.
 
     Attributes:
         trunk_checkpointing: "none"; "full": every trunk layer keeps its input alone and is run again in the backward;
-            k: so does every k-th one.
+            k: every k-th layer does so.
         optimizer: see mtp_mem/model/optimizers.py.
         master_weights: the optimizer steps fp32 copies of the bf16 parameters (precision "bf16 + fp32 master").
         micro_batches: forward and backward passes whose gradients one optimizer step sums; each of batch B.
         frozen: parts without a gradient, a list or a text with commas. "trunk": all below the cut, the embedding too;
-            "all but heads": of everything only the heads' own layers are trained.
+            "all but heads": only the heads' own layers are trained.
         set_to_none: whether gradients are freed between steps, or set to zero.
-        label_smoothing: e of every head's loss, and `z_loss` its k: see `mtp_mem.model.losses.LossOptions`.
+        label_smoothing, z_loss: e and k of every head's loss, see `mtp_mem.model.losses.LossOptions`.
         loss_scale: static; the loss is multiplied by it, and gradients are divided by it before they are clipped. None:
             1, and 1024 in fp16. A step whose gradients overflow is not skipped.
         sharding: over the ranks of a process group: "ddp" replicates all, "fsdp2" shards all, "hsdp" shards over a
             node's 8 ranks and replicates over nodes.
-        world: ranks; the batch is each one's own.
+        world: number of ranks; each has a batch of its own.
         part: "step"; "heads": what is above the cut alone, on hidden states that are given, without clipping and
             optimizer. Only predicted.
     """
@@ -256,31 +256,31 @@ class Training:
 
     @property
     def keeps_gradients(self) -> bool:
-        """Whether parameters have gradients between steps; fp32 copies are stepped in their place and leave none."""
+        """Whether parameters have gradients between steps; an optimizer that steps fp32 copies takes them all."""
         return not self.set_to_none and (not self.master_weights or self.part == "heads")
 
     @property
     def checkpoint_every(self) -> int:
-        """Every which trunk layer is recomputed; 0: none."""
+        """k, where every k-th trunk layer is recomputed; 0: none is."""
         if isinstance(self.trunk_checkpointing, int):
             return self.trunk_checkpointing
         return int(self.trunk_checkpointing == "full")
 
     def facts(self, dtype: Dtype) -> dict[str, Any]:
-        """As a record names it: equal setups have equal facts, however they were written."""
+        """The setup as a record keeps it: equal setups have equal facts, however they were written."""
         every = self.checkpoint_every
         alike = {"trunk_checkpointing": ("none", "full")[every] if every < 2 else every, "frozen": [*self.frozen_parts]}
         return {"precision": self.precision(dtype), **dataclasses.asdict(self), **alike}
 
     @property
     def trunk_words(self) -> str:
-        """What becomes of the trunk's activations."""
+        """What becomes of the trunk's activations, for people."""
         every = self.checkpoint_every
         return ("all kept", "checkpointed trunk")[every] if every < 2 else f"1 of {every} layers checkpointed"
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What is not as usual."""
+        """What differs from the usual setup, for people."""
         words = {
             self.trunk_words: self.checkpoint_every > 0,
             self.optimizer: self.optimizer != "adamw",
@@ -344,7 +344,7 @@ class Profile:
         if not self.gpus or len(set(self.gpus)) != len(self.gpus):
             raise BadInput(f"gpus = {list(self.gpus)}: needs distinct GPUs, at least one")
         for n in self.sweep.n:
-            self.model.with_n(n)  # raises where the layers do not allow it
+            self.model.with_n(n)  # raises where the model has too few layers
 
 
 def _one_of(where: str, value: str, literal: Any) -> None:

@@ -18,7 +18,7 @@ WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true 
 
 @cache
 def type_hints(cls: Any) -> dict[str, Any]:
-    """A class's fields with their types; kept, because a file of records asks once for each."""
+    """A class's fields with their types; cached, because a file of records asks once for each record."""
     return typing.get_type_hints(cls)
 
 
@@ -34,7 +34,7 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str = "", root: ty
         cls: the dataclass.
         table: its fields by name; tables inside become dataclasses inside.
         where: what stands before a key's name in errors.
-        root: the dataclass of the whole file: a key that belongs into another of its tables is told where.
+        root: the dataclass of the whole file, so that an error can say which table a misplaced key belongs to.
 
     Raises:
         BadInput: a key is unknown or missing, or a value has the wrong type.
@@ -59,7 +59,7 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str = "", root: ty
 
 
 def convert(hint: Any, value: Any, where: str, root: type | None = None) -> Any:
-    """The value as the type hint has it: lists become tuples, whole numbers floats, tables dataclasses.
+    """The value, converted to the type hint: lists become tuples, whole numbers floats, tables dataclasses.
 
     Args:
         hint: int, float, str, bool, a Literal, a tuple or dict of these, a dataclass, or one of these or None.
@@ -99,7 +99,7 @@ def _types_as_they_are(cls: Any) -> dict[str, frozenset[type]]:
 
 @cache
 def _taken_as_they_are(hint: Any) -> frozenset[type]:
-    """Types all of whose values are values of this type hint."""
+    """Types whose values `convert` leaves as they are, for this type hint."""
     origin, args = _parts(hint)
     if origin in (types.UnionType, typing.Union):
         each = frozenset[type]().union(*map(_taken_as_they_are, args))
@@ -127,7 +127,7 @@ def _convert_to_one(hints: tuple[Any, ...], value: Any, where: str, root: type |
 
 
 def parse(hint: Any, text: str, where: str) -> Any:
-    """The value that a text stands for, where only texts can be given; of several types the first that it is one of.
+    """The value that a text (of an option or a spec) stands for; of several types in the hint, of the first that fits.
 
     Raises:
         BadInput: it stands for no value of this type.

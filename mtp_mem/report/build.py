@@ -39,7 +39,7 @@ def build(
     Args:
         results: results files, or folders that hold some.
         out: the page; replaced if it is there, whole or not at all.
-        timelines: more timeline.json than those that lie in the folders of the results.
+        timelines: timeline.json files besides those that lie in the folders of the results.
         charts_folder: where the charts stay; without it they are in the page only.
 
     Raises:
@@ -88,7 +88,7 @@ def _timelines(results: Sequence[Path], located: Sequence[Located], given: Seque
 
 
 MOST_STRATEGIES = 24
-"""In one chart: no more can be told apart, or named beside their lines."""
+"""The most strategies in one chart: no more can be told apart, or named beside their lines."""
 
 
 def telling(records: Sequence[Record]) -> list[Record]:

@@ -18,7 +18,7 @@ HIDDEN = ("code", "torch_git", "variables")
 
 @dataclass(frozen=True)
 class Grid:
-    """A table: titles, rows of as many cells, and which columns are words (set left)."""
+    """A table: titles, rows of as many cells, and which columns hold words (aligned left)."""
 
     titles: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]

@@ -19,8 +19,8 @@ Kind = Literal["memory", "time", "gradient"]
 class CaseFigures:
     """One case: its description, bytes, time and whether its gradient was right.
 
-    `seconds` is the median; `times_floor` the same over the bare products of the same round, which a busy machine
-    disturbs less, and which is compared where both sides have it.
+    `seconds` is the median time; `times_floor` is the time over that of the bare matrix products in the same round. A
+    busy machine disturbs it less, so it is compared where both sides have it.
     """
 
     name: str
@@ -32,7 +32,7 @@ class CaseFigures:
 
 @dataclass(frozen=True)
 class Results:
-    """The cases of one file or folder by what makes them equal, and the device they were measured on."""
+    """The cases of one file or folder, by what two results of one case share, and the device they were measured on."""
 
     path: Path
     device: str
@@ -62,7 +62,7 @@ class Change:
 
 
 def load(path: Path, notes: list[str]) -> Results:
-    """Either kind of file, or a folder with results.jsonl.
+    """Read pytest-benchmark's JSON, our results.jsonl, or a folder with results.jsonl.
 
     Args:
         path: the file or folder.
@@ -94,7 +94,7 @@ def load(path: Path, notes: list[str]) -> Results:
 def changes(old: Results, new: Results, memory: float, time: float) -> list[Change]:
     """Every figure of the old results that changed in the new ones, in the order of the new results.
 
-    A figure that is gone, or is no number any more, is worse.
+    A figure of bytes or time that is gone, or is NaN now, is worse.
 
     Args:
         old: before.
@@ -134,12 +134,12 @@ def json_document(path: Path, key: str) -> dict[str, Any] | None:
     """The JSON document there, if it is one with this key (pytest-benchmark's has "benchmarks"); None otherwise.
 
     Raises:
-        BadInput: the file cannot be read.
+        BadInput: there is no such file.
     """
     if os.path.isdir(path) or path.suffix == ".jsonl":
         return None
     try:
-        document = read_json(path, nan=True)  # pytest-benchmark writes them, and they count as worse
+        document = read_json(path, nan=True)  # pytest-benchmark writes NaN, which counts as worse
     except BadInput:
         if not os.path.isfile(path):
             raise

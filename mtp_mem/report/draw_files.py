@@ -54,7 +54,7 @@ def draw(paths: Sequence[Path], out: Path, notes: list[str]) -> list[Path]:
 
 
 def setups_chart(apart: Sequence[Sequence[Record]], out: Path) -> list[Path]:
-    """A chart of predictions that differ only in their training setup; nothing if there are fewer than two setups."""
+    """A chart of predictions that differ only in their training setup; no files with fewer than two setups."""
     setups = {training_words(records[0]): records for records in apart if records[0].exactness == "predicted"}
     alike = [
         {
@@ -108,7 +108,7 @@ def _count(value: Any, where: str, least: int) -> int:
 
 
 def ranks_chart(document: dict[str, Any], out: Path) -> list[Path]:
-    """A rank's peak against the number of GPUs; nothing unless the plan varied the number of GPUs alone."""
+    """A rank's peak against the number of GPUs; no files unless the plan varied the number of GPUs alone."""
     setups, gpu = document["setups"], document["gpu"]
     rows = [(row["strategy"], row["training"]["world"], row["peak_allocated_bytes"]) for row in setups]
     if len({(strategy, world) for strategy, world, _ in rows}) < len(rows):

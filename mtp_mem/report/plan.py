@@ -23,7 +23,7 @@ def plan_document(
 ) -> dict[str, Any]:
     """The plan as JSON: one list per axis, one row per strategy; bytes are integers.
 
-    `batches` are the largest batches at several n, for the chart; none are asked for without --out.
+    `batches` are the largest batches at several n, for the chart (empty without --out), `percent` is the headroom.
     """
 
     def row(answer: Answer) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def setups_document(
 
 
 def plan_table(result: Plan, screen: Console) -> Table:
-    """One row per strategy: for each axis the largest value, the bytes left and, if wide, what one more lacks."""
+    """One row per strategy: per axis the largest value, the bytes left and, if wide, those by which the next misses."""
     wide = screen.width >= 110
     grid = _grid("strategy")
     for axis in AXES:
@@ -110,7 +110,7 @@ def plan_table(result: Plan, screen: Console) -> Table:
 
 
 def setups_table(rows: Sequence[Tried], limit: int, *, wide: bool) -> Table:
-    """One row per setup and strategy, the cheapest first; `frees` compares with the first row."""
+    """One row per setup and strategy, the cheapest first; `frees`: allocated bytes less than in the first row."""
     grid = _grid("setup", "strategy")
     for title in ("FLOPs", "allocated", "frees", "left", "fits") if wide else ("FLOPs", "allocated", "left", "fits"):
         grid.add_column(title, justify="right", no_wrap=True)

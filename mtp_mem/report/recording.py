@@ -28,10 +28,10 @@ class Blocks:
 
     Attributes:
         count: how many there are.
-        nbytes: what one was asked for.
+        nbytes: bytes that each was asked for.
         frames: where they were made, innermost first.
-        event: of the first one's allocation; None: before the history.
-        logits: how a block is rows of the vocabulary, in words; empty: it is not, or nobody gave V.
+        event: number of the first one's allocation; None: before the history.
+        logits: how many whole rows of V values a block can be, in words; empty: none, or nobody gave V.
         stays: a block of this size outlives the history, so that it may be a weight or a gradient instead.
     """
 
@@ -44,7 +44,7 @@ class Blocks:
 
     @property
     def nbytes_together(self) -> int:
-        """Of all of them."""
+        """Bytes of all of them."""
         return self.count * self.nbytes
 
     @property
@@ -58,7 +58,7 @@ class Blocks:
 
 
 def logits_rows(nbytes: int, vocab: int) -> str:
-    """How a block is whole rows of the vocabulary; empty: it is not.
+    """How many whole rows of V values a block of `nbytes` can be, in words; empty: none.
 
     R rows of V values take 4 R V bytes in fp32 and 2 R V in bf16 or fp16, and the allocator knows to the byte what was
     asked for. So a block can be logits if its size is a multiple of 2 V (of 4 V: in either dtype), from 2 rows and
@@ -84,7 +84,7 @@ def sizes_that_stay(tape: Tape) -> frozenset[int]:
 
 
 def at_peak(recording: Recording, held: Held, vocab: int | None) -> list[Blocks]:
-    """What is live when most bytes are requested, the most bytes together first."""
+    """What is live when most bytes are requested, grouped by size and place; the most bytes together first."""
     tape = recording.tape
     live: dict[int, tuple[int | None, int]] = {address: (None, nbytes) for address, (_, nbytes) in tape.blocks.items()}
     for number, (kind, address, nbytes) in enumerate(tape.events[: held.peak("requested")]):
@@ -104,7 +104,7 @@ def at_peak(recording: Recording, held: Held, vocab: int | None) -> list[Blocks]
 
 
 def reached_in(recording: Recording, moment: int) -> str:
-    """Where the allocation was made that leads to a moment; empty where nobody recorded it."""
+    """Where the allocation was made that leads to a moment of `Held.totals`; empty where that was not recorded."""
     if not moment:
         return ""
     frames = tuple(recording.frames(moment - 1, recording.tape.events[moment - 1].address))
@@ -154,7 +154,7 @@ def facts(recording: Recording, held: Held, blocks: list[Blocks], vocab: int | N
 
 
 def show(screen: Console, name: str, recording: Recording, held: Held, blocks: list[Blocks], vocab: int | None) -> None:
-    """The answer, the peaks and what the highest one consists of."""
+    """Print whether the replay is exact, the peaks, and what is live when most bytes are requested."""
     tape, counts = recording.tape, held.counts
     kind = "expandable segments" if tape.expandable else "default segments"
     got, gave = counts["segment"] + counts["map"], counts["drop"] + counts["unmap"]
@@ -203,7 +203,7 @@ def show(screen: Console, name: str, recording: Recording, held: Held, blocks: l
 
 
 def summary(rows: list[tuple[str, Recording, Held]]) -> Table:
-    """A row for each recording: its peak reserved, what of that is never allocated, and what other segments reserve."""
+    """A row for each recording: reserved peak, that less allocated peak, and that with the other kind of segments."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("recording", overflow="fold")
     table.add_column("")

@@ -16,7 +16,7 @@ DEFAULT_TEXT = "CPython's pydoc_data.topics"
 
 
 def command(records: Sequence[Record]) -> str:
-    """Shell lines, with the profile written out first if it is not a shipped one; comments name what a record lacks.
+    """The shell lines; a profile that is not a shipped one is written out first, comments name what a record lacks.
 
     Args:
         records: of one group (mtp_mem/runs/read_results.py).
@@ -68,7 +68,7 @@ def _on_ranks(words: list[str], facts: dict[str, Any]) -> list[str]:
 
 
 def _model_of_another(record: Record) -> list[str]:
-    """For a user's own model or a Hugging Face one: its description, then the options that select it."""
+    """A user's own or a Hugging Face model: its description, then the options that select it; empty for others."""
     model, workload = record.model, record.workload
     words = ["--batch", workload["batch"], "--sequence", workload["sequence"]]
     words += ["--dtype", training_facts(record)["precision"]]

@@ -46,7 +46,7 @@ def _gradients(record: Record) -> str:
     return f"{record.gradient} {record.gradient_error:.0e}"
 
 
-DISTURBED = "~"
+DISTURBED = "~"  # marks a time that other processes disturbed
 
 COLUMNS = (
     Column("n", lambda r, _: str(r.n), 0),
@@ -149,7 +149,7 @@ def comparison(records: Sequence[Record], console: Console) -> Table:
 def collectives(records: Sequence[Record]) -> Table | None:
     """A step's collectives of each kind and their bytes; None where no record has any.
 
-    One row for strategies and n that have the same.
+    Strategies with the same figures at one n share a row.
     """
     rows: dict[tuple[str, ...], list[Record]] = {}
     kinds = list(dict.fromkeys(kind for record in records for kind in record.collectives or ()))
@@ -171,7 +171,7 @@ def collectives(records: Sequence[Record]) -> Table | None:
 
 
 def remarks(records: Sequence[Record]) -> list[str]:
-    """What the columns cannot say: an unusual setup, what was chosen and why, what failed, and peaks that were bent."""
+    """What the columns cannot say: noise, unusual setups, what was chosen and why, what failed, unreliable peaks."""
     noise = {r.n: (r.gradient_reference, r.gradient_noise) for r in records if r.gradient_noise}
     lines = [
         f"n = {n}: {name} run twice differs from itself by {error:.0e}: some kernel here adds in no fixed order, and"
@@ -193,7 +193,7 @@ def remarks(records: Sequence[Record]) -> list[str]:
 
 
 def disturbance(records: Sequence[Record]) -> str:
-    """That the machine was at work on something else, where it was; empty where it was not."""
+    """A sentence about times that other processes disturbed; empty where there are none."""
     noisy = [r for r in records if r.disturbed]
     if not noisy:
         return ""

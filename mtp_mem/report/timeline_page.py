@@ -12,7 +12,7 @@ from mtp_mem.memory.trace import Storage, Trace
 from mtp_mem.report.charts.style import COLOURS
 from mtp_mem.report.charts.timeline import LARGEST, live_by_category, peak_words, phases
 
-MOST_COLUMNS = 3000  # a longer timeline is thinned out to this many moments; each keeps its highest one
+MOST_COLUMNS = 3000  # a longer timeline is thinned out to so many moments, the highest of each stretch
 WIDTH, HEIGHT = 1000, 360  # of the drawing, in its own units
 
 
@@ -34,8 +34,9 @@ def drawing(trace: Trace) -> dict[str, Any]:
     """The data of the chart: SVG paths that show without a script, and what timeline.js needs.
 
     Returns:
-        `bands`: name, colour, hatch and outline, bottom first; `phases`: name and left and right end; `peak`: x,
-        y and words; `at_peak`: bytes by category; `largest`: the tensors at the peak; `data`: for timeline.js.
+        `bands`: name, colour, hatch and SVG path, bottom first; `phases`: name and left and right end; `peak`: x, y,
+        words and whether these stand left of it; `at_peak`: bytes by category; `largest`: the tensors at the peak;
+        `thinned`, `moments` of `events`: what is drawn; `width` and `height`; `data`: for timeline.js.
     """
     rows, at_peak, events = live_by_category(trace), trace.peak(), trace.events[trace.start :]
     totals = [sum(row) for row in zip(*rows.values(), strict=True)]

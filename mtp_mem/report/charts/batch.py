@@ -13,10 +13,10 @@ def largest_batch(rows: Sequence[tuple[str, int, int]], out: Path, *, under: str
         rows: (strategy, n, sequences in the batch), 0 where not even one fits; as `mtp-mem plan` finds them.
         out: folder for the files.
         under: the line below the title: the model and the GPU.
-        foot: how the figures were had, and on what.
+        foot: how the figures were obtained, and on what.
 
     Returns:
-        The files written under `out`: largest-batch.png, .svg and .csv. None without a row.
+        The files written under `out`: largest-batch.png, .svg and .csv. Empty without a row.
     """
     if not rows:
         return []

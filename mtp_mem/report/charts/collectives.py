@@ -26,7 +26,7 @@ def collectives(records: Sequence[Record], out: Path) -> list[Path]:
         out: folder for the files.
 
     Returns:
-        The files written under `out`: collectives.png, .svg and .csv. None where no record has any.
+        The files written under `out`: collectives.png, .svg and .csv. Empty where no record has any.
     """
     counted = [record for record in records if record.collectives]
     if not counted:

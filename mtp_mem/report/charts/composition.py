@@ -11,7 +11,7 @@ from mtp_mem.runs.record import Record
 
 MOST_BARS = 24
 ROOM = 0.085  # share of the axis a segment needs to hold its bytes as text
-DARK = ("parameters", "trunk activations", "logits", "workspace")
+DARK = ("parameters", "trunk activations", "logits", "workspace")  # their text is white
 
 
 def composition(records: Sequence[Record], out: Path) -> list[Path]:
@@ -22,7 +22,7 @@ def composition(records: Sequence[Record], out: Path) -> list[Path]:
         out: folder for the files.
 
     Returns:
-        The files written under `out`: peak-composition.png, .svg and .csv. None where no record says what was live.
+        The files written under `out`: peak-composition.png, .svg and .csv. Empty where no record says what was live.
     """
     done = [r for r in records if r.status == "ok" and r.bytes_at_peak]
     if not done:

@@ -46,7 +46,7 @@ def memory_vs_n(records: Sequence[Record], out: Path, gpu: GPU | None = None) ->
         gpu: draw the whole peak below the line of what this GPU holds, instead of the peak over the baseline.
 
     Returns:
-        The files written under `out`: memory-vs-n.png, .svg and .csv. None without a finished case.
+        The files written under `out`: memory-vs-n.png, .svg and .csv. Empty without a finished case.
     """
     what = "all of it" if gpu else "on top of weights, optimizer and batch"
     title = f"{'Predicted memory' if gpu else 'Memory'} of a training step, {what}"
@@ -57,12 +57,12 @@ def memory_of_setups(setups: Mapping[str, Sequence[Record]], out: Path, gpu: GPU
     """The whole peak below the line of what the GPU holds: a line for each strategy in each training setup.
 
     Args:
-        setups: what tells a setup from the others -> its records; of one model, step and GPU.
+        setups: words that tell a setup from the others -> its records; all of one model, step and GPU.
         out: folder for the files.
         gpu: the target.
 
     Returns:
-        The files written under `out`: memory-of-setups.png, .svg and .csv. None without a finished case.
+        The files written under `out`: memory-of-setups.png, .svg and .csv. Empty without a finished case.
     """
     lines = [
         dataclasses.replace(r, strategy=f"{r.strategy}, {words}", floor_allocated_bytes=None)
@@ -73,14 +73,14 @@ def memory_of_setups(setups: Mapping[str, Sequence[Record]], out: Path, gpu: GPU
 
 
 def memory_small_multiples(panels: Mapping[str, Sequence[Record]], out: Path) -> list[Path]:
-    """The same lines over the baseline, a panel for each entry: its vocabulary, GPU, backend or whatever differs.
+    """Lines as in `memory_vs_n`, over the baseline: a panel for each vocabulary, GPU, backend or whatever differs.
 
     Args:
         panels: title of a panel -> its records; panels without a finished case are left out.
         out: folder for the files.
 
     Returns:
-        The files written under `out`: memory-vs-n-panels.png, .svg and .csv. None with fewer than two panels.
+        The files written under `out`: memory-vs-n-panels.png, .svg and .csv. Empty with fewer than two panels.
     """
     panels = {title: records for title, records in panels.items() if _done(records)}
     if len(panels) < 2:
@@ -110,7 +110,7 @@ def memory_small_multiples(panels: Mapping[str, Sequence[Record]], out: Path) ->
 
 
 def _lines_against_n(records: Sequence[Record], out: Path, gpu: GPU | None, name: str, title: str) -> list[Path]:
-    """One chart of `_lines` as NAME.png, .svg and .csv; none without a finished case."""
+    """One chart of `_lines` as NAME.png, .svg and .csv; no files without a finished case."""
     done = _done(records)
     if not done:
         return []
@@ -141,7 +141,7 @@ def _height(record: Record, gpu: GPU | None) -> int:
 
 
 def _lines(axes: Axes, records: Sequence[Record], unit: int, gpu: GPU | None) -> list[End]:
-    """A line for each strategy with its closed form, crosses where memory ran out, the floor and the capacity."""
+    """Draw each strategy's line and closed form, crosses where memory ran out, floor and capacity; returns the ends."""
     done = _done(records)
     low, top = axes.get_ylim()
     ends = []
@@ -174,7 +174,7 @@ def _lines(axes: Axes, records: Sequence[Record], unit: int, gpu: GPU | None) ->
 
 
 def _draw_formula(axes: Axes, line: Sequence[Record], unit: int, *, whole: bool, label: bool) -> bool:
-    """The closed form of one strategy's line, on top of it; whether there is one."""
+    """Draw the closed form of one strategy's line on top of it; returns whether there is one."""
     points = [(r.n, formula + (r.baseline_bytes or 0) * whole) for r in line if (formula := record_formula(r))]
     if points:
         name = FORMULA_LABEL if label else None

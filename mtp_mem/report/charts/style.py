@@ -110,7 +110,7 @@ def figure(width: float, height: float, title: str, under: str, foot: str, dpi: 
 
 
 def foot(record: Record, how: str = "") -> str:
-    """How the figures were had (the bytes, if nothing else is said), and on what."""
+    """How the figures were obtained (by default, how the record's bytes were), and on what."""
     return f"{how or HOW[record.exactness]} · {footer(record.environment)}"
 
 
@@ -203,7 +203,7 @@ def save(figure: Figure, out: Path, name: str, write_csv: Callable[[Path], objec
 
 
 def write_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Callable[[Path], None]:
-    """What `save` needs to write a CSV of these rows; None becomes an empty field."""
+    """The function for `save` that writes these rows as CSV; None becomes an empty field."""
 
     def write(path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -215,5 +215,5 @@ def write_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Callabl
 
 
 def cell(value: Any) -> Any:
-    """A text that a spreadsheet would take for a formula is quoted."""
+    """The value for a CSV; a text that a spreadsheet would take for a formula gets a quote in front."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value

@@ -1,7 +1,7 @@
-"""Time per step against the number of heads, relative to naive at the same n and to naive at n = 1.
+"""Time per step against the number of heads, relative to naive at the same n and to naive at the smallest n.
 
-Beside the second stand the FLOPs of naive's step, relative to n = 1 too: what its time should grow by where products
-decide it.
+The second panel also has the FLOPs of naive's step, relative to the smallest n: its time should grow like them where
+matrix products decide it.
 """
 
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ def flops_over_first(records: Sequence[Record]) -> dict[int, float]:
 
 
 def time_vs_n(records: Sequence[Record], out: Path) -> list[Path]:
-    """Median step time of each strategy over naive's at the same n (left) and over naive's at n = 1 (right).
+    """Median step time of each strategy over naive's at the same n (left) and at the smallest n (right).
 
     The band of each line is the middle 60 % of its own steps over the same median of naive's.
 
@@ -66,7 +66,7 @@ def time_vs_n(records: Sequence[Record], out: Path) -> list[Path]:
         out: folder for the files.
 
     Returns:
-        The files written under `out`: time-vs-n.png, .svg and .csv. None where naive was not timed.
+        The files written under `out`: time-vs-n.png, .svg and .csv. Empty where naive was not timed.
     """
     timed = [r for r in records if r.status == "ok" and r.step_ms]
     naive = {r.n: r.step_ms for r in timed if r.strategy == "naive" and r.step_ms}
@@ -105,7 +105,7 @@ def _panel(
     paper: dict[int, float] | None = None,
     flops: dict[int, float] | None = None,
 ) -> None:
-    """The lines over `reference` (n -> milliseconds), their bands; the paper's figures as hollow diamonds; FLOPs."""
+    """Draw step times over `reference` (n -> milliseconds) with their bands, the paper's as hollow diamonds, FLOPs."""
     ends, top = [], max([1.0, *(flops or {}).values()])
     if flops and len(flops) > 1:
         axes.plot(list(flops), list(flops.values()), color="#333333", linewidth=0.9, linestyle=(0, (5, 4)), zorder=4)

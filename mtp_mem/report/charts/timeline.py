@@ -36,7 +36,7 @@ def live_by_category(trace: Trace) -> dict[Category, list[int]]:
 
 
 def phases(trace: Trace) -> list[tuple[str, int]]:
-    """Each phase with the index (as in `live_by_category`) of its first allocation, in order; a repeated one again."""
+    """Each phase with the index (as in `live_by_category`) of its first allocation, in order, each time it comes."""
     begun: list[tuple[str, int]] = []
     for i, event in enumerate(trace.events[trace.start :], start=1):
         phase = trace.storages[event.key].phase

@@ -26,7 +26,7 @@ PLACES = (
 
 
 def pareto(points: Sequence[Point]) -> list[int]:
-    """Indices of the points (memory, speed) that no other beats in both, by rising memory.
+    """Indices of the points (memory, speed) to which no other is equal or better in both, by rising memory.
 
     Of equal points the first counts.
     """
@@ -46,7 +46,7 @@ def throughput_vs_memory(records: Sequence[Record], out: Path, n: int | None = N
         n: the number of heads; default the largest that was timed.
 
     Returns:
-        The files written under `out`: throughput-vs-memory.png, .svg and .csv. None without two timed cases at n.
+        The files written under `out`: throughput-vs-memory.png, .svg and .csv. Empty without two timed cases at n.
     """
     timed = [r for r in records if r.status == "ok" and r.tokens_per_s and r.peak_over_baseline_bytes is not None]
     n = n or max((r.n for r in timed), default=0)
@@ -108,7 +108,7 @@ def chunk_of(spec: str) -> int | None:
 
 
 def _label(spec: str, families: Sequence[str]) -> str:
-    """The options alone where the same strategy stands here more than once, its name on the bare spec."""
+    """The spec, or its options alone if it has any and its strategy is in `families` more than once."""
     name = family(spec)
     return spec if families.count(name) < 2 or spec == name else spec[len(name) + 1 :]
 
@@ -120,7 +120,7 @@ def _label_points(
     colours: Sequence[str],
     lines: Sequence[tuple[Point, Point]],
 ) -> None:
-    """Write each label at the first place where it touches no point, line or other label and stays inside the axes."""
+    """Write each label at the first of PLACES where it touches nothing inside the axes, or where it overlaps least."""
     drawing = axes.figure
     drawing.draw_without_rendering()  # type: ignore[union-attr]
     drawing.set_layout_engine("none")  # type: ignore[union-attr]

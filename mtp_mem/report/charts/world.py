@@ -14,14 +14,14 @@ def peak_of_a_rank(
 
     Args:
         rows: (strategy, ranks, bytes).
-        total_bytes: what the GPU holds.
+        total_bytes: bytes that the GPU holds.
         out: folder for the files.
         gpu: its name.
         under: the line below the title: the model, the step and the setup.
-        foot: how the figures were had, and on what.
+        foot: how the figures were obtained, and on what.
 
     Returns:
-        The files written under `out`: peak-of-a-rank.png, .svg and .csv. None with fewer than two numbers of ranks.
+        The files written under `out`: peak-of-a-rank.png, .svg and .csv. Empty with fewer than two numbers of ranks.
     """
     worlds = sorted({world for _, world, _ in rows})
     if len(worlds) < 2:
