@@ -12,7 +12,7 @@ are calibrated with a toy backward before use, and a torch on which that fails i
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class Tracker(TorchDispatchMode):
         self._parameter_shapes: set[tuple[int, ...]] = set()
         self.watch(parameters)
         self._phase = "before the step"
+        self._in_loss, self._logits_may_be = False, False  # in a head's loss; there, or in the joint backward
         self._square = vocab_size == dim  # logits (N, V) are as wide as hidden states
         self._given_logits = False  # the operator that runs, where that has to be known
         self._keys: dict[int, int] = {}  # address of the storage -> key; addresses are used again, keys are not
@@ -142,6 +143,8 @@ class Tracker(TorchDispatchMode):
         """A phase of the step begins."""
         self._name_gradients()
         self._phase, self._looked_at = name, 0
+        self._in_loss = name.endswith("loss")
+        self._logits_may_be = self._in_loss or name == "heads backward"
 
     def __exit__(self, *exc: Any) -> None:
         """Stop recording."""
@@ -202,17 +205,12 @@ class Tracker(TorchDispatchMode):
         if self._looked_at < LOOKED_AT and self._phase.startswith("head"):
             self._looked_at += 1
             refuse_compiled()
-        key = len(self.trace.storages)
+        storages, shape = self.trace.storages, tuple(tensor.shape)
+        key = len(storages)
         self._keys[address] = key
         self._live.add(key)
-        self.trace.storages[key] = Storage(
-            nbytes=nbytes,
-            category=category or self._category(tensor, op),
-            phase=self._phase,
-            op=op,
-            shape=tuple(tensor.shape),
-            dtype=str(tensor.dtype).removeprefix("torch."),
-        )
+        category = category or self._category(tensor, shape, op)
+        storages[key] = Storage(nbytes, category, self._phase, op, shape, _dtype_name(tensor.dtype))
         self._endings[key] = weakref.ref(storage, partial(self._freed, key, address))
         return key
 
@@ -235,20 +233,20 @@ class Tracker(TorchDispatchMode):
         key = self._keys.get(old.untyped_storage()._cdata)
         return key if key in self._live else None
 
-    def _category(self, tensor: Tensor, op: str) -> Category:
-        shape, phase = tuple(tensor.shape), self._phase
+    def _category(self, tensor: Tensor, shape: tuple[int, ...], op: str) -> Category:
         in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
         if in_backward and shape in self._parameter_shapes:
             return "gradients"
-        if phase.endswith("loss") and shape == (self._vocab_size, self._dim) and op.startswith(EMPTY):
+        if self._in_loss and shape == (self._vocab_size, self._dim) and op.startswith(EMPTY):
             return "gradients"  # what a strategy sums the unembedding's gradient in
-        if phase.endswith("loss") or phase == "heads backward":
+        phase = self._phase
+        if self._logits_may_be:
             # A slab of the vocabulary has neither width, the full logits have V, hidden states and their norms D.
             # Slabs are made by a loss's own code; what autograd's formulas make here is a recomputed layer's gradients.
             if shape[-1:] == (self._vocab_size,) and (not self._square or self._makes_logits(shape, op, in_backward)):
                 return "logits"
-            slab = tensor.is_floating_point() and len(shape) >= 2 and shape[-1] not in (1, self._dim)
-            if slab and phase != "heads backward" and not _issued_by_engine(4):
+            slab = self._in_loss and len(shape) >= 2 and shape[-1] not in (1, self._dim) and tensor.is_floating_point()
+            if slab and not _issued_by_engine(4):
                 return "logits"
         if phase in ("clip", "optimizer"):
             return "other"
@@ -293,6 +291,11 @@ def _python_body(func: Any) -> Callable[..., Any]:
     an operator is a single call.
     """
     return custom_ops.OPDEFS[func._schema.name]._init_fn  # type: ignore[no-any-return]
+
+
+@cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _issued_by_engine(depth: int = 2) -> bool:
