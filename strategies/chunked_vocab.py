@@ -82,12 +82,12 @@ class _VocabularySlabs(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, hidden: Tensor, unembedding: Tensor, targets: Tensor, chunk: int, options: LossOptions
     ) -> Tensor:
-        acc = loss_dtype(hidden.dtype)
+        acc, places = loss_dtype(hidden.dtype), _Places(targets, chunk)
         top = hidden.new_full(targets.shape, -torch.inf, dtype=acc)  # (N,) running maximum
         total = hidden.new_zeros(targets.shape, dtype=acc)  # (N,) sum of exp(logit - top)
         target_logit = hidden.new_zeros(targets.shape, dtype=acc)  # (N,)
         below_top = torch.zeros_like(total) if options.label_smoothing else None  # (N,) sum of top - logit
-        slabs, places = _Slabs(hidden, chunk, options), _Places(targets, chunk)
+        slabs = _Slabs(hidden, chunk, options)
         for start in range(0, unembedding.shape[0], chunk):
             slab = slabs.logits(unembedding[start : start + chunk].to(hidden.dtype))  # (N, chunk)
             inside, column = places.in_slab(start, slab.shape[1])
@@ -114,13 +114,13 @@ class _VocabularySlabs(torch.autograd.Function):
         want_hidden, want_unembedding = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
         chunk: int = ctx.chunk  # type: ignore[attr-defined]
         options: LossOptions = ctx.options  # type: ignore[attr-defined]
-        acc = top.dtype
+        acc, places = top.dtype, _Places(targets, chunk)
         # Row weights go onto the (N, D) operands of the products, never onto the (N, chunk) slab.
         row = (row_share * grad)[:, None]  # (N, 1)
         weighted = (hidden * row).to(hidden.dtype) if want_unembedding else None  # (N, D)
         d_hidden = torch.zeros_like(hidden, dtype=acc) if want_hidden else None  # (N, D)
         d_unembedding = torch.empty_like(unembedding) if want_unembedding else None  # (V, D)
-        slabs, places = _Slabs(hidden, chunk, options), _Places(targets, chunk)
+        slabs = _Slabs(hidden, chunk, options)
         for start in range(0, unembedding.shape[0], chunk):
             weight = unembedding[start : start + chunk].to(hidden.dtype)  # (chunk, D)
             slab = slabs.logits(weight)  # (N, chunk)

@@ -1,10 +1,10 @@
 """The loss of one head from its hidden states: projection onto the vocabulary and cross entropy, in plain autograd.
 
 Every head loss has one signature: (hidden (B, S, D), unembedding (V, D), targets (B, S)) -> mean cross entropy over
-the valid targets, a 0-dim tensor in fp32 (fp64 for fp64 models); and `options`, a `LossOptions`, where the loss is more
-than that. What the options mean stands in that class alone, for autograd and for losses that write their gradient out.
+the valid targets, a 0-dim tensor in fp32 (fp64 for fp64 models). Where the loss has further terms, it takes them as
+`options`, a `LossOptions`: that class alone defines them, for autograd and for losses that compute their own gradient.
 Projections run in the model's dtype (or autocast's), softmax and loss in fp32. No valid target: loss 0 and zero
-gradients. None of them synchronises with the device.
+gradients. No loss makes the host wait for the device.
 """
 
 import math
@@ -37,9 +37,9 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """What a head's loss is besides the cross entropy of its logits; the defaults are none.
+    """What a head's loss has besides the cross entropy of its logits; by default nothing.
 
-    A row of V logits x with target t, of which z = c tanh(x / c) are the capped ones and s = logsumexp(z):
+    For a row of V logits x with target t, with the capped logits z = c tanh(x / c) and s = logsumexp(z):
 
         loss     = s - (1 - e) z_t - e mean(z) + k s^2
         dloss/dz = (1 + 2 k s) softmax(z) - (1 - e) onehot(t) - e / V
@@ -68,11 +68,11 @@ class LossOptions:
 
     @property
     def used(self) -> tuple[str, ...]:
-        """Names of those that change the loss."""
+        """Names of the options that are set, so that they change the loss."""
         return tuple(name for name in LOSS_OPTIONS if getattr(self, name))
 
     def capped(self, logits: Tensor) -> Tensor:
-        """z, with its graph."""
+        """The capped logits z, with their graph."""
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def total(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -81,28 +81,28 @@ class LossOptions:
         loss = F.cross_entropy(
             logits, targets, ignore_index=IGNORE, reduction="sum", label_smoothing=self.label_smoothing
         )
-        if self.z_loss:  # written out: the operator logsumexp takes a tensor (N, V) that no instrument sees
+        if self.z_loss:  # written out: torch.logsumexp allocates a tensor (N, V) that no instrument sees
             top = logits.detach().amax(dim=1)  # (N,)
             s = (logits - top[:, None]).exp().sum(dim=1).log() + top
             loss = loss + self.z_loss * torch.where(targets != IGNORE, s, 0).square().sum()
         return loss
 
     def cap_(self, logits: Tensor) -> Tensor:
-        """z in the place of the logits."""
+        """Overwrite the logits with z."""
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def slope(self, capped: Tensor) -> Tensor | None:
-        """dz/dx from z; None where it is 1."""
+        """dz/dx, computed from z; None where it is 1 everywhere."""
         return None if self.softcap is None else (capped / self.softcap).square_().neg_().add_(1)
 
     def row_losses(self, top: Tensor, log_total: Tensor, target: Tensor, below_top: Tensor | None) -> Tensor:
-        """Each row's loss (rows,), in an order of sums in which an offset that all its logits share costs no digits.
+        """Each row's loss (rows,), summed in an order in which an offset common to all its logits costs no precision.
 
         Args:
-            top: the largest of z.
+            top: each row's largest z, (rows,) as all arguments are.
             log_total: logsumexp(z - top).
             target: z_t.
-            below_top: mean(top - z); only label smoothing asks for it.
+            below_top: mean(top - z); only label smoothing needs it.
         """
         losses = (top - target) + log_total
         if below_top is not None:
@@ -114,13 +114,13 @@ class LossOptions:
     def gradient_(
         self, probabilities: Tensor, top: Tensor, log_total: Tensor, column: Tensor, onehot: Tensor, classes: int
     ) -> Tensor:
-        """dloss/dz in the place of probabilities, those of a slab of the vocabulary or of all of it.
+        """Overwrite the probabilities with dloss/dz; they cover the whole vocabulary or a slab of it.
 
         Args:
-            probabilities: softmax(z), (rows, C).
+            probabilities: softmax(z), (rows, C) for C vocabulary entries.
             top: see `row_losses`.
             log_total: see `row_losses`.
-            column: (rows, 1) int64, of the target.
+            column: (rows, 1) int64, the target's column in the slab.
             onehot: (rows, 1), 1 where the target lies in the slab, else 0; overwritten.
             classes: V.
         """
@@ -128,17 +128,18 @@ class LossOptions:
             probabilities *= (1 + 2 * self.z_loss * (top + log_total))[:, None]
         if self.label_smoothing:
             probabilities -= self.label_smoothing / classes
-        return probabilities.scatter_add_(1, column, onehot.mul_(self.label_smoothing - 1))
+            onehot *= 1 - self.label_smoothing
+        return probabilities.scatter_add_(1, column, onehot.neg_())
 
 
 LOSS_OPTIONS = tuple(LossOptions.__dataclass_fields__)
-"""Their names."""
+"""Names of the options."""
 
 PLAIN = LossOptions()
 
 
 def full(hidden: Tensor, unembedding: Tensor, targets: Tensor, *, options: LossOptions = PLAIN) -> Tensor:
-    """All logits at once, (N, V): the reference, plain autograd.
+    """One head's loss from all logits (N, V) at once, by plain autograd: the reference.
 
     Peak in the loss's backward: 3 tensors (N, V) of the loss dtype (log-softmax, its gradient, the logits' gradient).
     """
