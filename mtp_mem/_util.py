@@ -113,7 +113,7 @@ def held(handle: int, wait_s: float = 0) -> bool:
 
 
 def _remove_left(folder: Path, prefix: str) -> None:
-    """Remove this user's temporary files and folders whose process has ended, and that no other machine has locked."""
+    """Remove this user's temporary files and folders whose process has ended, and that no machine has locked."""
     for path in folder.glob(f"{prefix}*.tmp"):
         pid = path.name.removeprefix(prefix).partition("-")[0]
         if not pid.isdecimal() or os.path.exists(f"/proc/{pid}"):

@@ -29,8 +29,7 @@ def check_strategy(
         device: where the strategy runs.
 
     Raises:
-        AssertionError: a check failed or had nothing to check: a line for each such scenario, with the part of the
-            model and the numbers; failures that are alike share one, and ten are shown.
+        AssertionError: a check failed or had nothing to check; one line, with the numbers, for all that are alike.
         BadInput: the strategy takes none of `dtypes`.
     """
     result = verify([strategy], dtypes=dtypes, scenarios=scenarios, device=device)

@@ -130,7 +130,7 @@ class _Step(Sequential):
 
 
 class UnembeddingSums:
-    """The sums of a step's unembedding gradients, each alive from the first head that adds to it to the last.
+    """The sums of a step's unembedding gradients, each alive from the first to the last head that adds to it.
 
     Replicated unembeddings have one head each: then one sum is alive at a time.
     """
@@ -231,7 +231,7 @@ def head_loss(
         rows: normed hidden states (N, D) in the compute dtype; overwritten with upstream * dL/drows unless `keep_rows`.
         unembedding: (V, D) in the compute dtype.
         targets: (N,) int64, IGNORE where there is none.
-        upstream: derivative of the total loss by this head's loss L, 0-dim, in the loss dtype.
+        upstream: derivative of the total loss with respect to this head's loss L, 0-dim, in the loss dtype.
         gradient: sums the unembedding's gradient; None where the unembedding is frozen.
         chunk: tokens per chunk.
         keep_rows: leave `rows` as they are: nothing below needs their gradient.
@@ -281,9 +281,9 @@ def _softmax_minus_onehot(z: Tensor, column: Tensor, share: Tensor, options: Los
 
 def _rows(z: Tensor, column: Tensor, share: Tensor, options: LossOptions) -> Tensor:
     slope = options.slope(options.cap_(z))  # (c, V)
-    # In place: torch does not document that `_softmax` may overwrite its input; the tests of gradients rely on it.
+    # In place: torch does not document that `_softmax` may overwrite its input; tests of gradients would notice.
     top, wanted = z.amax(dim=1), z.gather(1, column)[:, 0]  # (c,), (c,)
-    below_top = -z.sub_(top[:, None]).mean(dim=1) if options.label_smoothing else None  # (c,); same softmax
+    below_top = -z.sub_(top[:, None]).mean(dim=1) if options.label_smoothing else None  # (c,); z - top has z's softmax
     torch.ops.aten._softmax.out(z, 1, False, out=z)
     # The largest probability is at least 1 / V, so that its logarithm gives the normaliser back without underflow.
     log_total = z.amax(dim=1).log_().neg_()  # (c,)

@@ -34,5 +34,5 @@ def mtp_mem(folder: Path, *args: str, columns: int = 120) -> Ended:
             code = int(e.code or 0)
         for name in set(sys.modules) - loaded:
             if str(getattr(sys.modules[name], "__file__", None)).startswith(str(folder)):
-                del sys.modules[name]  # another test's module of this name is another one
+                del sys.modules[name]  # another test may write another module of this name
     return Ended(code, out.getvalue(), err.getvalue())

@@ -1,4 +1,4 @@
-"""Without an installation there is nothing to test: one line, and exit code 3 as the command line has it."""
+"""Without an installation there is nothing to test: pytest ends with one line and exit code 3, as the command does."""
 
 import gc
 import importlib.util
@@ -17,13 +17,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def garbage_collections_pass_over_what_is_imported() -> None:
-    """Half a million objects of imported libraries: half of the tests' time went into looking at them again."""
+    """Freezes half a million objects of imported libraries: collections of them took half of the tests' time."""
     importlib.import_module("torch._dynamo")  # as the first optimizer does
     gc.collect()
     gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest first: the last ones decide how long one of two workers has nothing to do."""
+    """Puts the files that take longest first: a long one at the end leaves one of two workers without work."""
     longest = ("test_verify.py", "test_gradients.py", "test_huggingface.py", "test_bytes.py", "test_cli.py")
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))

@@ -16,7 +16,7 @@ from command_line import Ended
 from mtp_mem._util import fork_context
 
 CLOSED = Path("closed")
-WAIT_S = 300  # for what takes a second on a quiet machine
+WAIT_S = 300  # seconds; what it waits for takes one on a quiet machine
 IMPORTED = (
     *("torch", "torch._dynamo", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"),
     *("mtp_mem.cli", "mtp_mem.runs.sweep", "mtp_mem.runs.isolated", "mtp_mem.report.build"),
@@ -25,7 +25,7 @@ IMPORTED = (
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a process finds: where it runs, its streams (CLOSED, or a file), variables and limits."""
+    """What a process finds: its working directory, streams (CLOSED, or a file), environment variables and limits."""
 
     folder: Path
     stdout: Path
@@ -44,7 +44,7 @@ def start(
     limits: Mapping[int, int] | None = None,
     hangup_ignored: bool = False,
 ) -> BaseProcess:
-    """The command with `folder` as the working directory; by default its streams are files beside the folder."""
+    """Start the command with `folder` as the working directory; by default its streams are files beside the folder."""
     out, err = (folder.with_name(f"{folder.name}.{name}") for name in ("out", "err"))
     around = Surroundings(folder, stdout or out, stderr or err, variables or {}, limits or {}, hangup_ignored)
     process = fork_context(*IMPORTED).Process(target=_command, args=(around, args))
@@ -53,14 +53,14 @@ def start(
 
 
 def call(function: Callable[..., Any], *args: Any) -> BaseProcess:
-    """The function in a process of its own."""
+    """Start the function in a process of its own."""
     process = fork_context(*IMPORTED).Process(target=function, args=args)
     process.start()
     return process
 
 
 def run(folder: Path, *args: str, **surroundings: Any) -> Ended:
-    """How the command ended; its exit code is below zero where a signal ended it."""
+    """Run the command; its exit code is below zero where a signal ended it, 1000 where it had to be killed."""
     process = start(folder, *args, **surroundings)
     process.join(WAIT_S)
     process.kill()
@@ -72,8 +72,8 @@ def run(folder: Path, *args: str, **surroundings: Any) -> Ended:
 
 
 def _command(around: Surroundings, args: tuple[str, ...]) -> None:
-    """In the new process: what a shell and the interpreter's start do, then the command."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test run in the background ignores
+    """In the new process: do what a shell and the interpreter's start do, then run the command."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a test run in the background
     os.chdir(around.folder)
     os.environ.update(around.variables)
     encoding, _, errors = os.environ.get("PYTHONIOENCODING", "utf-8").partition(":")

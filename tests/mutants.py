@@ -33,7 +33,7 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: in which line, what, and the whole source after it."""
+    """One change: its line, a text that says what it is, and the whole source after it."""
 
     line: int
     change: str
@@ -68,7 +68,7 @@ def _replacements(node: ast.AST) -> Iterator[ast.AST]:
             yield node.left
         case ast.UnaryOp(op=ast.Not() | ast.USub()):
             yield node.operand
-        case ast.If() | ast.IfExp() if not isinstance(node.test, ast.Compare):  # comparisons are swapped
+        case ast.If() | ast.IfExp() if not isinstance(node.test, ast.Compare):  # comparisons: see SWAPS
             new.test = ast.UnaryOp(ast.Not(), node.test)
             yield new
         case ast.Attribute() if node.attr in NAMES:
@@ -92,7 +92,7 @@ def _replacements(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _may_go(node: ast.stmt) -> bool:
-    """Statements without which the file still makes sense: no docstrings, no names that are used later."""
+    """Whether the file makes sense without the statement: no docstring, no name that is used later."""
     match node:
         case ast.Expr():
             return not isinstance(node.value, ast.Constant)

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Tests:
-    """What should notice a bug in a file: strategies through `CHECKS`, broken ones that behave badly, test files."""
+    """What should notice a bug in a file: strategies through `CHECKS`; if `prove`, broken strategies; test files."""
 
     strategies: tuple[str, ...]
     files: tuple[str, ...]
@@ -90,7 +90,7 @@ CHECKS = {
     "logits with a common offset of 2^20",
     "NaN in the unembedding",
 }
-"""Scenarios that are run, in fp64 and bf16; those of the loss's options besides."""
+"""Scenarios that are run, in fp64 and bf16, besides those with options of the loss."""
 
 
 def main() -> int:
@@ -108,7 +108,7 @@ def main() -> int:
     _import_heavy()
     rows = json.loads(args.json.read_text("utf-8")) if args.json and args.json.exists() else []
     known, whole = Counter((row["file"], row["line"], row["change"]) for row in rows), set()
-    killers: dict[str, list[str]] = {file: [] for file in of_files}  # what has killed most lately comes first
+    killers: dict[str, list[str]] = {file: [] for file in of_files}  # the latest killer comes first
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _copy(folder)
@@ -148,7 +148,7 @@ def main() -> int:
 
 
 def _drawn(of_files: dict[str, list[Mutant]], seed: int) -> Iterator[tuple[str, Mutant]]:
-    """File by file in turn, one mutant for every 40 that the file has."""
+    """Mutants file by file in turn, each time one for every 40 that the file has."""
     draw = random.Random(seed)
     turns = {file: max(1, len(of_file) // 40) for file, of_file in of_files.items()}
     left = {file: draw.sample(of_file, len(of_file)) for file, of_file in of_files.items()}
@@ -159,7 +159,7 @@ def _drawn(of_files: dict[str, list[Mutant]], seed: int) -> Iterator[tuple[str, 
 
 
 def _import_heavy() -> None:
-    """What every mutant would import again, and hypothesis told not to look for the smallest example."""
+    """Import what every mutant would import again, and keep hypothesis from looking for the smallest example."""
     import hypothesis
     import pytest  # noqa: F401
     import torch.profiler
@@ -170,7 +170,7 @@ def _import_heavy() -> None:
 
 
 def _copy(folder: Path) -> None:
-    """The package as it is installed, and its tests."""
+    """Copy the package as it is installed, and its tests."""
     skip = shutil.ignore_patterns("__pycache__", "recorded")
     shutil.copytree(ROOT / "mtp_mem", folder / "mtp_mem", ignore=skip)
     for part in ("strategies", "profiles"):
@@ -191,7 +191,7 @@ def _try(folder: Path, file: str, mutant: Mutant, killers: list[str], limit: flo
 
 
 def _run(folder: Path, tests: Tests, killers: list[str], limit: float) -> tuple[str, float]:
-    """Test what lies in `folder`; the fate, and seconds. The child's output goes to the file `out`."""
+    """Test the package in `folder`; returns its fate and the seconds. The child's output goes to the file `out`."""
     began = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -208,7 +208,7 @@ def _run(folder: Path, tests: Tests, killers: list[str], limit: float) -> tuple[
 
 
 def _be_tested(folder: Path, tests: Tests, killers: list[str]) -> None:
-    """In the forked child, which does not return."""
+    """Run the suite in the forked child; does not return."""
     code = 3
     try:
         os.setsid()
@@ -219,7 +219,7 @@ def _be_tested(folder: Path, tests: Tests, killers: list[str]) -> None:
         sys.path.insert(0, str(folder))
         sys.dont_write_bytecode = True  # sources change faster than their time stamps
         code = _suite(tests, killers)
-    except BaseException:  # a mutant's
+    except BaseException:  # raised by a mutant
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -228,7 +228,7 @@ def _be_tested(folder: Path, tests: Tests, killers: list[str]) -> None:
 
 
 def _suite(tests: Tests, killers: list[str]) -> int:
-    """0 where nothing fails. What killed other mutants of the file is tried first."""
+    """Exit code: 0 where nothing fails. What killed other mutants of the file is tried first."""
     import pytest
 
     def failing(*names: str) -> int:
@@ -255,7 +255,7 @@ def _suite(tests: Tests, killers: list[str]) -> int:
 
 
 def _proved(only: list[str] | None) -> bool:
-    """Whether the strategies that behave badly are caught; `only` those of these names, or all."""
+    """Whether the broken strategies that misbehave are caught: those named in `only`, or all."""
     import torch
 
     from mtp_mem.verification.behaviour import across_steps, protocol

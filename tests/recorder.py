@@ -1,7 +1,7 @@
-"""Snapshots in the form of torch.cuda.memory._snapshot(), of an allocator that runs here: the model under test.
+"""Snapshots in the form of torch.cuda.memory._snapshot(), made by our model of CUDA's caching allocator.
 
 No CUDA device is needed. What the reader and the replay must get right is all there: history, segments, frames,
-several devices and streams. That the model is right is for recordings of real GPUs to show.
+several devices and streams. Whether the model itself is right, only recordings of real GPUs can show.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ FRAMES = [
 
 
 class Recorder(CachingAllocator):
-    """The model, which notes what it does as CUDA's allocator does."""
+    """The model of the allocator, which records its history as CUDA's allocator does."""
 
     def __init__(self, *, device: int = 0, stream: int = 0, base: int = 0x7F0000000000, **settings: Any) -> None:
         super().__init__(**settings)
@@ -64,7 +64,7 @@ class Recorder(CachingAllocator):
         return block
 
     def segments(self) -> list[dict[str, Any]]:
-        """Runs of blocks that have memory behind them."""
+        """The snapshot's segments: runs of adjacent blocks that have memory behind them."""
         blocks = [block for block, _ in self.taken.values()]
         blocks += [block for free in self.free_blocks.values() for _, _, block in free]
         firsts = [b for b in blocks if b.before is None or not b.before.mapped]

@@ -34,14 +34,14 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def table(page: str, first_column: str) -> list[list[str]]:
-    """The cells of a page's table whose header begins with this, without the header; code marks are dropped."""
+    """The cells of the page's table whose header begins with `first_column`; without the header and code marks."""
     text = (ROOT / page).read_text(encoding="utf-8").split(f"\n| {first_column} |", 1)[1]
     rows = text.split("\n\n")[0].splitlines()[2:]
     return [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in rows]
 
 
 def recorded(folder: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """By strategy and n, the newest of the records that are shipped."""
+    """The newest of the recorded results in this folder, by strategy and n."""
     lines = (ROOT / "profiles/recorded" / folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
     return {(record["strategy"], record["n"]): record for record in map(json.loads, lines)}
 

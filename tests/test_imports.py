@@ -1,4 +1,4 @@
-"""The structure, read from the code: imports between rooms point one way, and `import mtp_mem` stays light."""
+"""Imports between rooms (modules and subpackages of mtp_mem) point one way, and `import mtp_mem` stays light."""
 
 import ast
 import subprocess
@@ -52,7 +52,7 @@ def modules() -> dict[str, Path]:
 
 @cache
 def imports(module: str, *, everywhere: bool) -> frozenset[str]:
-    """The modules of this package that it imports: on loading, or `everywhere`: in functions and for types too."""
+    """The package's modules that `module` imports when loaded; `everywhere`: in functions and for types too."""
     known = modules()
     names: set[str] = set()
 

@@ -1,4 +1,4 @@
-"""A file is whole or as it was."""
+"""A file is written whole or stays as it was."""
 
 import os
 import signal

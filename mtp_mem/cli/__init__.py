@@ -24,7 +24,7 @@ COMMANDS = (compare, verify, predict, plan, timeline, report, regressions, profi
 
 def script() -> int:
     """`main` as a whole process: `mtp-mem` and `python -m mtp_mem`."""
-    # At its end Python looks through every object twice for cycles. With torch's that takes a second, for nothing.
+    # At its end Python looks through every object twice for cycles: with torch's objects a second, for nothing.
     atexit.register(gc.freeze)
     return main()
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             note("mtp-mem: interrupted")
             return 130
         except Exception as e:
-            from mtp_mem.runs.bench import out_of_memory  # imported here, because it imports torch
+            from mtp_mem.runs.bench import out_of_memory  # imported here: only a failure needs it
 
             if not out_of_memory(e):
                 return crashed()

@@ -55,7 +55,7 @@ def deterministic_option(sub: argparse.ArgumentParser) -> None:
 
 
 def budget_option(sub: argparse.ArgumentParser, what: str) -> None:
-    """Add `--budget-minutes`; `what` names the unit of work that is begun no more when they are spent."""
+    """Add `--budget-minutes`, after which no further `what`, a unit of work, is begun."""
     sub.add_argument(
         "--budget-minutes",
         type=_minutes,

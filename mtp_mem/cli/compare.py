@@ -43,7 +43,7 @@ def add(command: AddCommand) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the profile's cases that are still missing, then show them all."""
-    # Torch takes seconds to import: only for commands that need it.
+    # Imported here, so that other commands need not wait for matplotlib.
     from mtp_mem.data import load_corpus
     from mtp_mem.report import charts, recommend, tables
     from mtp_mem.runs import bench, sweep

@@ -49,7 +49,7 @@ def add(command: AddCommand) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0: all checks passed (--prove: all bugs were caught); 1: not; 130: stopped; what it had is shown."""
+    """Exit code 0: all checks passed (--prove: all bugs were caught); 1: not; 130: stopped, what it had is shown."""
     from mtp_mem.config.schema import ALL_DTYPES, Dtype
     from mtp_mem.errors import unknown
     from mtp_mem.runs.bench import resolve_device

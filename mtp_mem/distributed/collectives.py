@@ -14,15 +14,15 @@ NAMES = {
     "allreduce_": "all-reduce",
     "broadcast_": "broadcast",
 }
-"""Operators of a process group, as people call them."""
+"""A process group's operators -> the usual name of the collective."""
 
 
 class Collectives(TorchDispatchMode):
-    """Counts a process group's operators while it is active.
+    """Counts collectives while it is active.
 
     Attributes:
-        count: by kind.
-        nbytes: by kind, of the largest tensor that each operator is given: gathered parameters, gradients to reduce.
+        count: by kind, how many ran.
+        nbytes: bytes by kind, the sum of each one's largest tensor: gathered parameters, gradients to reduce.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""DDP and the cut: `head_loss` inside the wrapped module needs nothing; the explicit form reduces once, in here."""
+"""DDP and the cut: `head_loss` in the wrapped module needs nothing of this; `forward_backward` reduces once, here."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from mtp_mem.data import IGNORE
 
 @contextmanager
 def averaged_gradients(model: nn.Module, *, sync: bool = True) -> Iterator[nn.Module]:
-    """Inside: any number of backward passes on the module that is yielded; at the end its gradients are averaged.
+    """A block for any number of backward passes on the yielded module; its end averages the gradients over ranks.
 
     One all-reduce for each dtype takes the place of DDP's buckets, whose hooks expect every gradient once.
 
@@ -22,7 +22,7 @@ def averaged_gradients(model: nn.Module, *, sync: bool = True) -> Iterator[nn.Mo
 
     Args:
         model: a `DistributedDataParallel`, or any module that is the same on all ranks.
-        sync: False for all but the last micro-batch.
+        sync: whether to average: False for all but the last micro-batch.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     group = model.process_group if isinstance(model, DistributedDataParallel) else None
@@ -44,9 +44,10 @@ def averaged_gradients(model: nn.Module, *, sync: bool = True) -> Iterator[nn.Mo
 
 
 def mean_items(targets: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Each head's targets on an average rank (n,): `head_loss(..., num_items=mean_items(targets))`.
+    """Number of each head's targets, averaged over ranks, (n,) fp32: `head_loss(..., num_items=mean_items(targets))`.
 
-    With it a head's loss is the mean over all ranks' targets, however unevenly they lie, once gradients are averaged.
+    Once gradients are averaged, a head's loss is then the mean over the targets of all ranks, also of ranks that have
+    more targets than others.
 
     Args:
         targets: (n, B, S), IGNORE where there is none.

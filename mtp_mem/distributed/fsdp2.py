@@ -1,14 +1,14 @@
 """FSDP2 and the cut: what must hold while a strategy runs several partial backward passes above it.
 
-FSDP2 (`torch.distributed.fsdp.fully_shard`) gathers a unit's parameters before its forward and backward pass, and
-reduces its gradients after it. A strategy that runs heads one after the other uses the unembedding and the final norm
-once for each head, and ends a backward pass with each head. Left alone, FSDP2 would gather and reduce them as often. So
-while a strategy runs:
+FSDP2 (`torch.distributed.fsdp.fully_shard`) gathers the parameters of a unit (a module that it shards) before
+the unit's forward and backward pass, and reduces its gradients after it. A strategy that runs heads one after the other
+uses the unembedding and the final norm once for each head, and ends a backward pass with each head. Left alone, FSDP2
+would gather and reduce them as often. So while a strategy runs:
 
 - shared units (what several heads use) are gathered once, stay whole, and are reduced once, by the trunk's backward;
 - a head's unit stays whole from its forward to its backward pass, which follows at once, and is reduced there;
-- no unit is gathered ahead of a pass that does not come, and a partial pass does not end the step for the trunk, whose
-  order of gathering ahead would be forgotten.
+- no unit is prefetched for a pass that does not come, and a partial pass is not taken for the end of the step, at which
+  FSDP2 forgets the trunk's prefetch order.
 
 Measured on two gloo ranks, 4 trunk layers and 3 heads: 11 all-gathers and 8 reduce-scatters with every strategy, where
 one joint backward takes 19 and 8.
@@ -35,7 +35,7 @@ from mtp_mem.model.head_tree import Phase
 from mtp_mem.model.own import Model
 
 _GATHERED: weakref.WeakSet[FSDPModule] = weakref.WeakSet()
-"""Units of heads that have been gathered before: torch 2.13 raises where one that has not is told not to reduce."""
+"""Heads' units that have been gathered once: torch 2.13 raises if one that never was is told not to reduce."""
 
 
 def shard(
@@ -52,14 +52,14 @@ def shard(
         model: `MTPModel`, what `from_hf` made, or your own with `head_layers`, `norm` and `trunk_layers`.
         mesh: one dimension for FSDP2; two, the outer one replicated, for HSDP. By default all ranks.
         mp_policy: dtypes of gathered parameters and of the reduction.
-        offload_policy: none: a strategy's partial passes need their parameters on the device.
-        reshard_after_forward: whether a trunk layer's parameters are given back between its forward and backward pass.
+        offload_policy: CPU offload is refused: a strategy's partial passes need their parameters on the device.
+        reshard_after_forward: whether a trunk layer's parameters are freed between its forward and backward pass.
 
     Returns:
-        The model, whose `trunk` gathers as a forward pass does.
+        The model; calling its `trunk` gathers parameters as calling `forward` does.
 
     Raises:
-        BadInput: an offload policy, or a model without the parts named above.
+        BadInput: CPU offload, or a model without the parts named above.
     """
     if isinstance(offload_policy, CPUOffloadPolicy):
         raise BadInput("shard: parameters that are offloaded to the host are not supported; expected no offload_policy")
@@ -77,7 +77,7 @@ def shard(
 
 
 def above_the_cut(model: Model) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The modules that several heads use and that nothing below the cut uses, then the heads' own.
+    """The modules that several heads use and nothing below the cut uses; and the heads' own.
 
     Raises:
         BadInput: a model without `head_layers` and `norm`.
@@ -103,16 +103,16 @@ def sharded_heads(
     sync: bool = True,
     frozen_trunk: bool = False,
 ) -> Iterator[Phase]:
-    """Inside: run the strategy, on `Heads` that are made inside too: a shared weight is whole only from here on.
+    """A block in which to make the `Heads` and run the strategy: a shared weight is whole only from its beginning on.
 
     `mtp_mem.forward_backward` enters it by itself for a model that `shard` has sharded.
 
     Args:
         root: the model.
-        shared: units of parameters that more than one head uses; the root, where it holds such.
+        shared: units whose parameters more than one head uses; the root too, if it holds such parameters.
         heads: units of the heads' own layers.
-        sync: False for all but the last micro-batch.
-        frozen_trunk: no backward pass of the trunk follows, which would reduce what is shared: that is done at the end.
+        sync: whether to reduce gradients: False for all but the last micro-batch.
+        frozen_trunk: whether no trunk backward follows, which would reduce the shared units; the block's end does then.
 
     Yields:
         The `Phase` that the `Heads` must call: it tells when a head's own backward pass begins.
@@ -132,9 +132,9 @@ def sharded_heads(
         return note
 
     root.set_is_last_backward(False)
-    root.set_requires_gradient_sync(False)  # a pass ends by reducing whatever any unit holds
+    root.set_requires_gradient_sync(False)  # else each partial pass would end by reducing all units
     for unit in (*shared, *heads):
-        # Any list but an empty one stops the default, which gathers what has just been freed.
+        # A list that is not empty replaces the default prefetch, which gathers what has just been freed.
         unit.set_modules_to_backward_prefetch([unit] if unit is not root else [])
     for unit in shared:
         unit.set_reshard_after_backward(False, recurse=False)
@@ -143,7 +143,7 @@ def sharded_heads(
     hooks = []
     for unit in heads:
         unit.set_reshard_after_forward(False, recurse=False)
-        unit.set_reshard_after_backward(False, recurse=False)  # the pass of its loss comes before its own
+        unit.set_reshard_after_backward(False, recurse=False)  # the backward of its loss comes first
         if unit not in _GATHERED:
             unit.set_requires_gradient_sync(True)
         hooks.append(_module(unit).register_forward_pre_hook(gathered(unit)))
@@ -162,7 +162,7 @@ def sharded_heads(
 
 
 def units_above_the_cut(model: Model) -> tuple[list[FSDPModule], list[FSDPModule]]:
-    """Of a sharded model the units that heads share, the root among them where it holds such, and the heads' own."""
+    """A sharded model's units that heads share, the root too if it holds such parameters; and the heads' own."""
     root: Any = model
     shared, heads = above_the_cut(model)
     units: list[FSDPModule] = [unit for unit in shared if isinstance(unit, FSDPModule)]

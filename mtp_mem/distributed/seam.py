@@ -1,4 +1,4 @@
-"""What a training step does about the process group around a strategy: nothing on one rank."""
+"""What a training step does for the process group before and after a strategy runs: nothing on one rank."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -15,12 +15,15 @@ from mtp_mem.model.own import Model
 
 @contextmanager
 def around_the_heads(model: Model, *, sync: bool, frozen_trunk: bool) -> Iterator[Phase]:
-    """The context in which a strategy runs, and the `Phase` that its heads must call besides.
+    """A block in which a strategy runs; yields a `Phase` that its heads must call too.
 
     Args:
         model: sharded by FSDP2, or not.
-        sync: whether gradients are reduced: in the last micro-batch.
+        sync: whether gradients are reduced: True in the last micro-batch.
         frozen_trunk: whether no backward pass of the trunk follows.
+
+    Raises:
+        BadInput: tensor parallelism shards a parameter.
     """
     _refuse_parallel(model)
     if "torch.distributed.fsdp" not in sys.modules:  # importing it takes a second, and without it nothing is sharded
@@ -39,7 +42,7 @@ def around_the_heads(model: Model, *, sync: bool, frozen_trunk: bool) -> Iterato
 
 
 def _refuse_parallel(model: Model) -> None:
-    """Raises BadInput for a parameter that tensor parallelism shards, where FSDP2 does not."""
+    """Raises BadInput for a DTensor parameter that FSDP2 did not make: tensor parallelism did."""
     if "torch.distributed.tensor" not in sys.modules:
         return
     from torch.distributed.fsdp import FSDPModule
@@ -55,7 +58,7 @@ def _refuse_parallel(model: Model) -> None:
 
 
 def shards(gradients: list[Tensor]) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
-    """Gradients that FSDP2 has sharded as this rank's tensors, and a norm of these as the norm over all shards."""
+    """This rank's shards of the gradients, and a function from the norm of these to the norm over all ranks' shards."""
     if "torch.distributed.tensor" not in sys.modules:
         return gradients, lambda norm: norm
     from torch.distributed.tensor import DTensor
@@ -80,7 +83,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """What the ranks hold of a DTensor together; any other tensor itself. Called on all ranks."""
+    """A DTensor's full tensor, gathered from its ranks, which must all call this; any other tensor itself."""
     gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 

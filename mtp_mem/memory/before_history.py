@@ -8,16 +8,18 @@ from mtp_mem._util import MiB
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.tape import TapeEvent
 
-Rows = Mapping[int, tuple[int, bool]]
+Rows = Mapping[int, tuple[int, bool]]  # segments: address -> (bytes, whether of the small pool)
 
 
 def before(
     segments_after: Rows, blocks_after: Mapping[int, tuple[int, int]], events: Sequence[TapeEvent], expandable: bool
 ) -> tuple[dict[int, tuple[int, bool]], dict[int, tuple[int | None, int]]]:
-    """Segments and blocks before the first event; the lengths of blocks that were freed since are not known (None).
+    """Segments and blocks before the first event.
+
+    A block is address -> (bytes, bytes asked for); bytes are None (not known) if it was freed since.
 
     Raises:
-        BadInput: the events do not lead to what there is after them.
+        BadInput: the events do not lead to the segments and blocks after them.
     """
     pools = sorted({address: nbytes <= MiB for kind, address, nbytes in events if kind in ("alloc", "free")}.items())
     segments = _Ranges(segments_after, pools)
@@ -41,7 +43,7 @@ class _Ranges:
     """Ranges of addresses that have memory, each of the small or the large pool."""
 
     def __init__(self, rows: Rows, pools: Sequence[tuple[int, bool]]) -> None:
-        """`pools`: whether blocks are of the small pool, by address."""
+        """`pools`: (address, whether of the small pool) of blocks, sorted."""
         self.rows, self.starts, self.pools = dict(rows), sorted(rows), pools
 
     def remove(self, address: int, nbytes: int) -> None:
@@ -59,10 +61,11 @@ class _Ranges:
     def add(self, address: int, nbytes: int, *, join: bool) -> None:
         """Put a range in; with `join` it grows into what it touches.
 
-        Its pool is that of a block that lies there at some time; else that of the nearest range; else it goes by size.
+        With `join` its pool is that of a block that lies there at some time; else small if only small ranges have its
+        size; else the nearest range's. Without `join` its size alone decides.
         """
         at = bisect.bisect_left(self.starts, address)
-        small = nbytes % (20 * MiB) > 0 if join else nbytes == 2 * MiB  # what no range or segment for large blocks is
+        small = nbytes % (20 * MiB) > 0 if join else nbytes == 2 * MiB  # sizes that only the small pool has
         if join:
             near = self.starts[max(at - 1, 0) : at + 1]
             first = bisect.bisect_left(self.pools, (address,))
@@ -90,10 +93,10 @@ def whole_blocks(
     events: Sequence[TapeEvent],
     expandable: bool,
 ) -> tuple[dict[int, tuple[int, int]], int]:
-    """The blocks with their lengths, and how many of these nothing tells.
+    """The blocks with their lengths in bytes, and the number of lengths that nothing confirms.
 
     A block is as long as its request rounded up to 512 B. In a large segment it may be up to 1 MiB longer, because such
-    a rest is not split off: then the next block lies right behind it, or the first one that is put behind it later.
+    a rest is not split off. It then ends where the next block begins, or the first one that is put behind it later.
     """
     starts, addresses, ends = sorted(segments), sorted(live), _next_ends(live, events)
     blocks, inferred = {}, 0
@@ -117,7 +120,7 @@ def whole_blocks(
 
 
 def _next_ends(live: Mapping[int, Any], events: Sequence[TapeEvent]) -> dict[int, int]:
-    """Where the first block that is put right behind a block from before the history begins."""
+    """By address of a block from before the history: where the first block begins that is later put next behind it."""
     now, first, ends = sorted(live), set(live), dict[int, int]()
     for kind, address, _ in events:
         at = bisect.bisect_left(now, address)

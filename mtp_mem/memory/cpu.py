@@ -18,17 +18,17 @@ from mtp_mem.step import TrainingStep
 
 LEAVES = (type, ModuleType, BuiltinFunctionType, CodeType, FrameType, str, int, float, complex, bool, type(None))
 MOST = 100_000
-"""Objects that are looked at: a strategy that holds more is held in part."""
+"""Objects of a strategy that are looked at; of a strategy that holds more, the rest is not counted."""
 
 
 def track(step: TrainingStep, buckets: Named = ()) -> Trace:
     """Run the step twice under the tracker, and trace the second: what the first one leaves counts as live before it.
 
-    Run it before, untracked: the first step has no optimizer state yet.
+    The caller has run the step once before, untracked: only then does the optimizer have its state.
 
     Args:
-        step: on the CPU.
-        buckets: DDP's, by name.
+        step: a step on the CPU.
+        buckets: DDP's gradient buckets, by name.
 
     Raises:
         BrokenContract: the strategy computes where the tracker does not see it.
@@ -61,7 +61,7 @@ def track(step: TrainingStep, buckets: Named = ()) -> Trace:
 
 
 def _tracker_for(model: Model) -> type[Tracker]:
-    """The one that knows FSDP2 where the model is sharded; importing that takes a second."""
+    """The tracker class: the one that knows FSDP2 if the model is sharded; importing that one takes a second."""
     if "torch.distributed.fsdp" not in sys.modules:
         return Tracker
     from torch.distributed.fsdp import FSDPModule
@@ -72,13 +72,13 @@ def _tracker_for(model: Model) -> type[Tracker]:
 
 
 def held_tensors(strategy: object) -> list[Tensor]:
-    """Tensors that it holds in attributes, containers or closures, with their gradients."""
+    """Tensors that the strategy holds in attributes, containers or closures, with their gradients."""
     tensors = [value for value in _reachable(strategy) if isinstance(value, Tensor)]
     return tensors + [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
 
 
 def held_arrays(strategy: object) -> int:
-    """Bytes that it holds in NumPy's arrays, Python's arrays and byte strings."""
+    """Bytes that the strategy holds in NumPy's arrays, Python's arrays and byte strings."""
     sizes = {}
     for value in _reachable(strategy):
         if not isinstance(value, Tensor):
@@ -90,7 +90,7 @@ def held_arrays(strategy: object) -> int:
 
 
 def _reachable(root: object) -> Iterator[Any]:
-    """Every object, once; classes, modules and the global names of functions are not the strategy's own."""
+    """Every object that `root` holds, once, except classes, modules and functions' globals, which are not its own."""
     pending, seen = [root], {id(root)}
     while pending and len(seen) < MOST:
         value = pending.pop()

@@ -1,6 +1,6 @@
 """Bytes of a step on a CUDA device, as PyTorch's caching allocator counts them.
 
-No dispatch mode and no profiler: both change what is allocated, or when.
+No dispatch mode, no profiler: both change what is allocated, or when.
 """
 
 import gc
@@ -16,22 +16,22 @@ from mtp_mem.step import TrainingStep
 
 @dataclass(frozen=True)
 class CudaPeaks:
-    """`allocated` is `torch.cuda.max_memory_allocated`; all integers are bytes."""
+    """Peaks of one step in bytes; `allocated` is `torch.cuda.max_memory_allocated`."""
 
     baseline: int  # requested bytes live before the step
-    unnamed: int  # of them, bytes in no tensor of ours: cuBLAS workspaces
+    unnamed: int  # the part of `baseline` in no tensor of ours: cuBLAS workspaces
     requested: int
     allocated: int
     reserved: int
     spread: int  # largest minus smallest allocated peak of the repeats
     retries: int  # times the allocator freed its cache and tried again: above 0 the peak was bent by lack of memory
-    nvml_process: int | None
+    nvml_process: int | None  # of this process, by the driver; None: unknown
 
 
 def measure(step: TrainingStep, repeats: int = 3) -> CudaPeaks:
-    """Run the step and read the allocator's peaks, the largest of all repeats.
+    """Run the step `repeats` times and return the peaks of the run that allocates most.
 
-    Run it before: lazy buffers, optimizer state.
+    The caller has run the step before, so that lazy buffers and optimizer state exist.
     """
     runs = [_once(step) for _ in range(repeats)]
     worst = max(runs, key=lambda peaks: peaks.allocated)

@@ -57,7 +57,7 @@ class Sizes:
 
 
 def record(step: TrainingStep, snapshot: Path | None = None) -> Trace:
-    """Run the step once while the allocator records its history.
+    """Run the step once while the allocator records its history, and return its trace.
 
     Run the step at least once before, so that lazily allocated buffers and the optimizer state exist.
 
@@ -127,7 +127,7 @@ def trace_of(
         names: what lives before the step, by address; what is not named is a library's workspace.
         gradients: names of the gradients that are there after the step, by address.
         marks: (number of allocations before it, name) of each phase.
-        sizes: to tell categories.
+        sizes: from which categories are inferred.
     """
     trace = Trace()
     at: dict[int, int] = {}  # address -> key of the block there now
@@ -159,7 +159,7 @@ def trace_of(
 
 
 def _named(category: Category, tensors: Iterable[tuple[str, Tensor]]) -> dict[int, tuple[Category, str]]:
-    # A DTensor's own storage is nowhere.
+    # A DTensor's own storage has no memory; its shard's has.
     return {local(tensor).untyped_storage().data_ptr(): (category, name) for name, tensor in tensors if tensor.is_cuda}
 
 

@@ -1,4 +1,4 @@
-"""How much memory this process can have, so that too large a case is an error that can be caught, and not its end."""
+"""How much memory this process can have, so that a case that is too large raises instead of ending the process."""
 
 import contextlib
 import resource
@@ -8,18 +8,18 @@ from pathlib import Path
 import psutil
 
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""What a container may have, in version 2 and version 1."""
+"""Files with a container's limit in bytes, of cgroup version 2 and version 1."""
 
 
 def host_bytes() -> int:
-    """Bytes that no process here can go beyond: the machine's, the container's, and those of `ulimit -v` and `-d`."""
+    """Bytes that this process cannot exceed: the least of the machine's, the container's, `ulimit -v` and `-d`."""
     limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
     return min(psutil.virtual_memory().total, _container(), *(n for n in limits if n != resource.RLIM_INFINITY))
 
 
 @contextlib.contextmanager
 def bounded_memory() -> Iterator[None]:
-    """A block in which an allocation fails once the machine has no more: else the kernel kills a process, ours say."""
+    """A block in which an allocation fails once memory runs out; else the kernel would kill a process, ours perhaps."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     process = psutil.Process().memory_info()
     room = min(psutil.virtual_memory().available, _container() - process.rss)

@@ -1,7 +1,8 @@
 """The tracker for a model that FSDP2 has sharded: gathered parameters come and go without any operator.
 
-FSDP2 frees and refills what it has gathered by resizing storages, which no dispatch mode sees: `resize_` is watched
-while the tracker is active. A DTensor's own storage claims the size of the whole and is nowhere; its shard's counts.
+FSDP2 frees and refills gathered parameters by resizing their storages, which no dispatch mode sees. So the tracker
+wraps `resize_` while it is active. A DTensor's own storage claims the whole tensor's size but has no memory: the
+storage of its shard is counted instead.
 """
 
 import sys
@@ -18,7 +19,7 @@ from mtp_mem.memory.trace import Category, Event, Storage
 from mtp_mem.memory.tracker import Named, Tracker
 
 FSDP_FILES = ("_fsdp_collectives.py", "_fsdp_param_group.py", "_fsdp_param.py")
-"""Whose tensors are buffers of communication."""
+"""FSDP2's files: tensors that their code makes are communication buffers."""
 
 
 class ShardedTracker(Tracker):
@@ -32,7 +33,7 @@ class ShardedTracker(Tracker):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if any(issubclass(cls, DTensor) for cls in types):
-            return NotImplemented  # it unwraps itself, and the operators on its shard are seen
+            return NotImplemented  # the DTensor unwraps itself, and the operators on its shard are seen
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def __enter__(self) -> "ShardedTracker":
@@ -54,7 +55,7 @@ class ShardedTracker(Tracker):
         super().__exit__(*exc)
 
     def _new(self, tensor: Tensor, category: Category | None, op: str) -> int | None:
-        # The process group's own: gloo copies what it reduces, and splits the copy. NCCL has buffers of another kind.
+        # Not counted: gloo copies what it reduces, and splits the copy. NCCL has buffers of another kind.
         return None if op == "split.Tensor" and _in_fsdp() else super()._new(tensor, category, op)
 
     def _resized(self, storage: torch.UntypedStorage, before: int, after: int) -> None:

@@ -1,4 +1,4 @@
-"""A CUDA memory snapshot of somebody's training, file to tapes: a pickle, the memory viewer's HTML page, or a tape.
+"""Reads somebody's CUDA memory snapshot into tapes: a pickle, the memory viewer's HTML page, or a tape.
 
 PyTorch writes what the allocator holds now and, where its history was on, what it did before. What there was before
 the first event follows from going backwards, so a history whose start was overwritten is as good as a whole one. One
@@ -44,10 +44,10 @@ class Recording:
 
     Attributes:
         device: its number.
-        stream: its number; 0 is the default stream, the others are counted.
+        stream: its number; 0 is the default stream, the others count from 1.
         tape: what the allocator did.
         inferred: how many blocks' lengths are inferred.
-        left_out: what else there is in words.
+        left_out: what else the file holds and the tape leaves out, in words.
     """
 
     device: int
@@ -58,18 +58,18 @@ class Recording:
     _event_frames: Sequence[Any] = field(default=(), repr=False)
     _block_frames: Mapping[int, Any] = field(default_factory=dict, repr=False)
     _times: Sequence[int] = field(default=(), repr=False)
-    _cleaned: dict[int, list[str]] = field(default_factory=dict, repr=False)  # by the identity of what is cleaned
+    _cleaned: dict[int, list[str]] = field(default_factory=dict, repr=False)  # by the `id` of the raw frames
 
     @property
     def begins_with_process(self) -> bool:
-        """Nothing was there before the first event."""
+        """Whether the allocator held no segment before the first event."""
         return not self.tape.segments
 
     def frames(self, event: int | None, address: int) -> list[str]:
         """Where a block was made, innermost first, as `file:line function`; empty where that was not recorded.
 
         Args:
-            event: the number of its allocation; None for a block that lived before the history.
+            event: the number of the event that allocated it; None for a block that lived before the history.
             address: its address.
         """
         history = self._event_frames
@@ -79,7 +79,7 @@ class Recording:
         return self._cleaned[id(raw)]
 
     def milliseconds(self, event: int) -> float | None:
-        """When an event was, after the first one; None where the snapshot has no times."""
+        """Milliseconds from the first event to this one; None where the snapshot has no times."""
         return (self._times[event] - self._times[0]) / 1000 if self._times else None
 
 
@@ -87,7 +87,7 @@ def read(path: Path) -> list[Recording]:
     """The recordings in a file: one for each device and stream that has a history.
 
     Raises:
-        BadInput: it is none of FORMS, holds no history, or its events contradict each other.
+        BadInput: the file is none of FORMS, holds no history, or its events contradict each other.
     """
     content = read_bytes(path)
     try:
@@ -125,10 +125,10 @@ def _unpacked(content: bytes) -> bytes:
 
 
 def recordings(snapshot: Any) -> list[Recording]:
-    """The recordings in a snapshot as `torch.cuda.memory._snapshot()` returns it, of any content.
+    """The recordings in a snapshot as `torch.cuda.memory._snapshot()` returns it; its content is not trusted.
 
     Raises:
-        BadInput: it is of another form, holds no history, or its events contradict each other.
+        BadInput: the snapshot has another form, holds no history, or its events contradict each other.
     """
     if type(snapshot) is not dict or type(snapshot.get("segments")) is not list:
         raise BadInput(f"not a snapshot: no segments; expected {FORMS}")
@@ -162,10 +162,10 @@ class _Part:
     events: list[TapeEvent] = field(default_factory=list)
     event_frames: list[Any] = field(default_factory=list)
     times: list[int] = field(default_factory=list)
-    private: list[int] = field(default_factory=lambda: [0, 0])  # segments and events of pools of their own
+    private: list[int] = field(default_factory=lambda: [0, 0])  # segments and events that are left out: private pools
 
     def recording(self, device: int, stream: int, settings: str) -> Recording:
-        """All of it, with the state before the first event.
+        """The recording of this stream, with the state before the first event.
 
         Raises:
             BadInput: its events contradict each other.
@@ -192,7 +192,7 @@ class _Part:
 
 
 class _Count:
-    """Bounds how much is read: in a pickle one list can stand in a million places."""
+    """Bounds how many rows are read: in a pickle one list can stand in a million places."""
 
     rows = 0
 
@@ -203,7 +203,7 @@ class _Count:
 
 
 def _read_segments(segments: Any, parts: dict[tuple[int, int], _Part], count: _Count) -> list[tuple[int, int]]:
-    """Note each segment and its blocks; returns the beginnings and ends of private pools' segments, which are not."""
+    """Note each segment and its blocks; returns (begin, end) of private pools' segments, which are left out."""
     private: list[tuple[int, int]] = []
     for segment in _rows(segments, "segments", count):
         part = parts[_number(segment, "device", "a segment", 0), _number(segment, "stream", "a segment")]
@@ -230,7 +230,7 @@ def _read_segments(segments: Any, parts: dict[tuple[int, int], _Part], count: _C
 def _read_history(
     traces: Any, parts: dict[tuple[int, int], _Part], private: Sequence[tuple[int, int]], count: _Count
 ) -> None:
-    """Note the events of each device's history, but for those in the segments of private pools."""
+    """Note the events of each device's history, except those in the segments of private pools."""
     for device, history in enumerate(traces if type(traces) is list else ()):
         for entry in _rows(history, "device_traces", count):
             action = entry.get("action")
@@ -292,7 +292,7 @@ def _private(pool: Any) -> bool:
 
 
 def _frames(frames: Any) -> Iterator[str]:
-    """Python's frames, innermost first; all of them where none is Python's."""
+    """Python's frames, innermost first, at most 30; frames of all kinds where none is Python's."""
     rows = [frame for frame in frames[:1000] if type(frame) is dict] if type(frames) is list else []
     names = [(frame.get("filename"), frame.get("line"), frame.get("name")) for frame in rows]
     python = [row for row in names if type(row[0]) is str and row[0].endswith(".py")]

@@ -1,7 +1,7 @@
 """A tape: what the CUDA caching allocator did for one stream of one device, as sizes and addresses and nothing else.
 
-It says what was there before the first event, the events, and what was there after the last. `memory/snapshot.py`
-makes one from PyTorch's memory snapshots; as a file (`.tape.json.gz`) it has no stack frames, no paths and no names.
+It holds the segments and blocks before the first event, the events, and those after the last. `memory/snapshot.py`
+makes tapes from PyTorch's memory snapshots; a tape's file (`.tape.json.gz`) has no stack frames, paths or names.
 """
 
 import bisect
@@ -24,8 +24,8 @@ LARGEST_NUMBER = 2**62
 class TapeEvent(NamedTuple):
     """One event.
 
-    `alloc` and `free` of a block, with the bytes asked for; `segment` and `drop`: memory that was got and given back;
-    `map` and `unmap`: the same for pages of an expandable segment; `oom`: this many bytes were not to be had.
+    `alloc` and `free` of a block, with the bytes asked for; `segment` and `drop`: a segment got from CUDA, or given
+    back; `map` and `unmap`: the same for pages of an expandable segment; `oom`: a request for `nbytes` that failed.
     """
 
     kind: Kind
@@ -43,7 +43,7 @@ class Tape:
             segments the ranges with memory behind them.
         blocks: address -> (bytes of the block, bytes asked for) in use before the first event.
         events: in order.
-        last_segments: as `segments`, after the last event; empty where nobody knows.
+        last_segments: as `segments`, after the last event; empty where they are not known.
         last_blocks: as `blocks`, after the last event.
         settings: of the allocator, as in PYTORCH_CUDA_ALLOC_CONF.
     """
@@ -57,7 +57,7 @@ class Tape:
     settings: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written into a file."""
+        """The tape as a JSON object, as its file holds it."""
         return {
             "about": {"conf": self.settings},
             "expandable": self.expandable,
@@ -73,7 +73,7 @@ class Tape:
         """The tape in a JSON document.
 
         Raises:
-            BadInput: it is of another form, or its events contradict each other.
+            BadInput: the document has another form, or its events contradict each other.
         """
         try:
             about = document.get("about") or {}
@@ -92,10 +92,10 @@ class Tape:
         return tape
 
     def check(self) -> None:
-        """Whether it can be: numbers are numbers, nothing overlaps, and no event contradicts an earlier one.
+        """Check that the tape can exist: numbers are numbers, nothing overlaps, no event contradicts an earlier one.
 
         Raises:
-            BadInput: what is wrong, and where.
+            BadInput: it cannot; the message says what is wrong, and where.
         """
         for segments, blocks in ((self.segments, self.blocks), (self.last_segments, self.last_blocks)):
             _check_rows(segments, "segment")
@@ -129,12 +129,12 @@ class Tape:
 
 
 def plain_settings(text: str) -> str:
-    """What of a text are settings, such as `max_split_size_mb:128`; no path gets through."""
+    """Those parts of a text that are settings, such as `max_split_size_mb:128`; the rest, paths too, is dropped."""
     return ",".join(re.findall(r"[a-z_0-9]+:(?:\[[\w:>,.]*\]|[\w.]+)(?=,|$)", "".join(text[:1000].split())))
 
 
 def _check_rows(rows: Mapping[int, tuple[int, Any]], what: str) -> None:
-    """Each row is an address and a number of bytes, and ends before the next."""
+    """Raise BadInput unless each row is an address and a number of bytes, and ends before the next begins."""
     for start, (nbytes, _) in rows.items():
         _check_numbers(start, nbytes, what)
     end = 0

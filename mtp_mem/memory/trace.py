@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 FORMAT = 1
-"""Of timeline.json."""
+"""Version of the format of timeline.json."""
 
 Category = Literal[
     "parameters",
@@ -22,15 +22,15 @@ Category = Literal[
     "gathered parameters",
     "communication buffers",
     "workspace",
-    "live before the history",  # of an allocator's recording that somebody else made
+    "live before the history",  # only in traces made from somebody else's recording
     "other",
 ]
 CATEGORIES: tuple[Category, ...] = Category.__args__  # type: ignore[attr-defined]
 
 Buffers = Callable[[tuple[Any, ...]], list[int]]
-"""What a kernel takes from the allocator unseen by a dispatch mode.
+"""A rule for the buffers that a CUDA kernel takes from the allocator, which no dispatch mode sees.
 
-The operator's arguments -> sizes in bytes, live at once until the operator ends.
+The operator's arguments -> the buffers' sizes in bytes; all are live at once until the operator ends.
 """
 
 
@@ -41,10 +41,10 @@ class Storage:
     nbytes: int
     category: Category
     phase: str
-    op: str
+    op: str  # the operator that made it; on CUDA file, line and function
     shape: tuple[int, ...]
     dtype: str
-    name: str = ""  # of parameters, their gradients and optimizer state
+    name: str = ""  # where known: of parameters, gradients, optimizer state, the batch
 
 
 class Event(NamedTuple):
@@ -60,7 +60,7 @@ class Peak:
     """The moment when most bytes were live."""
 
     nbytes: int
-    event: int  # index into the trace's events; below the trace's start: before the step
+    event: int  # index into the trace's events; an index below the trace's `start`: before the step
     phase: str
     op: str
     by_category: dict[Category, int]  # sums to nbytes
@@ -74,9 +74,9 @@ class Trace:
     storages: dict[int, Storage] = field(default_factory=dict)
     resident: list[int] = field(default_factory=list)  # keys live before the step
     events: list[Event] = field(default_factory=list)
-    start: int = 0  # index of the step's first event; what comes before, earlier steps left behind
-    made_by_first_step: list[int] | None = None  # of `resident`: what a first step makes and keeps; None: not known
-    products: list[tuple[int, bool]] = field(default_factory=list)  # (next event, whether autograd's thread)
+    start: int = 0  # index of the step's first event; the events before it are of earlier steps
+    made_by_first_step: list[int] | None = None  # keys in `resident` that a first step makes and keeps; None: unknown
+    products: list[tuple[int, bool]] = field(default_factory=list)  # matrix products: (next event, whether in backward)
 
     @property
     def baseline(self) -> int:
@@ -162,7 +162,7 @@ class Trace:
         """The trace of a JSON document.
 
         Raises:
-            ValueError: it is of another form, or frees what is not live.
+            ValueError: the document has another form, or no events, or frees a storage that is not live.
         """
         try:
             if document["timeline"] != FORMAT:

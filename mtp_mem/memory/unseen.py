@@ -1,6 +1,6 @@
-"""Work that no dispatch mode sees, so that half of a step's bytes are never shown as all of them.
+"""Refuses work that no dispatch mode sees, so that a part of a step's bytes is never shown as all of them.
 
-A dispatch mode belongs to a thread, and what torch.compile runs is not the operators that its source shows.
+A dispatch mode belongs to one thread, and torch.compile runs other operators than the source shows.
 """
 
 import sys
@@ -24,10 +24,10 @@ _IDLE_NS = 100_000
 def all_seen() -> Iterator[None]:
     """A block in which no other Python thread may compute, and torch.compile's code runs as its source shows.
 
-    That it was meant to be compiled is then for `refuse_compiled` to find.
+    `refuse_compiled` then finds code that was meant to be compiled.
 
     Raises:
-        BrokenContract: one that was started in the block used torch, or an older one used the processor.
+        BrokenContract: a thread that was started in the block used torch, or an older one used over 0.1 ms of CPU.
     """
     users: list[str] = []
 
@@ -54,16 +54,16 @@ def all_seen() -> Iterator[None]:
 
 
 def eager() -> AbstractContextManager[Any]:
-    """A block in which compiled code runs as its source shows; else torch.compile takes a dispatch mode's code in."""
-    # To import dynamo for that takes seconds.
+    """A block in which compiled code runs as its source shows; else torch.compile compiles dispatch modes too."""
+    # Importing dynamo takes seconds; before anything imports it, nothing is compiled.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def refuse_compiled() -> None:
-    """Called for an operator's output, deep in a step.
+    """Raise if torch.compile called this code; called for an operator's output, deep in a step.
 
     Raises:
-        BrokenContract: torch.compile's wrapper called what issued the operator.
+        BrokenContract: torch.compile's wrapper is among the callers of the operator.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -84,7 +84,7 @@ def _others() -> list[threading.Thread]:
 
 
 def _used_ns(thread: threading.Thread) -> int:
-    """Processor time of a thread, 0 where it has ended or the system does not tell."""
+    """CPU time of a thread in nanoseconds, 0 where the thread has ended or the system does not tell."""
     if thread.ident is None or not thread.is_alive() or not hasattr(time, "pthread_getcpuclockid"):
         return 0
     try:

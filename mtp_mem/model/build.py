@@ -1,6 +1,6 @@
 """The model that a config describes: this package's own, a Hugging Face decoder with heads, or what a factory makes.
 
-How many parameters it has is counted on the model itself, without making its weights.
+Parameters are counted on the model itself, made on device meta without data for its weights.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ ATTENTION_NAMES: dict[Attention, str] = {
     "flash": "mtp_mem_fused",
     "efficient": "mtp_mem_efficient",
 }
-"""What the ways of attention are called in transformers; where a name says "flash" it looks for another package."""
+"""Names of the kinds of attention in transformers; at a name with "flash" it would look for another package."""
 
 
 def make_model(
@@ -44,10 +44,10 @@ def make_model(
         config: what to make.
         dtype: of parameters and products; "bf16-mixed" keeps fp32 parameters and runs forward passes under autocast.
         device: where the parameters are made.
-        attention: how attention runs; by default as on that device. A factory's model has its own.
+        attention: see `Attention`; by default `default_attention` of dtype and device. A factory's model has its own.
 
     Raises:
-        BadInput: the factory fails, or what it returns lacks a member of `Model`.
+        BadInput: transformers cannot make the model, it cannot be cut, or a factory returns no `Model` of n heads.
     """
     if isinstance(config, HuggingFaceConfig):
         return _huggingface(config, dtype, torch.device(device), attention)
@@ -58,14 +58,14 @@ def make_model(
 
 @cache
 def parameters(config: ModelConfig, training: Training | None = None) -> dict[str, int]:
-    """Parameters by the part that owns them (see `MTPModel.groups`), each counted once.
+    """Number of parameters by the part that owns them (see `MTPModel.groups`), each counted once.
 
     Args:
         config: the model's shape.
         training: count only those that this setup trains.
 
     Raises:
-        BadInput: a weight would have more elements than torch can count; a part that the model has not.
+        BadInput: a weight would have more elements than torch can count; the setup freezes a part that does not exist.
     """
     try:
         with Unfilled():
@@ -79,9 +79,9 @@ def parameters(config: ModelConfig, training: Training | None = None) -> dict[st
 
 
 class Unfilled(TorchDispatchMode):
-    """Leaves tensors as they are where a model without data would draw its weights.
+    """Skips the random initialisation of weights while a model without data is made.
 
-    torch draws for device meta in Python: seven times what the rest of making a model takes, for nothing.
+    On device meta torch initialises in Python: seven times as long as everything else takes, to no effect.
     """
 
     _FILLS = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
@@ -100,7 +100,7 @@ class Unfilled(TorchDispatchMode):
 
 
 def weight_bytes(count: int, dtype: Dtype) -> int:
-    """Bytes of so many parameters; bf16-mixed keeps them in fp32."""
+    """Bytes of `count` parameters; bf16-mixed keeps them in fp32."""
     size: int = torch.empty((), dtype=PARAMETER_DTYPES[dtype]).element_size()
     return count * size
 
@@ -115,9 +115,9 @@ def _huggingface(
     if isinstance(types := settings.get("layer_types"), list):
         settings["layer_types"] = types[: config.n_layers]
     for name, function in _attention_functions().items():
-        library.AttentionInterface.register(name, function)  # without a mask's function, there is no mask
+        library.AttentionInterface.register(name, function)  # no mask function, so that no mask is made
     verbosity = library.logging.get_verbosity()
-    library.logging.set_verbosity_error()  # about token ids beyond a vocabulary that was made smaller, say
+    library.logging.set_verbosity_error()  # it would warn of token ids beyond a reduced vocabulary
     try:
         own = library.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
         with device:
@@ -157,7 +157,7 @@ def _attention_functions() -> dict[str, Any]:
             _module: nn.Module, q: Tensor, k: Tensor, v: Tensor, _mask: None, scaling: float | None = None, **_: Any
         ) -> tuple[Tensor, None]:
             width = v.shape[-1]
-            if width != q.shape[-1]:  # no fused kernel takes another width of values: it is padded
+            if width != q.shape[-1]:  # no fused kernel takes values of another width: pad them
                 v = F.pad(v, (0, q.shape[-1] - width))
             return causal_attention(q, k, v, kind, scaling)[..., :width].transpose(1, 2).contiguous(), None
 

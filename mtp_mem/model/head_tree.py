@@ -1,7 +1,7 @@
-"""The heads of one training step as a tree, and what a strategy may do with them: the primitives of every order.
+"""The heads of one training step as a tree, and the few operations that every strategy is made of.
 
 Parallel heads hang on the trunk's output; a head that reads another head hangs on that one. Two rules make the
-sequential order bit-identical to the joint backward (a third, an empty `.grad`, is the caller's):
+sequential order bit-identical to the joint backward (a third, that `.grad` is empty, is up to the caller):
 
 1. Every head, and every head's loss, reads its parent through a gradient junction, `parent.view_as(parent)`. Autograd
    sums whatever flows back into the junction before it joins the parent's other gradients, so the sums associate alike
@@ -10,7 +10,7 @@ sequential order bit-identical to the joint backward (a third, an empty `.grad`,
    backward in the reverse of the forward, which is then the sequential order.
 
 Parameters that several heads share (norm, unembedding, the embedding that deepseek heads look up) are used inside each
-head's own forward pass, so their gradients arrive head by head in that same order; the trunk's share comes last.
+head's own forward pass, so their gradients arrive head by head in that same order; those from the trunk come last.
 
 Heads are counted from 1 in names ("head 1" predicts the next token) and from 0 in indices.
 """
@@ -29,7 +29,7 @@ from mtp_mem.errors import BadInput
 from mtp_mem.model.losses import PLAIN, Loss, LossOptions
 
 Phase = Callable[[str], None]
-"""Told the name of each phase as it begins."""
+"""A callback that is called with the name of each phase as it begins."""
 
 
 def no_phase(_name: str) -> None:
@@ -38,7 +38,7 @@ def no_phase(_name: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """A node of the tree.
+    """One head: a node of the tree.
 
     Attributes:
         index: 0-based; the head predicts token t + index + 1.
@@ -66,11 +66,11 @@ class Heads:
         roots: heads that hang on the trunk.
         norm: the final norm, hidden states (B, S, D) -> (B, S, D).
         autocast: context manager in which forward passes run (bf16-mixed), or a null context.
-        phase: told the name of each phase as it begins.
+        phase: called with the name of each phase as it begins.
         n: number of heads.
         cuda: whether CUDA's kernels run, or are predicted.
-        draws: whether a head's forward pass draws random numbers, which a second run of it must draw again.
-        options: of the loss, besides the cross entropy; a loss gets them as an argument where there are any.
+        draws: whether a head's forward pass draws random numbers (dropout), which a recomputation must draw again.
+        options: of the loss; a loss function gets them as its argument `options` where any is set.
     """
 
     roots: tuple[Head, ...]
@@ -99,7 +99,7 @@ class Heads:
             return self.norm(hidden.view_as(hidden))
 
     def loss(self, head: Head, hidden: Tensor, targets: Tensor, loss_fn: Loss) -> Tensor:
-        """The head's loss, 0-dim, from its hidden states and its targets (B, S)."""
+        """The head's loss by `loss_fn`, 0-dim, from its hidden states (B, S, D) and its targets (B, S)."""
         self.phase(f"{head.name} loss")
         if self.options.used:
             loss_fn = partial(loss_fn, options=self.options)
@@ -107,14 +107,14 @@ class Heads:
             return loss_fn(self.norm(hidden.view_as(hidden)), head.unembedding, targets)
 
     def backward(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """The only place where a gradient flows above the cut; skips tensors with nothing trainable below them."""
+        """Backpropagate from those tensors that require a gradient: the only call that does so above the cut."""
         pairs = [(t, g) for t, g in zip(tensors, gradients, strict=True) if t.requires_grad]
         if pairs:
             torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
 
 
 def tree(kind: HeadKind, layers: Sequence[Callable[[Tensor], Tensor]], unembeddings: Sequence[Tensor]) -> list[Head]:
-    """The heads that hang on the trunk, with those that hang on them."""
+    """The roots of the tree: the heads that read the trunk's output, with the heads that read them."""
     n = len(layers)
     if kind in ("causal", "anticausal", "deepseek"):
         below: tuple[Head, ...] = ()
@@ -125,16 +125,16 @@ def tree(kind: HeadKind, layers: Sequence[Callable[[Tensor], Tensor]], unembeddi
 
 
 def keep_inputs(z: Tensor, inputs: object) -> Tensor:
-    """The trunk's output, with what the heads of the same step need of the trunk's inputs kept on it."""
+    """Keep on the trunk's output z what the heads of the same step need of the trunk's inputs; returns z."""
     z.mtp_inputs = inputs  # type: ignore[attr-defined]
     return z
 
 
 def kept_inputs(z: Tensor) -> Any:
-    """What `keep_inputs` kept.
+    """What `keep_inputs` kept on z.
 
     Raises:
-        BadInput: it is another tensor.
+        BadInput: z is not the tensor that the trunk returned.
     """
     try:
         return z.mtp_inputs  # type: ignore[attr-defined]

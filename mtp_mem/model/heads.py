@@ -49,7 +49,7 @@ class DeepSeekDepth(nn.Module):
         self.layer = Layer(config, make, attention)
 
     def forward(self, x: Tensor, embedded: Tensor, turn: Rotation) -> Tensor:
-        """TRM_k(M_k [RMSNorm(x); RMSNorm(embedded)])."""
+        """Layer_k(M_k [RMSNorm(x); RMSNorm(embedded)]), see the table above."""
         both = torch.cat([self.hidden_norm(x), self.token_norm(embedded)], dim=-1)  # (B, S, 2D)
         return self.layer(self.projection(both), turn)  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""Any Hugging Face `...ForCausalLM` as a trunk with n heads: no code for any family.
+"""Any Hugging Face `...ForCausalLM` as a trunk with n heads, without code for single families.
 
 Kinds whose heads are layers (parallel, causal, anticausal, deepseek) move the decoder's last layer above the cut, as
 head 1, and the final norm with it; further heads are layers of its class. A tap stands in that layer's place: it hands
@@ -30,7 +30,7 @@ from mtp_mem.model.own import ambient_autocast, draws_random_numbers, heads
 KINDS: tuple[HeadKind, ...] = ("parallel", "causal", "anticausal", "deepseek", "medusa", "linear")
 LAYER_KINDS = ("parallel", "causal", "anticausal", "deepseek")
 SCALES = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1}
-"""Attributes of a config by which its family multiplies logits (1) or divides them (-1): hidden states are, instead."""
+"""Attributes of a config by which its family multiplies (1) or divides (-1) logits; here hidden states are scaled."""
 CHANGES_LOGITS = ("logits_soft_cap", "output_multiplier", "unpadded_vocab_size")
 """Attributes of a config that change logits in a way that no strategy computes."""
 
@@ -41,12 +41,12 @@ def from_hf(lm: nn.Module, n: int | None = None, kind: HeadKind | None = None) -
     Args:
         lm: any transformers `...ForCausalLM`, its weights loaded or not, checkpointed or not.
         n: number of heads; by default one more than the config's `num_nextn_predict_layers`.
-        kind: how heads hang together and what they are; by default deepseek where the config has
+        kind: of the heads, see mtp_mem/model/heads.py; by default deepseek where the config has
             `num_nextn_predict_layers`, else parallel.
 
     Raises:
-        BadInput: no decoder with a stack of layers and a final norm, logits that are not the unembedding's alone, an
-            unknown kind, or no n.
+        BadInput: no decoder with a stack of layers and a final norm, logits that are changed after the unembedding, an
+            unknown kind, no n, or an n below 1.
     """
     depths = getattr(_config(lm), "num_nextn_predict_layers", None) or 0
     if n is None and not depths:
@@ -61,7 +61,7 @@ def from_hf(lm: nn.Module, n: int | None = None, kind: HeadKind | None = None) -
 
 
 class Tap(nn.Module):
-    """In the place of the decoder's last layer: hands hidden states on, and keeps what else the layer was given."""
+    """Stands in for the decoder's last layer: returns its hidden states, and keeps what else the layer was given."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -72,14 +72,14 @@ class Tap(nn.Module):
                 setattr(self, name, getattr(layer, name))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Whatever a layer is given; returns the hidden states (B, S, D)."""
+        """Takes whatever the layer is given; returns the hidden states (B, S, D) unchanged."""
         hidden: Tensor = args[0] if args else kwargs.pop("hidden_states")
         self.given, self.passed = (args[1:], kwargs), hidden
         return hidden
 
 
 class Depth(nn.Module):
-    """A deepseek head from the second on: Layer(M [RMSNorm(h); RMSNorm(Emb(token))]), of the decoder's class."""
+    """A deepseek head from the second on: Layer(M [RMSNorm(h); RMSNorm(Emb(token))]), Layer of the decoder's class."""
 
     def __init__(self, layer: nn.Module, dim: int) -> None:
         super().__init__()
@@ -88,13 +88,13 @@ class Depth(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor, embedded: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Hidden states and embedded tokens, both (B, S, D), and what else the layer is given."""
+        """The layer's output for hidden states and embedded tokens, both (B, S, D); the rest is passed to the layer."""
         both = torch.cat([self.hidden_norm(x), self.token_norm(embedded)], dim=-1)  # (B, S, 2D)
         return self.layer(self.projection(both), *args, **kwargs)
 
 
 class Block(nn.Module):
-    """Medusa's residual block, h + SiLU(W h + b), W zero at first, so that the head begins as the model's own."""
+    """Medusa's residual block, h + SiLU(W h + b), W and b zero at first: the head begins as the model's own."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -111,8 +111,8 @@ class HuggingFaceMTP(nn.Module):
     """What `from_hf` makes: `trunk`, `heads`, and logits (n, B, S, V) when called.
 
     Attributes:
-        mixed: forward passes run under bf16 autocast.
-        for_cuda: without data, but as CUDA would run it.
+        mixed: whether forward passes run under bf16 autocast.
+        for_cuda: whether it runs on CUDA or, without data, stands for a model that does.
     """
 
     mixed: bool
@@ -147,7 +147,7 @@ class HuggingFaceMTP(nn.Module):
                 self.head_layers = nn.ModuleList([nn.Identity(), *(make() for _ in range(n - 1))])
         for layer in self.head_layers:
             for module in layer.modules():
-                if hasattr(module, "gradient_checkpointing"):  # the cut's strategies decide what is run again above it
+                if hasattr(module, "gradient_checkpointing"):  # above the cut the strategy decides what is run again
                     module.gradient_checkpointing = False  # type: ignore[assignment]
 
     @property
@@ -160,7 +160,7 @@ class HuggingFaceMTP(nn.Module):
 
         Args:
             input_ids: (B, S) int64.
-            inputs: what else the model takes: attention_mask, position_ids, inputs_embeds, ...
+            inputs: other inputs of the model: attention_mask, position_ids, inputs_embeds, ...
 
         Raises:
             BadInput: the decoder does more after its last layer than its final norm.
@@ -238,7 +238,7 @@ class HuggingFaceMTP(nn.Module):
             return torch.stack([capped(unembedding(self._scaled_norm(h))) for h in hidden])
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context in which forward passes run: bf16 autocast where the model is trained so, else the caller's."""
+        """The context in which forward passes run: bf16 autocast if `mixed`, else the caller's autocast."""
         device = _unembedding(self.lm).device.type
         return torch.autocast(device, dtype=torch.bfloat16) if self.mixed else ambient_autocast(device)()
 
@@ -257,10 +257,10 @@ class HuggingFaceMTP(nn.Module):
         return {name: own for name, own in parts.items() if own}
 
     def checkpoint_trunk(self, every: int) -> None:
-        """Recompute every so many of the trunk's layers in the backward, the first one among them.
+        """Recompute every `every`-th layer of the trunk in the backward, from the first one on.
 
         Raises:
-            BadInput: a family that cannot recompute its layers one by one.
+            BadInput: this family cannot recompute its layers one by one.
         """
         lm: Any = self.lm
         enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
@@ -318,7 +318,7 @@ def _unembedding(lm: Any) -> Tensor:
 
 
 def _layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder's stack: its longest list of modules, by name."""
+    """Name and list of the decoder's layers: its longest `ModuleList`."""
     lists = {name: child for name, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child)}
     if not lists:
         raise BadInput(f"{type(decoder).__name__} has no list of layers to cut")
@@ -327,7 +327,7 @@ def _layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _final_norm(decoder: nn.Module, layers: str, dim: int) -> str:
-    """The last child after the layers whose parameters all have D elements."""
+    """Name of the final norm: of the decoder's children after `layers`, the last whose parameters are all (D,)."""
     children = dict(decoder.named_children())
     after = list(children)[list(children).index(layers) + 1 :]
 
@@ -353,9 +353,9 @@ def _scale(lm: nn.Module, config: Any) -> float:
 
 def _like(layer: nn.Module, lm: Any) -> nn.Module:
     """Another layer of the same class with weights of its own, as the family initialises them."""
-    # Of tensors without data a copy would copy the mode that they live in, too.
+    # Tensors without data refer to their fake mode: `modes` says that it is copied already, so it stays the same one.
     modes = {id(mode): mode for p in layer.parameters() if (mode := getattr(p, "fake_mode", None)) is not None}
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch looks at their addresses
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch warns of access to their data
         new = copy.deepcopy(layer, modes)
     for parameter in new.parameters():
         if hasattr(parameter, "_is_hf_initialized"):
@@ -366,7 +366,7 @@ def _like(layer: nn.Module, lm: Any) -> nn.Module:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Modules made inside have parameters of this dtype; casting them afterwards fails where they have no data."""
+    """A block that makes modules with this dtype; casting them afterwards fails where parameters have no data."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

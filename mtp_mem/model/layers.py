@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from mtp_mem.config.schema import Dtype, ModelConfig
 
 Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines of the rotary angles, each (S, D/H/2), computed once per step and shared by all layers."""
+"""Cosines and sines of the rotary angles, each (S, C/2) for C channels a head; made once per step for all layers."""
 
 
 PARAMETER_DTYPES: dict[Dtype, torch.dtype] = {
@@ -26,24 +26,24 @@ PARAMETER_DTYPES: dict[Dtype, torch.dtype] = {
 }
 
 PRODUCT_DTYPES: dict[Dtype, torch.dtype] = PARAMETER_DTYPES | {"bf16-mixed": torch.bfloat16}
-"""What the matrix products are in, under autocast too: the rows and the unembedding that a head's loss gets."""
+"""Dtype of matrix products, also under autocast: that of the rows and the unembedding in a head's loss."""
 
 
 class Factory(TypedDict):
-    """Where and as what parameters are made."""
+    """Device and dtype of the parameters that a module makes."""
 
     device: torch.device
     dtype: torch.dtype
 
 
 Attention = Literal["sdpa", "flash", "efficient"]
-"""How attention runs: torch's choice for the device (without data: for a CPU), or CUDA's operators by name.
+"""How attention runs: "sdpa" is torch's choice for the device (without data: for a CPU), the others CUDA's operators.
 
 "flash" takes low precision only, "efficient" fp32 too, but no grouped queries: keys and values are repeated for it.
 """
 
 FLASH_CHANNELS = 256
-"""The most channels, D/H, that flash attention on CUDA takes (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
+"""The most channels C that flash attention on CUDA takes (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
 
 
 class Layer(nn.Module):
@@ -68,21 +68,21 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.hidden_dim, D, bias=False, **make)
 
     def forward(self, x: Tensor, turn: Rotation) -> Tensor:
-        """Attention and feed-forward, each on a residual branch."""
+        """Attention and feed-forward, each on a residual branch; (B, S, D) -> (B, S, D)."""
         x = x + self.attention(self.attention_norm(x), turn)
         h = self.ffn_norm(x)
         x = x + self.down(F.silu(self.gate(h)) * self.up(h))
         return x
 
     def attention(self, x: Tensor, turn: Rotation) -> Tensor:
-        """Causal self-attention with grouped queries and rotary position embeddings."""
+        """Causal self-attention with grouped queries and rotary positions; (B, S, D) -> (B, S, D)."""
         B, S, _ = x.shape
         heads, kv_heads = self.config.n_attention_heads, self.config.kv_heads
-        # Turned before they are transposed: attention's output takes the layout of q, and then needs no copy below.
+        # Rotated before they are transposed: attention's output has the layout of q, and the reshape copies nothing.
         q, k = self.q(x).view(B, S, heads, -1), self.k(x).view(B, S, kv_heads, -1)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *turn).transpose(1, 2), rotate(k, *turn).transpose(1, 2)  # (B, H, S, D/H)
+        q, k = rotate(q, *turn).transpose(1, 2), rotate(k, *turn).transpose(1, 2)  # (B, H or G, S, C)
         v = self.v(x).view(B, S, kv_heads, -1).transpose(1, 2)
         y = causal_attention(q, k, v, self.attention_kind)
         return self.o(y.transpose(1, 2).reshape(B, S, -1))  # type: ignore[no-any-return]
@@ -102,12 +102,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, kind: Attention, scale: fl
         (B, H, S, C).
     """
     aten, repeats = torch.ops.aten, q.shape[1] // k.shape[1]
-    if kind == "flash" and q.dtype in (torch.bfloat16, torch.float16):  # it knows no other
+    if kind == "flash" and q.dtype in (torch.bfloat16, torch.float16):  # flash takes no other
         return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[0]  # type: ignore[no-any-return]
     if kind != "sdpa" and q.dtype != torch.float64:
         k, v = (t.repeat_interleave(repeats, dim=1) if repeats > 1 else t for t in (k, v))
         return aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)[0]  # type: ignore[no-any-return]
-    if q.is_meta:  # where torch's own choice would be the chain of operators that no device runs
+    if q.is_meta:  # here torch would choose its unfused math, which no device runs
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)[0]  # type: ignore[no-any-return]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=repeats > 1)
 
@@ -159,7 +159,7 @@ def rotation(S: int, head_dim: int, theta: float, dtype: torch.dtype, device: to
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (j, j + half) of x (B, S, H, D/H) by their angle; cos and sin are (S, D/H/2)."""
+    """Turn the channel pairs (j, j + C/2) of x (B, S, H, C) by their angle; cos and sin are (S, C/2)."""
     cos, sin = cos[:, None], sin[:, None]
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)

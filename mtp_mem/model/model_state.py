@@ -1,4 +1,4 @@
-"""What belongs to the model and to every strategy alike: which parameters train, hooks, modes of modules."""
+"""What of a model every strategy must leave as it is: which parameters train, hooks, training modes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +13,10 @@ Hooks = dict[str, dict[Any, Any]]
 
 @contextmanager
 def model_kept(model: Model) -> Iterator[list[str]]:
-    """Afterwards the model is as it was, values and `.grad` of parameters aside; the list names what had changed.
+    """A block after which the model is put back, except for values and `.grad`; the list then names what had changed.
 
     Args:
-        model: whose parameters and modules they are.
+        model: whose parameters and modules are watched.
     """
     parameters = [(name, p, p.requires_grad, _hooks_of_tensor(p)) for name, p in model.named_parameters()]
     named = cast(nn.Module, model).named_modules()

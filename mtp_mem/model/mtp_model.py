@@ -1,4 +1,4 @@
-"""The one multi-token-prediction model: a decoder trunk, n heads on top of it, one norm, unembeddings.
+"""This package's own multi-token-prediction model: a decoder trunk, n heads on top of it, one norm, unembeddings.
 
 Gloeckle et al. 2024, section 2: P(x_{t+i} | x_{<=t}) = softmax(unembedding(norm(head_i(trunk(x))))), each head one
 transformer layer. The other kinds of heads: mtp_mem/model/heads.py.
@@ -22,12 +22,12 @@ from mtp_mem.model.losses import LossOptions
 
 
 def default_attention(dtype: Dtype, device: torch.device) -> Attention:
-    """On CUDA flash in bf16 and memory-efficient in fp32, so that a prediction can count on it; else torch's choice."""
+    """On CUDA the operator of `cuda_attention`, so that a prediction can rely on it; elsewhere torch's choice."""
     return cuda_attention(dtype) if device.type == "cuda" else "sdpa"
 
 
 def cuda_attention(dtype: Dtype) -> Attention:
-    """The operator that attention runs on CUDA in a model of this dtype."""
+    """The attention on CUDA: memory-efficient in fp32, flash in low precision, torch's choice in fp64."""
     return "sdpa" if dtype == "fp64" else "efficient" if dtype == "fp32" else "flash"
 
 
@@ -73,7 +73,7 @@ class MTPModel(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def checkpoint_trunk(self, every: int) -> None:
-        """Recompute every so many of the trunk's layers in the backward, the first one among them."""
+        """Recompute every `every`-th layer of the trunk in the backward, from the first one on; 0: none."""
         self.checkpoint_every = every
 
     def moved(self, dtype: Dtype, device: torch.device) -> "MTPModel":
@@ -92,7 +92,7 @@ class MTPModel(nn.Module):
             x: Tensor = self.embedding(tokens)
             for i, layer in enumerate(self.trunk_layers):
                 if self.checkpoint_every and i % self.checkpoint_every == 0 and torch.is_grad_enabled():
-                    x = checkpoint(layer, x, turn, use_reentrant=False, preserve_rng_state=False)  # no layer draws
+                    x = checkpoint(layer, x, turn, use_reentrant=False, preserve_rng_state=False)  # no dropout
                 else:
                     x = layer(x, turn)
             return keep_inputs(x, tokens)
@@ -101,15 +101,15 @@ class MTPModel(nn.Module):
         """The heads of one step as a tree, for a strategy.
 
         Args:
-            z: what `trunk` returned; or the step's tokens (B, S).
-            phase: told the name of each phase as it begins.
+            z: what `trunk` returned in this step; or the step's tokens (B, S).
+            phase: called with the name of each phase as it begins.
         """
         tokens = kept_inputs(z) if z.is_floating_point() else z
         turn = self.rotation(tokens)
         layers = [on_parent(head, i, self.embedding, tokens, turn) for i, head in enumerate(self.head_layers)]
         weights = [unembedding.weight for unembedding in self.unembeddings()]
         roots = tuple(tree(self.config.head, layers, weights))
-        # These operators run nowhere else: a model without data that asks for it is predicted for CUDA.
+        # "flash" and "efficient" run on CUDA alone: a model without data that has one of them is predicted for CUDA.
         on_cuda = self.attention != "sdpa" or tokens.is_cuda
         options = LossOptions(softcap=self.config.logit_softcap)
         return Heads(roots, self.norm, self.autocast, phase, self.config.n_future, on_cuda, options=options)
@@ -150,7 +150,7 @@ class MTPModel(nn.Module):
     def rotation(self, tokens: Tensor) -> Rotation:
         """Rotary tables for the positions of `tokens` (B, S), in the dtype of queries and keys."""
         config = self.config
-        # Asked of the parameters, not remembered: `.to(torch.bfloat16)`, `.double()` and the like change them.
+        # Read from a parameter each time: `.to(torch.bfloat16)`, `.double()` and the like change the dtype.
         dtype = torch.bfloat16 if self.mixed else self.embedding.weight.dtype
         return rotation(tokens.shape[1], config.head_channels, config.rope_theta, dtype, tokens.device)
 

@@ -1,11 +1,11 @@
-"""Optimizers of a training step: what they keep for each parameter, and what a step of theirs takes besides.
+"""Optimizers of a training step: what they keep for each parameter, and the temporary memory of their step.
 
 | name | kept for each parameter | a step's temporaries |
 |---|---|---|
 | adamw | two moments in the parameter's dtype, a step counter (fp32) on the device | none: one fused kernel |
 | adamw-foreach | the same, the counter on the host | as large as all parameters: `_foreach_sqrt` |
 | adamw-loop | the same, the counter on the host | as large as the largest parameter |
-| adamw-8bit | two moments in one byte, fp32 scales for each 256 values; fp32 below 4,096 values | none |
+| adamw-8bit | two moments of one byte, an fp32 scale for each 256 values; fp32 moments below 4,096 values | none |
 | sgd | one momentum in the parameter's dtype | none: one fused kernel |
 
 With an fp32 master copy (dtype "bf16 + fp32 master") the optimizer steps the copies, on fp32 gradients that take the
@@ -27,10 +27,10 @@ BLOCK_8BIT, SMALLEST_8BIT = 256, 4096  # bitsandbytes: values that share a scale
 
 
 class Parametrised(Protocol):
-    """What is asked of a model here."""
+    """The part of a model that optimizers need."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """As every module's."""
+        """As `nn.Module.named_parameters`."""
 
 
 class Optimizer(Protocol):
@@ -45,12 +45,12 @@ class Optimizer(Protocol):
 def make_optimizer(
     model: Parametrised, lr: float = 3e-4, *, name: OptimizerName = "adamw", master: bool = False
 ) -> Optimizer:
-    """The optimizer of a model that has data: by default AdamW as in the paper (appendix M: betas 0.9, 0.95; 0.1).
+    """The optimizer of a model with data: by default AdamW as in the paper (appendix M: betas 0.9, 0.95; decay 0.1).
 
     Args:
         model: whose parameters it changes.
         lr: learning rate.
-        name: see the file's head.
+        name: see the table at the top of this file.
         master: keep an fp32 copy of every parameter, and step that.
 
     Raises:
@@ -72,13 +72,13 @@ def make_optimizer(
 def simulated_optimizer(
     model: Parametrised, *, name: OptimizerName = "adamw", master: bool = False, host: Callable[[], Any]
 ) -> Optimizer:
-    """The optimizer of a model without data, with the state of one that has stepped before, made by rule.
+    """The optimizer of a model without data, with the state that it would have after a step (`state_by_rule`).
 
     Args:
         model: whose parameters it would change.
-        name: see the file's head.
+        name: see the table at the top of this file.
         master: with an fp32 copy of every parameter.
-        host: a context in which tensors have data.
+        host: a context in which new tensors have data.
     """
 
     def make(parameters: Sequence[Tensor]) -> Optimizer:
@@ -99,7 +99,7 @@ def simulated_optimizer(
 
 
 def state_by_rule(parameter: Tensor, name: OptimizerName, host: Callable[[], Any]) -> dict[str, Tensor]:
-    """What the optimizer keeps for a parameter after a step, in the order in which it makes it.
+    """The tensors that the optimizer keeps for a parameter after a step, in the order in which it makes them.
 
     AdamW and SGD: `_init_group` in torch/optim; adamw-8bit: `Optimizer2State.init_state` in bitsandbytes 0.45.
     """
@@ -122,7 +122,7 @@ def state_by_rule(parameter: Tensor, name: OptimizerName, host: Callable[[], Any
 
 
 def optimizer_state(model: Parametrised, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """The optimizer's tensors, each named after its parameter."""
+    """Name and tensor of all that the optimizer keeps, each named after its parameter."""
     inner, copies = (optimizer.inner, optimizer.copies) if isinstance(optimizer, WithMaster) else (optimizer, {})
     for name, parameter in model.named_parameters():
         stepped = copies.get(parameter, parameter)
@@ -150,7 +150,7 @@ class WithMaster:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Gradients to fp32, each in the place of the parameter's own; a step of the copies; parameters from them."""
+        """Move each gradient to its copy in fp32, step the copies, and round the parameters from them."""
         pairs = [(p, copy) for p, copy in self.copies.items() if p.grad is not None]
         for parameter, copy in pairs:
             assert parameter.grad is not None
@@ -163,7 +163,7 @@ class WithMaster:
 
 
 class _Still:
-    """Of an optimizer whose step takes no memory, only what it keeps."""
+    """Stands for an optimizer whose step takes no temporary memory: it has the state alone."""
 
     def __init__(self) -> None:
         self.state: dict[Tensor, dict[str, Tensor]] = {}

@@ -55,23 +55,23 @@ class Model(Protocol):
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """As every module's."""
+        """As in `nn.Module`."""
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """As every module's."""
+        """As in `nn.Module`."""
         ...
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """As every module's."""
+        """As in `nn.Module`."""
         ...
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """As every module's."""
+        """As in `nn.Module`."""
         ...
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As every module's."""
+        """As in `nn.Module`."""
         ...
 
 
@@ -90,21 +90,21 @@ def heads(
 
     Args:
         layers: one for each head, hidden states (B, S, D) -> (B, S, D); `nn.Identity()` for a head that is the model's
-            own. What else a layer needs (a mask, rotary tables) is bound to it, with `functools.partial` say.
+            own output. What else a layer needs (a mask, rotary tables) is bound to it, say by `functools.partial`.
         norm: the final norm, (B, S, D) -> (B, S, D).
         unembedding: the module of the logits, whose weight is (V, D), or that weight; or one for each head. A bias is
             refused: no strategy adds one.
         kind: "parallel", "linear" and "medusa" heads read the trunk's output, "causal" and "deepseek" heads the head
             before them, "anticausal" heads the one after.
-        phase: told the name of each phase as it begins.
+        phase: called with the name of each phase as it begins.
         autocast: context manager in which forward passes run; by default the autocast that is active around the step,
-            without its cache of cast weights, by which the order of heads would change the sums.
+            without its cache of cast weights: with that cache the order of heads would change how gradients are summed.
         draws: whether a layer draws random numbers, so that a strategy that runs it twice must draw them again; by
             default whether one of the modules is a dropout of more than 0.
         softcap: c where the model's logits are c tanh(logits / c).
 
     Raises:
-        BadInput: no layers, an unembedding with a bias, or not one for each head; an unknown kind.
+        BadInput: no layers, an unembedding with a bias, several that are not one for each head; an unknown kind.
     """
     if kind not in ("parallel", "causal", "anticausal", "linear", "deepseek", "medusa"):
         raise unknown("kind", kind, ["parallel", "causal", "anticausal", "linear", "deepseek", "medusa"])
@@ -128,7 +128,7 @@ def heads(
 
 
 def ambient_autocast(device_type: str) -> Callable[[], AbstractContextManager[object]]:
-    """The autocast that is active now, for the heads' forward passes: without its cache of cast weights."""
+    """The autocast that is active now, for the heads' forward passes, but without its cache of cast weights."""
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return nullcontext
     dtype = torch.get_autocast_dtype(device_type)
@@ -136,7 +136,7 @@ def ambient_autocast(device_type: str) -> Callable[[], AbstractContextManager[ob
 
 
 def draws_random_numbers(modules: Iterable[object]) -> bool:
-    """Whether one of them holds a dropout that is not 0."""
+    """Whether one of the modules holds a dropout of more than 0, as a module or as `attention_dropout`."""
     every = (inner for module in modules if isinstance(module, nn.Module) for inner in module.modules())
     rates = (getattr(m, "p", 0.0) if isinstance(m, _DROPOUTS) else getattr(m, "attention_dropout", 0.0) for m in every)
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
@@ -155,7 +155,7 @@ def moved(model: M, dtype: Dtype, device: torch.device) -> M:
 
 
 def plain_logits(model: Model, tokens: Tensor) -> Tensor:
-    """Logits of all heads (n, B, S, V) with their graph: what the model returns, or else read off its tree."""
+    """Logits of all heads (n, B, S, V) with their graph: the model's own output, or else computed from its tree."""
     if getattr(type(model), "forward", nn.Module.forward) is not nn.Module.forward:
         out = typing.cast(Any, model)(tokens)
         if isinstance(out, Tensor) and out.shape == (model.n_future, *tokens.shape, model.vocab_size):
@@ -185,10 +185,10 @@ def groups(model: Model) -> dict[str, list[nn.Parameter]]:
 
 
 def set_up(model: Model, training: Training) -> None:
-    """Freeze what the training setup freezes, and recompute what it recomputes.
+    """Apply a training setup to the model in place: freeze its parts, and checkpoint its trunk.
 
     Raises:
-        BadInput: a part that this model has not, nothing is left to train, or a trunk that cannot be checkpointed.
+        BadInput: a part that this model does not have, nothing left to train, or a trunk that cannot be checkpointed.
     """
     if training.checkpoint_every:
         checkpoint_trunk = getattr(model, "checkpoint_trunk", None)

@@ -1,11 +1,11 @@
-"""Which strategy, and how large a chunk: so that the logits do not define the step's peak.
+"""Which strategy, and how large a chunk: chosen so that the logits do not define the step's peak.
 
 A step needs some bytes whatever its heads do: the trunk's backward, the optimizer, the heads without logits. That is
-the floor (mtp_mem/prediction/floor.py), rehearsed on tensors without data. Below it logits are free.
+the floor (mtp_mem/prediction/floor.py), simulated without data. Logits that fit below it cost nothing.
 
 1. `sequential`, if its peak is the floor: the full loss then costs nothing, and its gradients are naive's bit for bit.
 2. Else `chunked_tokens` with the largest power of two of tokens whose peak is the floor.
-3. Else, where no chunk reaches it (in low precision the fp32 sum of the unembedding's gradient stands above it), the
+3. Else, where no chunk reaches it (in low precision the fp32 sum of the unembedding's gradient exceeds it), the
    largest chunk whose peak is within 1 % of the smallest chunk's: its logits no longer decide anything.
 """
 
@@ -31,7 +31,7 @@ class Choice:
         spec: the strategy as `load_strategy` takes it.
         why: one clause for people.
         peak: predicted peak of the step with it, in bytes.
-        floor: that of the step without logits.
+        floor: that of the step without logits, in bytes.
     """
 
     spec: str
@@ -49,7 +49,7 @@ def resolve_auto(
     cuda: bool,
     gpu: GPU | None = None,
 ) -> tuple[Strategy, str | None]:
-    """The strategy that is to run, and what was chosen and why where one was chosen.
+    """The strategy that is to run, and what was chosen and why; None where nothing was chosen.
 
     A strategy whose class says `chooses_by_step = True` stands for the one that `choose` finds.
     """
@@ -63,14 +63,14 @@ def resolve_auto(
 def choose(
     config: ModelConfig, workload: Workload, training: Training | None = None, *, cuda: bool, gpu: GPU | None = None
 ) -> Choice:
-    """See the file's head.
+    """Choose by the rules at the head of this file.
 
     Args:
         config: the model, with its n.
         workload: batch, sequence, dtype.
         training: the rest of the setup.
         cuda: whether the step runs on CUDA: its attention, its products, its smallest useful chunk.
-        gpu: adds the buffers of its kernels.
+        gpu: adds the buffers of its kernels; None adds none.
     """
     simulation = Simulation(config, workload, training, cuda=cuda, gpu=gpu)
     floor = simulation.floor().peak().nbytes

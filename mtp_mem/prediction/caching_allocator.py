@@ -46,7 +46,7 @@ class Block:
 
     @property
     def room(self) -> int:
-        """Bytes it can grow to."""
+        """Bytes it can grow to, with the unmapped addresses behind it."""
         return self.nbytes + (self.after.nbytes if self.after is not None and not self.after.mapped else 0)
 
 
@@ -60,8 +60,8 @@ class CachingAllocator:
 
     Args:
         expandable: the setting `expandable_segments`.
-        large_segment: the setting `large_segment_size`, in bytes.
-        max_split: the setting `max_split_size`, in bytes; None: blocks of any size are split.
+        large_segment: the setting `large_segment_size_mb`, in bytes.
+        max_split: the setting `max_split_size_mb`, in bytes; None: blocks of any size are split.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class CachingAllocator:
         self.requested = self.allocated = self.reserved = 0
         self.requested_peak = self.allocated_peak = self.reserved_peak = 0
         self.taken: dict[int, tuple[Block, int]] = {}  # key -> its block, and the size asked for
+        # Of the small pool (True) and of the large one, sorted:
         self.free_blocks: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}  # by (size, address)
         self.unmapped: dict[bool, list[tuple[int, Block]]] = {True: [], False: []}  # by address
         self._next_address = 0
@@ -113,7 +114,7 @@ class CachingAllocator:
         """Give back the segments, or pages of expandable segments, in which nothing is taken.
 
         Args:
-            only: of the segments that are free, those at these addresses.
+            only: give back only segments that begin at these addresses; expandable segments ignore this.
 
         Returns:
             Bytes of what was given back, by address.
@@ -190,7 +191,7 @@ class CachingAllocator:
         return new
 
     def _map(self, block: Block, nbytes: int) -> Block:
-        """Put memory behind the pages of an unmapped block that `nbytes` need; the free block that they are part of."""
+        """Map as many pages of an unmapped block as `nbytes` need; the free block that they become part of."""
         self._unlist(block)
         page = self.page(block.small)
         nbytes = min(-(-nbytes // page) * page, block.nbytes)
@@ -226,7 +227,7 @@ class CachingAllocator:
             self._list(block)
 
     def _split(self, block: Block, nbytes: int) -> None:
-        """Leave `nbytes` of a block; the rest follows it, like it in all else, and is not listed."""
+        """Shorten a block to `nbytes`; the rest is a new block behind it, alike in all else and not listed."""
         rest = Block(
             block.address + nbytes,
             block.nbytes - nbytes,
@@ -241,7 +242,7 @@ class CachingAllocator:
         block.after, block.nbytes = rest, nbytes
 
     def _merged(self, block: Block) -> Block:
-        """The block with the free neighbours that are mapped as it is; it is not listed, and they no longer are."""
+        """The block merged with its free neighbours, mapped or unmapped as it is; none of them is listed any more."""
         for neighbour in (block.before, block.after):
             if neighbour is not None and neighbour.free and neighbour.mapped == block.mapped:
                 self._unlist(neighbour)
@@ -254,6 +255,7 @@ class CachingAllocator:
         return block
 
     def _list(self, block: Block | None) -> None:
+        """Put a free block into the sorted list that it belongs to."""
         assert block is not None
         if block.mapped:
             bisect.insort(self.free_blocks[block.small], (block.nbytes, block.address, block))
@@ -278,7 +280,7 @@ def _free_from(block: Block | None, enough: int) -> int:
 
 
 def fit(allocated: int, reserved: int, limit: int) -> Fit:
-    """Do these predicted peaks fit into `limit` bytes?"""
+    """Whether these predicted peaks, in bytes, fit into `limit` bytes."""
     if allocated > limit:
         return "no"
     return "tight" if reserved > limit else "yes"

@@ -16,10 +16,10 @@ MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.floa
 
 
 def join() -> None:
-    """Make the fake process group, unless it is there. Outside any mode: a mesh is real data.
+    """Make the fake process group, unless it is there. Call it outside any dispatch mode: a mesh is real data.
 
     Raises:
-        BadInput: this process is a rank of a real one.
+        BadInput: this process is a rank of a real group.
     """
     if dist.is_initialized():
         if dist.get_backend() != "fake":
@@ -40,6 +40,6 @@ def mesh(training: Training) -> DeviceMesh:
 
 
 def shard_as(model: Model, dtype: Dtype, ranks: DeviceMesh) -> None:
-    """Shard the model over the ranks, in the dtypes that this one stands for."""
+    """Shard the model over the ranks, in the dtypes that `dtype` stands for."""
     policy = MIXED if dtype == "bf16-mixed" else MixedPrecisionPolicy()
     shard(model, mesh=ranks, mp_policy=policy)

@@ -1,6 +1,6 @@
 """The floor under every strategy: the same training step in which no head makes any logits.
 
-It trains nothing: each head's loss is replaced by a gradient of ones. What is left is what no ordering of heads and no
+The step trains nothing: each loss is replaced by a gradient of ones. What is left is what no ordering of heads and no
 chunking can save: the trunk, one head's activations at a time, every parameter's gradient, the optimizer.
 """
 
@@ -15,12 +15,12 @@ from mtp_mem.strategies.sequential import Sequential
 
 
 class NoLogits(Sequential):
-    """Shaped like a strategy so that the instruments can run it; its gradients are wrong, so it is not in the list."""
+    """Shaped like a strategy so that the instruments can run it; its gradients are wrong, so it is not registered."""
 
     loss_options: ClassVar[tuple[str, ...]] = LOSS_OPTIONS
 
     def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG002
-        """The unembedding's gradient is made, and no tensor with V columns."""
+        """Make the unembedding's gradient (V, D), zeros, and no tensor with V columns; the loss is 0."""
         rows = heads.normed(head, hidden)  # (B, S, D)
         unembedding = head.unembedding
         if unembedding.requires_grad and unembedding.grad is None:

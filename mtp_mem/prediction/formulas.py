@@ -17,18 +17,18 @@ from mtp_mem.strategy import BUILTIN, load_strategy, strategy_class
 
 
 def peak_over_baseline(spec: str, shape: Shape) -> int | None:
-    """Peak of a step above its parameters, optimizer state and batch; None for a strategy without a formula.
+    """Peak bytes of a step above its parameters, optimizer state and batch; None for a strategy without a formula.
 
     The largest of these moments: the heads at their worst; each trunk layer's backward as it begins (everything above
-    has its gradient, nothing below is freed, a checkpointed layer is whole again but for its output, two rows of width
-    F are in flight); all gradients at the end; the optimizer's temporaries beside them.
+    has its gradient, nothing below is freed, a checkpointed layer has been recomputed, two tensors (N, F) are in
+    flight); all gradients at the end; the optimizer's temporaries beside them.
     """
     peak_bytes = getattr(load_strategy(spec), "peak_bytes", None)
     heads: int | None = None if peak_bytes is None else peak_bytes(shape)
     if heads is None:
         return None
     in_flight = shape.left_behind(shape.n) + shape.in_flight("trunk layers")
-    # The embedding's gradient is the last; where there is one already it is added to it.
+    # The embedding's gradient comes last; if one is there already, the new one is live until it is added.
     last = shape.unembedding + shape.hidden if shape.accumulates and shape.trains("embedding") else 0
     moments, live = [shape.trunk + heads, shape.gradients + max(last, temporaries(shape))], shape.trunk
     left = shape.layer_parameters * (shape.trains("trunk layers") and not shape.accumulates)
@@ -36,14 +36,14 @@ def peak_over_baseline(spec: str, shape: Shape) -> int | None:
         whole = shape.layer("trunk layers") - shape.hidden if kept == shape.hidden else 0
         moments.append(live + whole + in_flight + done * left)
         live -= kept
-    return max(moments) - shape.gradients * shape.training.keeps_gradients  # those are in the baseline
+    return max(moments) - shape.gradients * shape.training.keeps_gradients  # kept ones are in the baseline
 
 
 def temporaries(shape: Shape) -> int:
-    """What the optimizer's step takes besides gradients and state, at its worst moment (mtp_mem/model/optimizers.py).
+    """Bytes that the optimizer's step takes besides gradients and state, at its worst (mtp_mem/model/optimizers.py).
 
-    Fp32 copies are stepped with fp32 gradients, twice as large, which take the place of the others one by one: beside
-    the last of them its own is still live.
+    Fp32 copies are stepped with fp32 gradients, twice as large, which replace the bf16 ones one by one: beside the last
+    fp32 gradient its bf16 one is still live.
     """
     wide = 2 if shape.training.master_weights else 1
     beside = 0
@@ -79,7 +79,7 @@ def flops_factor(spec: str) -> Fraction:
 
 
 def step_flops(spec: str, shape: Shape) -> int:
-    """Products of the layers, their attention and the heads' logits; a multiplication and an addition count as two.
+    """FLOPs of the products of layers, attention and the heads' logits; a multiplication and an addition count as two.
 
     A backward costs two forwards; a strategy that recomputes multiplies its heads' share by its `flops_factor`. With
     parameter-matched heads only the logits grow with n (Gloeckle et al. 2024, table S5: step times that follow this up
@@ -95,14 +95,14 @@ def step_flops(spec: str, shape: Shape) -> int:
 
 
 def layer_flops(shape: Shape) -> int:
-    """Products of one layer's forward pass."""
+    """FLOPs of one layer's forward pass."""
     s = shape
     weights = 2 * s.D * (s.A + s.K) + 3 * s.D * s.F
     return 2 * s.N * weights + 2 * s.N * s.S * s.A  # attention looks back only: half of 4 N S A
 
 
 def trunk_recompute_flops(shape: Shape, training: Training) -> int:
-    """Products of the trunk layers that a step runs forward once more."""
+    """FLOPs of the trunk layers that a step runs forward a second time."""
     every = training.checkpoint_every
     return -(-shape.trunk_layers // every) * layer_flops(shape) if every else 0
 
@@ -132,7 +132,7 @@ def baseline(config: ModelConfig, workload: Workload, training: Training | None 
 def formula_peak(
     spec: str, config: ModelConfig, workload: Workload, training: Training | None = None, *, cuda: bool = True
 ) -> int | None:
-    """A step's peak in closed form, without what the allocator and kernels add; None without a formula."""
+    """A step's peak bytes in closed form, without what the allocator and kernels add; None without a formula."""
     fields = (config.facts(), dataclasses.asdict(workload))
     over_baseline = formula_bytes(spec, *fields, training, cuda=cuda)
     return None if over_baseline is None else baseline(config, workload, training) + over_baseline

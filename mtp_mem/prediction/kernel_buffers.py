@@ -63,9 +63,9 @@ def flash_backward(args: tuple[Any, ...], _gpu: GPU) -> list[int]:
 
 
 def efficient_backward(args: tuple[Any, ...], _gpu: GPU) -> list[int]:
-    """attention_backward.cu and kernel_backward.h: in fp32 the product of output and gradient, its row sums twice.
+    """attention_backward.cu and kernel_backward.h: in fp32 output times gradient, elementwise, and its row sums twice.
 
-    Then, in the product's place, the accumulator of the query's gradient in tiles of 64 by 64 with a lock each.
+    Then, in place of the former, the accumulator of the query's gradient in tiles of 64 by 64 with a lock each.
     """
     output = args[5]
     B, H, S, head_dim = output.shape
@@ -91,7 +91,7 @@ def foreach_norm(args: tuple[Any, ...], _gpu: GPU) -> list[int]:
 
 
 def sum_over(args: tuple[Any, ...], gpu: GPU) -> list[int]:
-    """ReduceSumProdKernel.cu: sums over some dimensions, or all; whole numbers are copied to int64 first."""
+    """ReduceSumProdKernel.cu: sums over some dimensions, or all; integers are copied to int64 first."""
     tensor, dims = args[0], args[1] if len(args) > 1 and args[1] else ()
     if tensor.is_floating_point():
         return reduction_buffers(tensor, dims, gpu, vector=8 if tensor.element_size() == 2 else 4)
@@ -138,7 +138,7 @@ KERNELS: dict[Any, Kernel] = {
 
 
 def kernels_of(gpu: GPU) -> dict[Any, Buffers]:
-    """The table for one target, as a tracker takes it; with workspaces of products where these are not kept."""
+    """The table for one GPU, as `Tracker` takes it; with cuBLAS workspaces, where each product takes its own."""
     table: dict[Any, Buffers] = {operator: partial(_sizes, kernel, gpu) for operator, kernel in KERNELS.items()}
     rule = workspaces(gpu)
     if not rule.kept:

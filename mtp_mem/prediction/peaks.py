@@ -18,7 +18,7 @@ def check_predictable(profile: Profile) -> None:
     """Refuse what the fake instrument does not model, before any work.
 
     Raises:
-        BadInput: fp64, whose attention on CUDA is a chain of operators.
+        BadInput: fp64, for which CUDA has no fused attention.
     """
     if profile.workload.dtype == "fp64":
         raise BadInput(
@@ -28,7 +28,7 @@ def check_predictable(profile: Profile) -> None:
 
 
 def settings_of(gpu: GPU) -> AllocatorSettings:
-    """How the target's allocator is set."""
+    """Settings of the target's allocator."""
     settings = allocator_settings(gpu.allocator)
     if settings.expandable is None:
         settings = dataclasses.replace(settings, expandable=gpu.expandable_segments)
@@ -52,13 +52,13 @@ def kept_workspaces(trace: Trace, gpu: GPU) -> tuple[int, ...]:
 
 
 def predicted(trace: Trace, gpu: GPU, resident: tuple[int, ...] | None = None) -> dict[str, Any]:
-    """The allocator's figures and the tracked ones that explain them.
+    """A record's fields: the allocator's peaks and the tracked bytes that explain them.
 
     Args:
         trace: from the fake instrument.
         gpu: the target.
-        resident: sizes of cuBLAS workspaces that stay allocated, and of what else is in no tensor; by default by the
-            rule.
+        resident: sizes in bytes of cuBLAS workspaces that stay allocated, and of what else is in no tensor; by default
+            `kept_workspaces`.
     """
     if resident is None:
         resident = kept_workspaces(trace, gpu)

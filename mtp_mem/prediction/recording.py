@@ -16,7 +16,7 @@ from mtp_mem.memory.tape import Kind, Tape
 from mtp_mem.prediction.caching_allocator import ADDRESSES, SMALL_SEGMENT, Block, CachingAllocator
 from mtp_mem.prediction.cuda.allocator_settings import AllocatorSettings, allocator_settings
 
-ONE_SEGMENT = 2**40  # bytes of addresses: two expandable segments are farther apart, or have no memory at one time
+ONE_SEGMENT = 2**40  # bytes; expandable segments that have memory at the same time are farther apart
 GOT: tuple[Kind, ...] = ("segment", "map")
 GAVE: tuple[Kind, ...] = ("drop", "unmap")
 
@@ -34,11 +34,11 @@ class Held:
     """How the model did on a tape.
 
     Attributes:
-        difference: the first one, in words; empty: none.
-        at: the number of its event; the number of events: it is in what there is after them.
+        difference: the first difference, in words; empty: none.
+        at: the number of its event; the count of events if it is in the state after the last one.
         totals: before the first event and after each; requested and reserved are the GPU's, allocated is the model's.
             New memory counts from the allocation on that it was got for.
-        model_reserved_peak: the model's own.
+        model_reserved_peak: peak of the model's own reserved bytes.
         other_reserved_peak: what segments of the other kind (expandable or not) would have reserved.
         counts: events of each kind.
         not_modelled: settings of the allocator that may move blocks, and that the model does not have.
@@ -69,7 +69,7 @@ class Held:
 
 
 class Followed(CachingAllocator):
-    """The model with new segments where the GPU's are, which keeps what it got from the GPU since it was last asked."""
+    """The model with new segments where the GPU's are; `got` lists its new memory, (address, bytes), until cleared."""
 
     def __init__(self, tape: Tape, settings: AllocatorSettings) -> None:
         super().__init__(expandable=tape.expandable, large_segment=settings.large_segment, max_split=settings.max_split)
@@ -80,12 +80,12 @@ class Followed(CachingAllocator):
         self.reset_peaks()
 
     def _begin_with(self, tape: Tape) -> None:
-        """The tape's segments, with its blocks taken and the rest of them free."""
+        """Start from the tape's segments, with its blocks taken and the rest of them free."""
         addresses, last = sorted(tape.blocks), dict[bool, Block]()
         for start, (nbytes, small) in sorted(tape.segments.items()):
             before = last.get(small) if self.expandable else None
             segment = start if before is None else before.segment
-            if self.expandable:  # a range of the same segment as the one before, or, of the first, as lower holes
+            if self.expandable:  # addresses without memory below this range, of the same segment
                 end = _lowest_page(tape, start, small) if before is None else before.address + before.nbytes
                 segment = end if before is None else segment
                 before = self._append(before, Block(end, start - end, small, mapped=False, segment=segment))
@@ -130,7 +130,7 @@ def hold(tape: Tape) -> Held:
     """Replay a tape in the model.
 
     Args:
-        tape: one that has been checked.
+        tape: one that `Tape.check` accepts.
     """
     settings = _settings(tape)
     model = Followed(tape, settings)
@@ -138,7 +138,7 @@ def hold(tape: Tape) -> Held:
     asked: dict[int, int] = {address: requested for address, (_, requested) in tape.blocks.items()}
     requested, reserved = model.requested, model.reserved
     difference, at = "", 0
-    got: list[tuple[int, int]] = []  # by the GPU, for the allocation that comes next
+    got: list[tuple[int, int]] = []  # (address, bytes) that the GPU got for the next allocation
     for number, (kind, address, nbytes) in enumerate(tape.events):
         said = ""
         if kind in GOT:
@@ -167,7 +167,7 @@ def hold(tape: Tape) -> Held:
             said = "the GPU got memory for what it then could not allocate, which is not modelled"
             reserved += sum(size for _, size in got)
             got.clear()
-        elif number and tape.events[number - 1].kind not in GAVE:  # out of memory, and nothing was to be given back
+        elif number and tape.events[number - 1].kind not in GAVE:  # out of memory, and the GPU gave nothing back
             said = _give_back(model, tape, number)
         if said and not difference:
             difference, at = f"event {number}, {kind} of {nbytes:,} B: {said}", number
@@ -222,7 +222,7 @@ def _end(model: Followed, tape: Tape) -> str:
 
 
 def _other_kind(tape: Tape, settings: AllocatorSettings) -> int:
-    """Peak of the bytes reserved by segments of the other kind; what was live before lies there by its addresses."""
+    """Peak bytes reserved by segments of the other kind; blocks from before the tape come first, by address."""
     model = CachingAllocator(
         expandable=not tape.expandable, large_segment=settings.large_segment, max_split=settings.max_split
     )
@@ -242,7 +242,7 @@ def _other_kind(tape: Tape, settings: AllocatorSettings) -> int:
 
 
 def _pieces(tape: Tape, addresses: Sequence[int], start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """(address, bytes, bytes asked for or 0 where it is free) of what a segment consists of."""
+    """(address, bytes, bytes asked for or 0 where it is free) of each piece of a segment."""
     for address in addresses[bisect.bisect_left(addresses, start) : bisect.bisect_left(addresses, end)]:
         if start < address:
             yield start, address - start, 0

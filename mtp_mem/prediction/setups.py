@@ -1,7 +1,7 @@
-"""Which training setup fits, and what it costs: trunk checkpointing, micro-batches and optimizers held side by side.
+"""Which training setup fits, and what it costs: trunk checkpointing, micro-batches, optimizers and GPUs compared.
 
-The step stays the same: its sequences are split into micro-batches, its gradient is the same sum. What recomputation
-costs is counted in FLOPs over those of the step without any; micro-batches cost none.
+The step stays the same: its sequences are split into micro-batches, its gradient is the same sum. The cost of
+recomputation is the step's FLOPs over those of the step without any; micro-batches cost none.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class Tried:
         training: the setup.
         workload: the micro-batch.
         figures: the allocator's predicted peaks.
-        flops: of the step's products over those without recomputation; None without a closed form.
+        flops: FLOPs of the step's products over those without recomputation; None without a closed form.
     """
 
     strategy: str
@@ -49,7 +49,7 @@ class Tried:
     flops: Fraction | None
 
     def fit(self, limit: int) -> Fit:
-        """Whether it fits into so many bytes."""
+        """Whether the step fits into `limit` bytes."""
         return fit(self.figures.allocated, self.figures.reserved, limit)
 
     @property
@@ -61,7 +61,7 @@ class Tried:
 
     @property
     def cost(self) -> tuple[int, Fraction, int]:
-        """GPUs, recomputation and micro-batches, in the order of their weight."""
+        """GPUs, recomputation and micro-batches, to sort by in this order."""
         return self.training.world, self.flops or Fraction(1), self.training.micro_batches
 
 
@@ -93,7 +93,7 @@ def variations(profile: Profile, vary: Sequence[str]) -> list[tuple[Training, Wo
 def try_setups(
     profile: Profile, gpu: GPU, n: int, strategies: Mapping[str, Strategy], vary: Sequence[str], progress: Progress
 ) -> tuple[tuple[Tried, ...], LeftOut]:
-    """Every variation with every strategy, the cheapest first, of equal ones the one that needs most.
+    """Every variation with every strategy, the cheapest first, of equal ones the one that needs most bytes.
 
     Args:
         profile: model, step and setup to vary from.
@@ -125,7 +125,7 @@ def try_setups(
 
 
 def cheapest(rows: Sequence[Tried], limit: int) -> Tried | None:
-    """The first that fits; among equally cheap ones the one that leaves most."""
+    """The cheapest row that fits; among equally cheap ones the one that leaves most bytes."""
     fitting = [row for row in rows if row.fit(limit) != "no"]
     if not fitting:
         return None
@@ -148,7 +148,7 @@ def setup_advice(rows: Sequence[Tried], limit: int) -> str:
 
 
 def share(flops: Fraction | None) -> str:
-    """FLOPs over those without recomputation, as what they are more."""
+    """The FLOPs that recomputation adds, in per cent; `flops` is as in `Tried`."""
     return "?" if flops is None else f"{float(flops - 1):+.0%}"
 
 
@@ -156,7 +156,7 @@ def _flops(spec: str, profile: Profile, n: int) -> Fraction | None:
     model, workload = profile.model.with_n(n).facts(), dataclasses.asdict(profile.workload)
     shape = Shape.of(
         model | {"logit_softcap": None}, workload | {"dtype": "bf16"}, cuda=True
-    )  # products are counted, whatever they are in
+    )  # the number of FLOPs is the same in every dtype
     if shape is None:
         return None
     own = step_flops(spec, shape) + trunk_recompute_flops(shape, profile.training)

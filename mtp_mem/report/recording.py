@@ -203,7 +203,7 @@ def show(screen: Console, name: str, recording: Recording, held: Held, blocks: l
 
 
 def summary(rows: list[tuple[str, Recording, Held]]) -> Table:
-    """A row for each recording: reserved peak, that less allocated peak, and that with the other kind of segments."""
+    """A row for each recording: reserved peak, the same less allocated peak, reserved peak with the other segments."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("recording", overflow="fold")
     table.add_column("")

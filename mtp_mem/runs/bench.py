@@ -29,7 +29,7 @@ from mtp_mem.verification.global_state import restored
 from mtp_mem.verification.gradient_error import Comparison, Gradients, compare, take
 
 REFERENCES = ("naive", "sequential", "chunked_tokens")
-"""Whose gradients the others are held against: the first that fits. The first two are bit-identical."""
+"""Strategies to hold the others' gradients against: the first that fits in memory. The first two are bit-identical."""
 
 WARM_UP = {"cpu": 1, "cuda": 2}  # steps before the measured one: optimizer state, lazy buffers, the allocator's cache
 
@@ -63,10 +63,11 @@ class Bench:
         return Batch(batch.tokens.to(self.device), batch.targets.to(self.device))
 
     def check(self, strategy: Strategy) -> dict[str, Any]:
-        """The strategy's gradients against naive's, from empty `.grad`; before any step, as steps change weights.
+        """A record's fields for the strategy's gradients against the reference's, from empty `.grad`.
 
-        Naive's are kept in host memory: on the device they would leave less of it to every later case. It is run twice:
-        where a kernel adds in no fixed order, as flash attention's backward does, it is not even identical to itself.
+        Call it before any step, as steps change weights. The reference's gradients stay in host memory: on the device
+        they would leave less of it to every later case. The reference runs twice: where a kernel adds in no fixed
+        order, as flash attention's backward does, its two runs may differ.
         """
         dtype = self.profile.workload.dtype
         if not self.reference_name:
@@ -75,7 +76,7 @@ class Bench:
         rounding = kernel_limits(strategy).loss_rounding(dtype, self.profile.workload.tokens)
         facts: dict[str, Any] = {}
         verdicts: list[Comparison] = []
-        for _ in range(2):  # the first step of all may be right, and the next one wrong
+        for _ in range(2):  # its first run may be right, and its second wrong
             with self.guarded():
                 gradients = self._gradients(strategy)
             (losses,) = gradients["losses"]
@@ -101,7 +102,7 @@ class Bench:
 
     @contextmanager
     def guarded(self, *, trains: bool = False) -> Iterator[None]:
-        """A case: it starts from the same weights and batch, and what it changed beside them is put back.
+        """A block that runs one case from the same weights and batch as all; what else it changed is put back.
 
         Args:
             trains: the case takes optimizer steps, so that the weights may change.
@@ -124,7 +125,7 @@ class Bench:
             raise BrokenContract(f"leaves {changed[0]} changed, which was put back")
 
     def _restore(self) -> bool:
-        """Weights and batch as they were at the start; returns whether the weights were so already."""
+        """Put weights and batch back as they were at the start; returns whether the weights had not changed."""
         for tensor, start in zip((self.batch.tokens, self.batch.targets), self._tokens, strict=True):
             put_back(tensor, start)
         same = [put_back(p, start) for p, start in zip(map(local, self.model.parameters()), self._start, strict=True)]
@@ -137,7 +138,7 @@ class Bench:
 
     def _measure(self, strategy: Strategy) -> dict[str, Any]:
         step, chosen = self.step(strategy), self.resolve_auto(strategy)[1]
-        free(self.device)  # of what building the model and restoring its weights left
+        free(self.device)  # what building the model and restoring its weights left in the cache
         with sampled_rss() as rss:
             for _ in range(WARM_UP[self.device.type]):
                 step()
@@ -149,7 +150,7 @@ class Bench:
         }
         if self.device.type == "cuda":
             peaks = cuda.measure(step)
-            # In a step of its own: what it says of categories and phases is not what the peak was measured with.
+            # In a step of its own, for categories and phases: recording a history must not touch the measured step.
             peak = explained(cuda_history.record(step))
             return facts | {
                 **peak,
@@ -166,14 +167,14 @@ class Bench:
         return facts | explained(track(step, self._buckets))
 
     def time(self, strategies: dict[str, Strategy], progress: Progress) -> dict[str, list[float] | BaseException]:
-        """Seconds of untracked steps; the strategies take turns, a different one first in each round.
+        """Seconds of untracked steps by spec; the strategies take turns, a different one first in each round.
 
-        A strategy that fails here, for want of memory say, is out from then on, and its entry is how it failed.
+        A strategy that fails here, out of memory for example, runs no further, and its entry is the exception.
         """
         seconds: dict[str, list[float]] = {spec: [] for spec in strategies}
         failed: dict[str, list[float] | BaseException] = {}
         specs = list(strategies)
-        # On CUDA the bytes were measured in other processes: here every strategy still has its first step before it.
+        # On CUDA the bytes were measured in other processes: here a strategy's first step comes first, untimed.
         warm_up = int(self.device.type == "cuda")
         for turn in range(-warm_up, self.profile.sweep.rounds):
             start = turn % len(specs) if specs else 0
@@ -186,7 +187,7 @@ class Bench:
                     with self.guarded(trains=True):
                         took = self._seconds(self.step(strategies[spec]))
                 except Exception as e:
-                    failed[spec] = e.with_traceback(None)  # whose frames hold what the step had made
+                    failed[spec] = e.with_traceback(None)  # its frames would keep the step's tensors
                     self.recover()
                 else:
                     if turn >= 0:
@@ -206,7 +207,7 @@ class Bench:
         free(self.device)
 
     def _settle_reference(self) -> None:
-        """The first reference that fits, in host memory, and how far it is from itself; or why there is none."""
+        """Set the reference: the first that fits, in host memory; its name, or why there is none; its noise."""
         self.reference_name = "no reference fits here"
         for name in REFERENCES:
             try:
@@ -222,7 +223,7 @@ class Bench:
                 return
 
     def _gradients(self, strategy: Strategy) -> dict[str, list[Tensor | None]]:
-        """Of one step, by part of the model, and its losses."""
+        """Gradients of one step, by part of the model, and its losses under "losses"."""
         self.model.zero_grad(set_to_none=True)
         losses = self._backward(strategy)
         if not isinstance(losses, Tensor) or losses.shape != (self.model.n_future,):
@@ -258,7 +259,7 @@ class Bench:
 
 
 def drawn_model(profile: Profile, config: ModelConfig, device: torch.device, dtype: Dtype | None = None) -> Model:
-    """In the profile's training setup, with the weights that its seed draws; on one rank.
+    """A model in the profile's training setup, with random weights from its seed; not sharded.
 
     Args:
         profile: workload and training.
@@ -274,7 +275,7 @@ def drawn_model(profile: Profile, config: ModelConfig, device: torch.device, dty
 
 
 def explained(trace: Trace) -> dict[str, Any]:
-    """What a trace says of its peak."""
+    """A record's fields for the peak of a trace."""
     peak = trace.peak()
     return {
         "baseline_bytes": trace.baseline,
@@ -299,7 +300,7 @@ def speed(seconds: list[float], tokens: int) -> dict[str, float]:
 
 
 def failure(error: BaseException) -> dict[str, Any]:
-    """Out of memory is a result; anything else a strategy raises is one too, with its message."""
+    """A record's fields for what a strategy raised: out of memory, or any other error with its message."""
     return {"status": "oom" if out_of_memory(error) else "error", "error": one_line(error)}
 
 
@@ -309,10 +310,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`cpu`, `cuda`, `cuda:1` or `auto` (CUDA where there is any).
+    """The device named `cpu`, `cuda`, `cuda:1` or `auto` (CUDA where there is any).
 
     Raises:
-        Missing: CUDA was asked for and is absent.
+        Missing: CUDA, or the device of this number, was asked for and is absent.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -335,6 +336,6 @@ def on_host(gradients: Gradients) -> Gradients:
 
 
 def free(device: torch.device) -> None:
-    """Give the allocator's cache back, so that what comes next starts from none."""
+    """Empty CUDA's allocator cache, so that the next case starts without one."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,8 +1,8 @@
 """Is the prediction right? `mtp-mem predict --check` holds it against a CUDA device, byte by byte.
 
 Each case is measured in a process of its own, under the default allocator and under expandable segments, and predicted
-with the workspaces that were kept there, or without any. Then each row of the kernel table is run alone. Without a CUDA
-device it says so and prints the predictions.
+with the cuBLAS workspaces that were found live there. Then each row of the kernel table is run alone. Without a CUDA
+device the command says so and prints the predictions.
 """
 
 import json
@@ -59,14 +59,14 @@ class Row:
     allocator: str
     predicted: dict[str, int]
     measured: dict[str, int] | None = None
-    unnamed: int | None = None  # live before the step in no tensor of ours
+    unnamed: int | None = None  # bytes live before the step in no tensor of ours
     retries: int | None = None
-    spread: int | None = None
+    spread: int | None = None  # bytes, as in `CudaPeaks`
     error: str | None = None
 
     @property
     def difference(self) -> dict[str, int] | None:
-        """Predicted minus measured."""
+        """Predicted minus measured bytes."""
         return None if self.measured is None else {key: self.predicted[key] - self.measured[key] for key in FIELDS}
 
 
@@ -145,7 +145,7 @@ def check(gpu: GPU, before: Sequence[Row] = (), *, quick: bool, measure: bool) -
 def compare(
     shape: str, spec: str, n: int, allocator: str, profile: Profile, gpu: GPU, facts: dict[str, Any] | None
 ) -> Row:
-    """Predict one case and set it beside what `isolated.measure` found of it."""
+    """Predict one case and set it beside `facts`, which `isolated.measure` returned, or None."""
     measured, resident = facts is not None and facts["status"] == "ok", None
     if facts is not None and measured:
         nbytes = workspaces(gpu).nbytes
@@ -179,9 +179,9 @@ def is_right(row: Row) -> bool:
 
 
 def check_kernels(device: str, gpu: GPU) -> Iterator[tuple[str, str, int, int | None]]:
-    """Name, where such sizes were seen, bytes by the table, and bytes measured around the operator alone, row by row.
+    """Of each kernel case: name, where such sizes were seen, bytes by the table, bytes measured of the operator alone.
 
-    Off CUDA nothing is measured: None.
+    Off CUDA nothing is measured, and the last one is None.
     """
     for name, operator, args in _kernel_cases(device):
         measured = _inside(operator, args) if device == "cuda" else None
@@ -236,7 +236,7 @@ def _kernel_cases(device: str) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
 
 
 def _inside(operator: Any, args: tuple[Any, ...]) -> int:
-    """Bytes the operator takes at its peak, its results aside."""
+    """Bytes the operator takes at its peak besides its results."""
     operator(*args)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -8,19 +8,19 @@ import psutil
 BUSY = 0.1
 """Share of the machine's CPU time that others may take."""
 WIDE = 0.5
-"""How far the 20/80 % band of a case's steps may reach, to their median."""
+"""Largest width of the 20 to 80 % band of a case's step times, over their median."""
 SHORTEST_S = 0.2
 """The system counts CPU time in hundredths of a second: over less than this it says little."""
 
 
 class CpuWatch:
-    """CPU time of the whole machine and of this process, from its making on."""
+    """Measures CPU time of the machine and of this process from when it is made."""
 
     def __init__(self) -> None:
         self._begun = self._now()
 
     def others(self) -> float | None:
-        """The share, 0 to 1, of the machine's CPU time since then that was not this process's; None: too short."""
+        """Share, 0 to 1, of the machine's CPU time since then that others took; None: less than SHORTEST_S ago."""
         wall, busy, own = (end - begin for end, begin in zip(self._now(), self._begun, strict=True))
         if wall < SHORTEST_S:
             return None
@@ -28,9 +28,9 @@ class CpuWatch:
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
-        """Seconds by the clock; of all processes, and of other guests where the machine is a virtual one; our own."""
+        """Seconds: wall clock; CPU time of all processes and, in a virtual machine, of other guests; our CPU time."""
         system, own = psutil.cpu_times(), os.times()
-        # Only Linux tells the last ones apart. Time for guests of this machine is in `user` already.
+        # Only Linux has all of these. Time for guests of this machine is in `user` already.
         rest = sum(getattr(system, name, 0.0) for name in ("nice", "irq", "softirq", "steal"))
         return time.monotonic(), system.user + system.system + rest, sum(own[:4])
 

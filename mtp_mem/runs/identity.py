@@ -24,12 +24,13 @@ CONDITIONS: dict[str, Any] = {
     "bf16_reduced_precision_reduction": True,
     "deterministic": False,
 }
-"""Facts of the environment that measured figures depend on, with what held where a record does not name them yet."""
+"""Facts of the environment that measured figures depend on, with their values for records older than the fact."""
 MODEL_DEFAULTS = {
     field.name: field.default for field in dataclasses.fields(ModelConfig) if field.default is not dataclasses.MISSING
 }
-"""What a record that is older than a field of the model had."""
+"""Values of the model's fields for records older than the field."""
 CODE = ("code", "torch", "cuda", "cudnn", "driver", "cpu", "device", "target", "target_bytes")
+"""Facts of the environment about code and machine."""
 
 
 def implementation(strategy: object) -> str:
@@ -69,7 +70,7 @@ def case_id(
     environment: dict[str, Any],
     rounds: int | None = None,
 ) -> str:
-    """The name of a case.
+    """The name of a case: a fingerprint of all that its figures depend on.
 
     Args:
         strategy: the spec.
@@ -85,7 +86,7 @@ def case_id(
 
 
 def machine(record: Record) -> str:
-    """What the figures are of: the device, the GPU predicted for, or the CPU."""
+    """The machine of the figures: the device, the GPU predicted for, or the CPU."""
     env = record.environment
     target = env.get("target")
     if record.exactness == "predicted" and isinstance(target, str):
@@ -109,12 +110,12 @@ def setting(record: Record) -> dict[str, str]:
 
 
 def training_facts(record: Record) -> dict[str, Any]:
-    """The record's training setup; of a record that is older than the field, the only one there was."""
+    """The record's training setup; of a record that is older than the field, the default one."""
     return {**Training().facts(record.workload["dtype"]), **record.training}
 
 
 def training_of(record: Record) -> Training | None:
-    """The record's training setup; None where it is none that this version knows."""
+    """The record's training setup; None where this version does not know it."""
     facts, names = training_facts(record), [field.name for field in dataclasses.fields(Training)]
     try:
         return from_table(Training, {name: facts[name] for name in names})
@@ -123,7 +124,7 @@ def training_of(record: Record) -> Training | None:
 
 
 def training_words(record: Record) -> str:
-    """The training setup for people: precision, and what is not as usual."""
+    """The training setup for people: precision, and what differs from the defaults."""
     training = training_of(record)
     words = ("another version's setup",) if training is None else training.words
     return ", ".join([_text(training_facts(record)["precision"]), *words])

@@ -1,8 +1,9 @@
 """One case's bytes in a process of its own: nothing an earlier case left in the allocator can bend its peak.
 
-The parent sends the case as JSON on stdin; the child answers with one line on stdout. It begins with a mark that the
-parent chose, so that nothing else that a strategy prints is taken for it. A child that dies, hangs or gives no answer
-is a result, not the end of the run. It ends with its parent, however that ends, and processes of its own end with it.
+The parent sends the case as JSON on stdin; the child answers with one line on stdout. The line begins with a mark that
+the parent chose, so that nothing else that a strategy prints is taken for the answer. A child that dies, hangs or gives
+no answer is a result, not the end of the run. A child and the processes that it starts end with the parent, however the
+parent ends.
 """
 
 import contextlib
@@ -26,14 +27,14 @@ from mtp_mem.errors import clean_text
 
 TIMEOUT_S = 600
 LAST_BYTES = 2**16
-"""Of what a child says on stderr before it dies, so much is looked at."""
+"""Bytes of a dead child's stderr that are looked at: the last ones."""
 DIES_WITH_PARENT = """
 import ctypes, os, signal, sys
 getattr(ctypes.CDLL(None), "prctl", lambda *_: 0)(1, signal.SIGKILL)
 if os.getppid() != int(sys.argv[1]):
     sys.exit("the parent has gone")
 """
-"""A child's first lines, before the seconds that importing torch takes: PR_SET_PDEATHSIG; argv[1] is its parent."""
+"""A child's first lines, before the seconds that importing torch takes: PR_SET_PDEATHSIG; argv[1]: its parent's pid."""
 MAIN = "from mtp_mem.runs.isolated import main; main()"
 
 
@@ -50,13 +51,13 @@ def measure(
     """`Bench.measure` of one strategy at one n, in a fresh process.
 
     Args:
-        profile: model and workload; its sweep is not used.
+        profile: model, workload and training; its sweep is not used.
         n: number of heads.
         spec: the strategy, or "" for the floor.
         device: `cpu`, `cuda` or `cuda:N`.
         text: a UTF-8 file in place of the default text.
-        timeout_s: after so long the child is killed.
-        environment: variables on top of this process's, `PYTORCH_CUDA_ALLOC_CONF` say.
+        timeout_s: seconds after which the child is killed.
+        environment: variables on top of this process's, such as `PYTORCH_CUDA_ALLOC_CONF`.
 
     Returns:
         A record's fields; `status` is "error" with the reason where the child died or ran out of time.
@@ -77,7 +78,7 @@ def measure(
 
 
 def _answered(request: dict[str, Any], timeout_s: float, environment: dict[str, str]) -> dict[str, Any]:
-    """What a child makes of the request.
+    """A child's answer to the request.
 
     Raises:
         OSError: the machine has no room for another process, or for what it prints.
@@ -85,7 +86,7 @@ def _answered(request: dict[str, Any], timeout_s: float, environment: dict[str, 
     # Files, because a process that the child leaves behind would keep a pipe open.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
-            # -P: not what lies in the working directory, a clone say, in the place of what is installed.
+            # -P: import what is installed, not what lies in the working directory, such as a clone.
             [sys.executable, "-P", "-c", f"{DIES_WITH_PARENT}{MAIN}", str(os.getpid())],
             env=environment,
             stdin=subprocess.PIPE,
@@ -113,7 +114,7 @@ def _answered(request: dict[str, Any], timeout_s: float, environment: dict[str, 
 
 
 def _answer(line: bytes, mark: str) -> dict[str, Any] | None:
-    """What a line of the child's holds, where it is its answer and nothing was printed into the middle of it."""
+    """The answer in a line of the child's output; None: it is another line, or something was printed into it."""
     _, marked, answered = line.partition(mark.encode())
     try:
         answer = json.loads(answered) if marked else None
@@ -145,7 +146,7 @@ def main() -> None:
     except Exception as e:
         facts = failure(e)
     print(f"\n{request['mark']}{json.dumps(facts)}", flush=True)
-    os._exit(0)  # whatever else the strategy has in mind
+    os._exit(0)  # no thread or exit handler of the strategy goes on
 
 
 def _profile(table: dict[str, Any]) -> Profile:
@@ -155,7 +156,7 @@ def _profile(table: dict[str, Any]) -> Profile:
 
 
 def _without_none(value: Any) -> Any:
-    """TOML has no null: a field that is None is a field that is absent."""
+    """The value without fields that are None: `from_table` expects TOML, which has no null."""
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return [_without_none(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -31,21 +31,21 @@ from mtp_mem.verification.gradient_error import Gradients, take
 
 ONE_PROCESS = "one process"
 RANK_REFERENCES = (ONE_PROCESS, *REFERENCES, "")
-"""Whose gradients the others are held against: the first that fits. One process takes all ranks' batches in turn."""
+"""References for gradients: the first that fits; "" is none. One process takes all ranks' batches in turn."""
 
 MOST_STEPS = 6
-"""Tracked steps in which a rank's bytes must come twice."""
+"""Tracked steps at most, until every rank's bytes have come twice."""
 
 
 class DoesNotFit(MtpMemError):
-    """The reference does not: no fault of the strategy whose turn it is."""
+    """The reference does not fit in memory: no fault of the strategy whose turn it is."""
 
     words = "the reference does not fit"
 
 
 @dataclass(frozen=True)
 class RankWork:
-    """What makes a rank's work on cases (spec, n); a spec of "" is the floor. The answer is a record's fields.
+    """Makes a rank's function from a case (spec, n) to a record's fields; a spec of "" is the floor.
 
     Attributes:
         profile: model, workload, training and rounds.
@@ -60,7 +60,7 @@ class RankWork:
     reference: str = ONE_PROCESS
 
     def __call__(self) -> Work:
-        """On a rank that has joined its group."""
+        """The function, on a rank that has joined its group."""
         corpus = load_corpus(self.profile.workload, self.profile.model.vocab_size, self.text)
         device = torch.device(self.device_type)
         if device.type == "cuda":
@@ -106,14 +106,14 @@ class RankBench(Bench):
         if profile.training.sharding == "ddp":
             self._ddp = DistributedDataParallel(HeadLoss(self.model))
             self._ddp.register_comm_hook(self._ddp_buckets, _average)
-        self._backward(NoLogits())  # both engines put hooks on the model in their first step
+        self._backward(NoLogits())  # DDP and FSDP2 put hooks on the model in their first step
         self.model.zero_grad(set_to_none=True)
 
     def _model(self) -> Model:
         sharding, dtype = self.profile.training.sharding, self.profile.workload.dtype
         if sharding == "ddp":
             return drawn_model(self.profile, self.config, self.device)
-        # Under FSDP2 the parameters that it gathers are in bf16, and there is no autocast.
+        # bf16-mixed under FSDP2: fp32 shards, gathered in bf16, without autocast.
         own: Dtype = "fp32" if dtype == "bf16-mixed" else dtype
         model = drawn_model(self.profile, self.config, self.device, own)
         shape = (self.world // NODE, NODE) if sharding == "hsdp" else (self.world,)
@@ -151,7 +151,7 @@ class RankBench(Bench):
         return {name: [None if g is None else g / self.world for g in gradients] for name, gradients in total.items()}
 
     def _gradients(self, strategy: Strategy) -> dict[str, list[Tensor | None]]:
-        """Whole, in host memory; the losses are the mean over ranks."""
+        """Whole gradients, in host memory, and the mean of the losses over ranks."""
         gradients = super()._gradients(strategy)
         (losses,) = gradients["losses"]
         assert losses is not None
@@ -191,9 +191,9 @@ class RankBench(Bench):
         return ranks[largest] | {"largest_rank": largest} | counts
 
     def _steady(self, strategy: Strategy) -> list[dict[str, Any]]:
-        """Each rank's facts of the step that takes least, once it has come twice on every rank.
+        """Each rank's facts of the step with its lowest peak, once that peak has come twice on every rank.
 
-        A thread of gloo may hold a buffer a moment longer than the step does: what it adds is no part of the step.
+        A thread of gloo may hold a buffer a moment longer than the step does: that is no part of the step.
         """
         least: list[dict[str, Any]] = []
         repeated = [False] * self.world
@@ -210,7 +210,7 @@ class RankBench(Bench):
         return least
 
     def timed(self, strategy: Strategy, progress: Any) -> dict[str, float]:
-        """The record's times: of each step the slowest rank's seconds; tokens of all ranks."""
+        """The record's times, by the slowest rank's seconds of each step and the tokens of all ranks."""
         seconds = []
         with self.guarded(trains=True):
             step = self.step(strategy)
@@ -225,7 +225,7 @@ class RankBench(Bench):
 
 
 def _average(seen: dict[int, Tensor], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-    """What DDP does with a full bucket by itself, and where the bucket lies."""
+    """Reduce a full bucket as DDP itself would, and note its buffer in `seen`."""
     seen[bucket.index()] = bucket.buffer()
     return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
 

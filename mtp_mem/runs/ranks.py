@@ -28,20 +28,23 @@ from mtp_mem.errors import Missing, MtpMemError, one_line
 from mtp_mem.runs.bench import failure
 
 TIMEOUT_S = 600
-"""Without a sign of life from rank 0 for so long, a group is ended."""
+"""Seconds without a message from the ranks after which a group is ended."""
 
 Work = Callable[[Any, Progress], Any]
-"""(job, told what is being done) -> answer; called on every rank, and rank 0's answer counts."""
+"""(job, progress callback) -> answer; called on every rank, and rank 0's answer counts."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Which ranks there are.
+    """The ranks of a process group, processes of this machine.
 
     Attributes:
         world: how many.
         device_type: "cpu": gloo; "cuda": NCCL, and rank r has device r.
-        timeout_s: without a sign of life for so long, the group is ended.
+        timeout_s: seconds without a message from the ranks after which the group is ended.
+
+    Raises:
+        Missing: there are fewer CUDA devices than ranks.
     """
 
     world: int
@@ -141,9 +144,9 @@ class RankFailed(MtpMemError):
 
 @dataclass(frozen=True)
 class Joined:
-    """A process group that was there before, torchrun's, of which this process is a rank.
+    """torchrun's process group, of which this process is a rank.
 
-    Whatever fails ends the run, as torchrun ends it.
+    Any failure ends the run, because torchrun then ends all ranks.
     """
 
     rank: int
@@ -151,14 +154,14 @@ class Joined:
 
     @staticmethod
     def by_environment(device_type: str) -> "Joined":
-        """Join the group that the environment names; on CUDA the rank's device is its number on this machine."""
+        """Join the group that the environment names; on CUDA its device is LOCAL_RANK."""
         if device_type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         join(device_type)
         return Joined(dist.get_rank(), dist.get_world_size())
 
     def agreed(self, value: Any) -> Any:
-        """Rank 0's."""
+        """Rank 0's value, on every rank."""
         values = [value]
         dist.broadcast_object_list(values)
         return values[0]
@@ -169,7 +172,7 @@ class Joined:
         """As `Group.run`.
 
         Raises:
-            RankFailed: on this rank, whatever its own work raises. The others wait, until torchrun ends them.
+            RankFailed: this rank's work raised. The other ranks wait until torchrun ends them.
         """
         work = make()
         for job in jobs:
@@ -183,7 +186,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class _Settings:
-    """What of the parent's process a rank takes over."""
+    """Settings of the parent process that a rank takes over."""
 
     threads: int
     deterministic: bool
@@ -213,7 +216,7 @@ def _rank(
     """A rank's process, from its beginning to its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
     threading.Thread(target=_end_with_parent, args=(Path(store).parent,), daemon=True).start()
-    os.dup2(2, 1)  # what a strategy prints is none of our results
+    os.dup2(2, 1)  # stdout is for our results, not for what a strategy prints
     settings.take()
 
     def doing(what: str) -> None:
@@ -233,7 +236,7 @@ def _rank(
     except (Exception, SystemExit) as e:
         with contextlib.suppress(OSError):
             connection.send(("failed", failure(e)))
-        threading.Event().wait()  # the parent ends the group; a rank that went would make others fail in its place
+        threading.Event().wait()  # the parent ends the group; if this rank exited, others would fail and hide its error
     connection.send(("done", None))
     dist.destroy_process_group()
 
@@ -243,8 +246,8 @@ def join(device_type: str, *, timeout_s: float = TIMEOUT_S, **where: Any) -> Non
 
     Args:
         device_type: "cpu" or "cuda".
-        timeout_s: of a collective.
-        where: `init_method`, `rank` and `world`; without them the environment that torchrun makes says it.
+        timeout_s: seconds; a collective may take 60 s longer.
+        where: `init_method`, `rank` and `world`; without them torchrun's environment variables count.
     """
     if "world" in where:
         where["world_size"] = where.pop("world")

@@ -1,4 +1,4 @@
-"""Results files for people who only look: nothing is written, what is damaged is skipped and named."""
+"""Reads results files without writing to them: damaged lines are skipped and named."""
 
 import os
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from mtp_mem.runs.record import Record
 from mtp_mem.runs.results_file import NAMED, read_lines
 
 SAID = 3
-"""Of what is wrong with files without a single usable record, so many are named in the one line of the error."""
+"""Notes that the error for files without a single usable record names in its one line."""
 
 
 @dataclass(frozen=True)
 class Located:
-    """A record, and where it stands."""
+    """A record with its file and line."""
 
     record: Record
     path: Path
@@ -74,7 +74,7 @@ def groups(located: Sequence[Located], notes: list[str]) -> list[list[Record]]:
     others, and files that mix machines.
     """
     kept: dict[tuple[tuple[str, str], ...], dict[tuple[str, int], Located]] = {}
-    settings: dict[str, tuple[tuple[str, str], ...]] = {}  # by what they are read from: many records have one
+    settings: dict[str, tuple[tuple[str, str], ...]] = {}  # by the facts they follow from, which many records share
     replaced: list[str] = []
     for one in located:
         record = one.record

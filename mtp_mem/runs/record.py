@@ -42,12 +42,12 @@ FIELDS: dict[str, tuple[Hints, Hints]] = {
         {"code": str, "target": str, "target_bytes": int, "threads": int, "variables": dict[str, str]},
     ),
 }
-"""What a record's nested fields hold: what charts and tables read from every one, and what not every one has."""
+"""Keys and types of a record's nested fields: those that every record has, and those that not every record has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One case: a strategy at one n under one instrument. Bytes are integers; what does not exist is None."""
+    """One case: a strategy at one n under one instrument. Bytes are integers; a figure that does not exist is None."""
 
     schema: int = SCHEMA
     case: str  # identifies the case and everything its figures depend on
@@ -58,7 +58,7 @@ class Record:
     implementation: str = ""  # version of its kernel's library, or digest of its source where it is not ours
     n: int
     status: Literal["ok", "oom", "error"]
-    chosen: str | None = None  # what a strategy that chooses by step ran, and why
+    chosen: str | None = None  # of a strategy such as `auto`: what it chose, and why
     error: str | None = None
     baseline_bytes: int | None = None
     peak_requested_bytes: int | None = None
@@ -73,24 +73,24 @@ class Record:
     steps_before: int | None = None  # steps run before the measured one: the first has no optimizer state yet
     bytes_at_peak: dict[str, int] | None = None
     peak_spread_bytes: int | None = None  # largest minus smallest allocated peak of the repeats
-    live_unnamed_bytes: int | None = None  # live before the step and no tensor of ours: cuBLAS workspaces
+    live_unnamed_bytes: int | None = None  # live before the step in no tensor of ours: cuBLAS workspaces
     alloc_retries: int | None = None
     nvml_process_bytes: int | None = None
     host_rss_bytes: int | None = None
     largest_rank: int | None = None  # of several ranks the one whose bytes these are
-    collectives: dict[str, int] | None = None  # a step's, by kind
-    collective_bytes: dict[str, int] | None = None  # a step's, by kind: gathered parameters, gradients to reduce
+    collectives: dict[str, int] | None = None  # number in one step, by kind
+    collective_bytes: dict[str, int] | None = None  # in one step, by kind: gathered parameters, gradients to reduce
     tokens_per_s: float | None = None
     step_ms: float | None = None
     step_ms_p20: float | None = None
     step_ms_p80: float | None = None
     others_cpu: float | None = None  # share of the machine's CPU time that others took while steps were timed
-    disturbed: bool | None = None  # by that, or by the spread of the steps, the times are not to be relied on
+    disturbed: bool | None = None  # whether that, or the spread of the steps, makes the times unreliable
     gradient: Verdict = "unchecked"
-    gradient_error: float | None = None
-    gradient_group: str | None = None
+    gradient_error: float | None = None  # relative, the largest of the model's parts
+    gradient_group: str | None = None  # the part that has it
     gradient_reference: str | None = None  # whose gradients these were held against
-    gradient_noise: float | None = None  # error of that one against itself, run again
+    gradient_noise: float | None = None  # error of the reference's second run against its first
     losses: tuple[float, ...] | None = None
     parameters: int | None = None
     model: dict[str, Any] = field(default_factory=dict)
@@ -99,7 +99,7 @@ class Record:
     environment: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; a number that JSON cannot hold (an infinite error, a loss) becomes "inf", "-inf" or "nan"."""
+        """A JSON object; a number that JSON cannot hold (an infinite error or loss) becomes "inf", "-inf" or "nan"."""
         table = dataclasses.asdict(self)
         table |= {key: _spelt(table[key]) for key in ERRORS}
         return table | {"losses": self.losses and [_spelt(loss) for loss in self.losses]}
@@ -172,7 +172,7 @@ def new_record(
         training: the training setup (`Training.facts`).
         backend: the instrument.
         environment: machine and versions.
-        parameters: the model's count.
+        parameters: their number in the model.
         floor: the record's fields for the step without logits.
         facts: the record's fields for this case; `status` is one of them.
     """

@@ -17,13 +17,13 @@ from mtp_mem.runs.identity import key
 from mtp_mem.runs.record import Record
 
 PATIENCE_S = 10
-"""For a lock that is held for milliseconds; whoever holds it longer has been stopped."""
+"""Seconds to wait for a lock that is held for milliseconds; a process that holds it longer has been stopped."""
 NAMED = 20
-"""So many damaged lines of a file, or replaced records, are named one by one."""
+"""Damaged lines of a file, or replaced records, that are named one by one; more are counted."""
 
 
 def read_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
-    """Each record of a results file with the number of its line; lines that are none are skipped, and named in `notes`.
+    """Each record of a results file with the number of its line; other lines are skipped, and named in `notes`.
 
     Raises:
         BadInput: the file cannot be read.
@@ -76,7 +76,7 @@ class ResultsFile:
         """Write one record so that a kill at any moment loses no earlier one.
 
         Raises:
-            BadInput: it cannot be written, for want of space say; the file is as it was then.
+            BadInput: it cannot be written, without space for example; the file is then unchanged.
         """
         line = json.dumps(record.to_json(), allow_nan=False).encode() + b"\n"
         with writing(self.path), self._alone() as file:
@@ -92,12 +92,12 @@ class ResultsFile:
                 raise
 
     def replace(self, records: Sequence[Record]) -> None:
-        """Drop what these records, which were appended, take the place of: earlier ones of the same cases.
+        """Drop all earlier records of the cases of these records, which have been appended already.
 
-        Those of other versions of the code too. All other lines stay, also those that cannot be read.
+        Records of other versions of the code go too. All other lines stay, also those that cannot be read.
 
         Raises:
-            BadInput: the file cannot be written again; it is as it was then.
+            BadInput: the file cannot be rewritten; it is then unchanged.
         """
         with writing(self.path), self._alone():
             last: dict[tuple[str, ...], int] = {}

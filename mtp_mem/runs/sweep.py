@@ -60,12 +60,12 @@ def cases(profile: Profile, corpus: Corpus, device: torch.device) -> list[Case]:
 
 
 def _workload(profile: Profile, corpus: Corpus) -> dict[str, Any]:
-    """As a record names it: with where its tokens come from."""
+    """The workload as a record has it, with source and digest of its text."""
     return {**dataclasses.asdict(profile.workload), "source": corpus.source, "digest": corpus.digest}
 
 
 def units(todo: list[Case], rounds: int) -> int:
-    """How often `run` will call its progress callback."""
+    """How often `run` calls its progress callback if no case is refused or fails."""
     return len(todo) * (2 + rounds) + len({case.n for case in todo})
 
 
@@ -89,7 +89,7 @@ def run(
         todo: the cases to run.
         progress: called once per unit of work.
         budget_s: seconds after which no further n is begun; the first n always is, so that every call gets ahead.
-        joined: the rank that this process is; by default a sharded setup's ranks are processes of their own.
+        joined: torchrun's group with this process as a rank; None: a sharded setup's ranks are new processes.
 
     Raises:
         BadInput: a strategy cannot be loaded, or cannot run this model.
@@ -131,7 +131,7 @@ def _on_ranks(
     budget_s: float | None,
     joined: "Joined | None",
 ) -> Iterator[Record]:
-    """The cases one after the other, each on all ranks: of this machine, or of torchrun's where this is one of them."""
+    """Run the cases one by one, each on all ranks: torchrun's if this process is one, else new processes."""
     from mtp_mem.runs.rank_bench import RANK_REFERENCES, DoesNotFit, RankWork
     from mtp_mem.runs.ranks import Group
 
@@ -174,7 +174,7 @@ def refusal(
 ) -> str | None:
     """Why a case cannot fit on a device of `total_bytes`; None where it may, or where no closed form holds.
 
-    On a CPU the weights are there twice: steps change them, and each case starts from the same ones.
+    On a CPU a second copy of the weights counts: steps change them, and each case starts from the same ones.
     """
     on_cuda = device_type == "cuda"
     peak = formula_peak(spec, config, workload, training, cuda=on_cuda)
@@ -263,7 +263,7 @@ def _record(
 
 
 def _tried(bench: Bench, work: Callable[[], Facts]) -> Facts:
-    """What the work gives, or how it failed."""
+    """The fields that the work returns, or those that say how it failed."""
     try:
         return work()
     except Exception as e:

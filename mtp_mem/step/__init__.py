@@ -42,17 +42,18 @@ def forward_backward(
         strategy: how the heads' forward and backward passes are ordered.
         weights: n loss weights; ones by default, the plain sum of Gloeckle et al. 2024, section 2.
         scale: multiplies the whole loss (gradient accumulation, fp16 loss scaling).
-        phase: told the name of each phase as it begins.
+        phase: called with the name of each phase as it begins.
         sync: whether a model that is sharded by FSDP2 reduces its gradients: False for all but the last micro-batch.
         label_smoothing: of every head's loss; see `mtp_mem.model.losses.LossOptions`.
         z_loss: likewise.
-        hidden: (B, S, D), a leaf in the place of the trunk's output: nothing below the cut runs.
+        hidden: (B, S, D), a leaf to use in place of the trunk's output; nothing below the cut runs then.
 
     Returns:
         The unweighted losses L_i, (n,), detached: fp32, or fp64 for fp64 models.
 
     Raises:
-        BadInput: targets or weights of another shape, or a strategy that has no such loss.
+        BadInput: targets or weights of the wrong shape, a strategy without these options of the loss, a model inside
+            DDP or sharded by tensor parallelism.
     """
     refuse_wrapped(model)
     phase("trunk forward" if hidden is None else "heads forward")
@@ -76,9 +77,9 @@ def forward_backward(
 
 @dataclass(frozen=True, eq=False)
 class TrainingStep:
-    """Forward, backward, clipping and optimizer step on one batch; call it with a `Phase` to be told where it is.
+    """One training step on one batch: forward, backward, clipping, optimizer; see `__call__`.
 
-    `micro_batch` is called as `forward_backward` is, in whose place it stands under DDP.
+    `micro_batch` runs one forward and backward pass: `forward_backward`, or under DDP a function with its arguments.
     """
 
     model: Model
@@ -87,11 +88,11 @@ class TrainingStep:
     strategy: Strategy
     clip_norm: float = 1.0
     training: Training = field(default_factory=Training)
-    hidden: Tensor | None = None  # (B, S, D), a leaf that stands for the trunk's output: the step is its heads alone
+    hidden: Tensor | None = None  # (B, S, D), a leaf in place of the trunk's output: the heads alone are run
     micro_batch: Callable[..., Tensor] = forward_backward
 
     def __call__(self, phase: Phase = no_phase) -> Tensor:
-        """Returns the n losses of the last micro-batch, detached; every micro-batch is the batch once more."""
+        """Run the step; returns the last micro-batch's losses (n,), detached. Every micro-batch is the same batch."""
         self.forget_gradients()
         training, count = self.training, self.training.micro_batches
         half = next(self.model.parameters()).dtype == torch.float16
@@ -120,7 +121,7 @@ class TrainingStep:
         return losses
 
     def forget_gradients(self) -> None:
-        """Those of the step before."""
+        """Free the gradients of the step before, or set them to zero, as `training.set_to_none` says."""
         self.model.zero_grad(set_to_none=self.training.set_to_none)
         if self.hidden is not None and self.hidden.grad is not None:
             if self.training.set_to_none:
@@ -138,11 +139,11 @@ def unscale(parameters: Iterable[Tensor], loss_scale: float) -> None:
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> None:
-    """`torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)`, also for tensors without data.
+    """As `torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)`, but also for tensors without data.
 
     Args:
         parameters: whose `.grad` is scaled so that the norm of all is `max_norm` at most.
-        max_norm: Euclidean.
+        max_norm: the largest Euclidean norm allowed.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients:

@@ -5,12 +5,12 @@
     loss.backward()
 
 The strategy runs in the forward pass of an autograd node, on shadows of the model's parameters: detached leaves that
-share their storage. It fills the shadows' `.grad`, never the user's; the node's backward hands them on, times the
-upstream gradient. So no hook fires early, gradients are accumulated, reduced, scaled and clipped as they always are,
-and every parameter gets its gradient once.
+share their storage. It fills the shadows' `.grad`, never the user's; the node's backward returns these gradients, times
+the upstream gradient, to autograd. So no hook fires early, gradients are accumulated, reduced, scaled and clipped as
+they always are, and every parameter gets its gradient once.
 
-Memory beside `forward_backward`: none where `.grad` is empty, for autograd takes the shadows' gradients over; one copy
-of the heads' gradients where gradients are accumulated.
+Memory on top of `forward_backward`'s: none where `.grad` is empty, because autograd takes over the shadows' gradients;
+one copy of the heads' gradients where gradients are accumulated.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def head_loss(
     z_loss: float = 0.0,
     phase: Phase = no_phase,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of all heads, and each head's.
+    """The weighted loss of all heads, to call `backward()` on, and each head's own loss.
 
     Args:
         model: `MTPModel`, what `from_hf` made, or your own (mtp_mem/model/own.py).
@@ -52,20 +52,20 @@ def head_loss(
         targets: (n, B, S) int64, IGNORE where there is no target; `future_targets(labels, n)` makes them.
         strategy: a spec, or a strategy.
         weights: n loss weights; ones by default.
-        num_items: L_i is the sum over head i's targets divided by this, in the place of its own mean: what the Hugging
-            Face Trainer calls `num_items_in_batch`.
-        scale: the upstream gradient to expect, a `GradScaler`'s `get_scale()` say. The heads' backward runs at this
-            scale, which is what keeps fp16 from underflow; any other upstream gradient is right up to rounding.
+        num_items: a number or (n,). In the weighted loss head i's summed loss is divided by this, not by head i's own
+            number of targets: what the Hugging Face Trainer calls `num_items_in_batch`.
+        scale: the upstream gradient to expect, for example a `GradScaler`'s `get_scale()`. The heads' backward runs at
+            this scale, which keeps fp16 from underflow; with another upstream gradient results differ by rounding.
         label_smoothing: of every head's loss; see `mtp_mem.model.losses.LossOptions`.
         z_loss: likewise.
-        phase: told the name of each phase of the heads as it begins.
+        phase: called with the name of each phase of the heads as it begins.
 
     Returns:
         sum_i weights[i] * L_i, 0-dim, with its graph; and the n means L_i, (n,), detached; both in the loss dtype.
 
     Raises:
-        BadInput: targets or weights of another shape, a z that is not the trunk's, an unknown strategy, or one that has
-            no such loss.
+        BadInput: targets or weights of the wrong shape, a z that is not the trunk's, an unknown strategy, or one that
+            does not take these options of the loss.
     """
     n, dtype = model.n_future, loss_dtype(z.dtype)
     if targets.shape != (n, *z.shape[:-1]):
@@ -93,13 +93,13 @@ def head_loss(
 
 
 class MTPForCausalLM(nn.Module):
-    """A Hugging Face model with n heads whose forward returns the loss, for trainers that want that.
+    """A Hugging Face model with n heads whose forward returns the loss, as some trainers expect.
 
     Args:
-        lm: any transformers `...ForCausalLM`; see `from_hf`, which it is given to.
-        n: number of heads.
+        lm: any transformers `...ForCausalLM`; passed to `from_hf`.
+        n: number of heads; see `from_hf`.
         strategy: a spec, or a strategy.
-        kind: of heads.
+        kind: of heads; see `from_hf`.
         weights: n loss weights; ones by default.
         label_smoothing: see `head_loss`.
         z_loss: see `head_loss`.
@@ -137,8 +137,8 @@ class MTPForCausalLM(nn.Module):
         Args:
             input_ids: (B, S) int64.
             labels: (B, S) int64, as transformers takes them: `input_ids` with IGNORE where there is nothing to learn.
-            num_items_in_batch: see `head_loss`; trainers that accumulate pass it.
-            inputs: what else the model takes: attention_mask, position_ids, ...
+            num_items_in_batch: `num_items` of `head_loss`; trainers that accumulate pass it.
+            inputs: other inputs of the model: attention_mask, position_ids, ...
 
         Returns:
             loss (0-dim) and losses (n,), or logits (n, B, S, V).
@@ -151,16 +151,16 @@ class MTPForCausalLM(nn.Module):
         return {"loss": loss, "losses": losses}
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """The trunk's own switch, for trainers that turn it on."""
+        """Switch on the trunk's activation checkpointing, as trainers do by this name."""
         self.model.lm.gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
 
     def gradient_checkpointing_disable(self) -> None:
-        """The trunk's own switch."""
+        """Switch off the trunk's activation checkpointing."""
         self.model.lm.gradient_checkpointing_disable()  # type: ignore[operator]
 
 
 class HeadLoss(nn.Module):
-    """A model as a module whose forward is the loss of all heads: what DDP can wrap.
+    """A model as a module whose forward returns the loss of all heads, so that DDP can wrap it.
 
     Args:
         model: see `head_loss`.
@@ -173,7 +173,7 @@ class HeadLoss(nn.Module):
     def forward(
         self, batch: Batch, strategy: Strategy, scale: float = 1.0, phase: Phase = no_phase, **loss: Any
     ) -> tuple[Tensor, Tensor]:
-        """scale * sum_i L_i, 0-dim, with its graph; and the n losses (n,), detached. `loss`: its options."""
+        """scale * sum_i weights[i] * L_i, 0-dim, with its graph; and L_i (n,), detached. `loss`: for `head_loss`."""
         phase("trunk forward")
         z = self.model.trunk(batch.tokens)  # (B, S, D)
         value, losses = head_loss(self.model, z, batch.targets, strategy, scale=scale, phase=phase, **loss)
@@ -190,16 +190,16 @@ def loss_backward(
     sync: bool = True,
     **loss: Any,
 ) -> Tensor:
-    """What `forward_backward` does, by `head_loss`.
+    """One forward and backward pass by `head_loss`, with the gradients of `forward_backward`.
 
     Args:
         module: a `HeadLoss`, or one inside DDP.
         batch: tokens (B, S) and targets (n, B, S).
         strategy: how the heads' forward and backward passes are ordered.
         scale: multiplies the whole loss.
-        phase: told the name of each phase as it begins.
+        phase: called with the name of each phase as it begins.
         sync: whether DDP averages the gradients: False for all but the last micro-batch.
-        loss: its options.
+        loss: other arguments of `head_loss`: weights, label_smoothing, z_loss.
 
     Returns:
         The n losses (n,), detached.
@@ -225,7 +225,7 @@ class _Run:
     phase: Phase
 
     def __call__(self, cut: Tensor, shadows: Sequence[Tensor], upstream: Tensor) -> Tensor:
-        """The n losses (n,); the shadows' and the cut's `.grad` are filled."""
+        """The losses (n,); fills the `.grad` of the shadows and of the cut."""
         shadowed = {f"model.{name}": shadow for name, shadow in zip(self.names, shadows, strict=True)}
         with torch.set_grad_enabled(self.train):
             return functional_call(_Above(self.model), shadowed, (self._backward, self.z, cut, upstream, self.phase))  # type: ignore[no-any-return]
@@ -237,7 +237,7 @@ class _Run:
 
 
 class _Above(nn.Module):
-    """The model under a module whose call is the strategy's run, so that its parameters can be swapped for it."""
+    """A module around the model whose call runs the strategy: `functional_call` swaps in the shadows for it."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()

@@ -26,16 +26,16 @@ from mtp_mem.verification.scenarios import Scenario
 STEPS = 6
 LEARNING_RATE = 0.3
 SMALL = 4096
-"""Bytes outside of tensors that a strategy may keep: counters, times."""
+"""Bytes outside of tensors that a strategy may keep between steps: counters, times."""
 
 
 def protocol(name: str, strategy: Strategy, scenario: Scenario, dtype: Dtype, device: torch.device) -> Check:
-    """One step under watch, clause by clause; and the same step again after another one gives the same gradient.
+    """Check the protocol clause by clause, each in steps of its own; the first one that is broken ends the check.
 
     Args:
         name: the strategy's.
         strategy: the one to check.
-        scenario: of one batch, in sizes that the strategy takes.
+        scenario: with one batch, in sizes that the strategy takes.
         dtype: one that the strategy takes.
         device: where it runs.
     """
@@ -89,12 +89,12 @@ def protocol(name: str, strategy: Strategy, scenario: Scenario, dtype: Dtype, de
 def across_steps(name: str, strategy: Strategy, scenario: Scenario, dtype: Dtype, device: torch.device) -> Check:
     """Six steps of SGD, each on another batch, against the same six by plain autograd in fp64.
 
-    Held against each other after every step: the losses, and how far the weights have come. Besides, a step may not
-    change what an earlier one returned or left in `.grad`, and after it no memory may stay that the strategy took.
+    Compared after every step: the losses, and the change of the weights since the first step. Besides, a step may not
+    change what an earlier one returned or left in `.grad`, and after the last no memory of the strategy's may be live.
 
     Args:
         name: the strategy's.
-        strategy: the one to check; its first step here is to be its first at all.
+        strategy: the one to check; it must not have run before.
         scenario: in sizes that the strategy takes.
         dtype: one that the strategy takes.
         device: where it runs.
@@ -120,7 +120,7 @@ def across_steps(name: str, strategy: Strategy, scenario: Scenario, dtype: Dtype
             guarded = Watched(inner, dict(problem.model.named_parameters()))
             for optimizer in optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
-            with tracker, eager():  # the step's own targets: whoever keeps them keeps memory
+            with tracker, eager():  # targets copied, so that keeping them keeps memory
                 losses = forward_backward(problem.model, replace(batch, targets=batch.targets.clone()), guarded)
             right, theirs = plain_step(exact, host, None, 1.0), forward_backward(naive, batch, load_strategy("naive"))
             parts.append(judge(f"losses of step {number}", [losses], [right], dtype, naive=[theirs], rounding=rounding))
@@ -161,10 +161,10 @@ def watched(problem: Problem, strategy: Strategy, *, on_device: bool = False) ->
     Args:
         problem: what is run.
         strategy: with its options set.
-        on_device: also held against what would go wrong on a device only, see `contract.on_a_device`.
+        on_device: also check for what would go wrong on a device only, see `contract.on_a_device`.
 
     Raises:
-        BrokenContract: with what is broken in words.
+        BrokenContract: names the clause that is broken.
     """
     scenario, parameters = problem.scenario, dict(problem.model.named_parameters())
     may_sync = not on_device or bool(kernel_limits(strategy).waits)
@@ -178,7 +178,7 @@ def watched(problem: Problem, strategy: Strategy, *, on_device: bool = False) ->
 
 @dataclass
 class _Failing:
-    """The strategy on heads whose final norm runs out of memory, every time."""
+    """Runs the strategy inside on heads whose final norm always raises that memory has run out."""
 
     inner: Strategy
     failed: bool = False
@@ -193,7 +193,7 @@ class _Failing:
 
 
 def raised(error: BaseException) -> str:
-    """The broken clause, or what was raised."""
+    """One line that names the broken clause, or the error that was raised."""
     return one_line(error) if isinstance(error, BrokenContract) else f"raised {one_line(error)}"
 
 

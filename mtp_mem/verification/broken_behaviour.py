@@ -1,6 +1,6 @@
-"""Wrong strategies, part two: right gradients at small size in a first step, and wrong in another way.
+"""Wrong strategies, part two: most have right gradients at small size in a first step, and are wrong otherwise.
 
-Each is the kind of a published bug, as those of broken_strategies.py are; the issue numbers are the named projects'.
+Most are of the kind of a published bug, as in broken_strategies.py; the issue numbers are the named projects'.
 """
 
 import sys
@@ -76,7 +76,7 @@ class NaNHidden(_After):
     caught_by = "NaN in the unembedding"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """Replaces NaN."""
+        """Replaces NaN and infinities by zero."""
         for tensor in (cut.grad, heads.roots[0].unembedding.grad):
             if tensor is not None:
                 tensor.nan_to_num_(0, 0, 0)
@@ -104,7 +104,7 @@ class GradientInALargerBuffer(_After):
     caught_by = "protocol"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """Moves the unembedding's gradient."""
+        """Moves the unembedding's gradient into a larger buffer."""
         weight = heads.roots[0].unembedding
         if weight.grad is not None:
             weight.grad = torch.cat([weight.grad.flatten(), weight.grad.new_zeros(1)])[:-1].view_as(weight)
@@ -118,7 +118,7 @@ class GradModeLeftOff(_After):
     caught_by = "protocol"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """Switches."""
+        """Switches grad mode off."""
         torch.set_grad_enabled(False)
         return losses
 
@@ -130,7 +130,7 @@ class PrecisionSwitched(_After):
     caught_by = "protocol"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """Switches."""
+        """Lowers the precision of fp32 products."""
         torch.set_float32_matmul_precision("medium")
         return losses
 
@@ -142,7 +142,7 @@ class RandomStateSeeded(_After):
     caught_by = "protocol"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """Seeds."""
+        """Seeds the global generator."""
         torch.manual_seed(0)
         return losses
 
@@ -154,7 +154,7 @@ class ProcessEnded(_After):
     caught_by = "protocol"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """Quits."""
+        """Quits the process."""
         sys.exit(0)
 
 
@@ -165,7 +165,7 @@ class LogitsKept(_OwnLoss):
     caught_by = "6 optimizer steps"
 
     def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
-        """Keeps them."""
+        """Keeps the logits in an attribute."""
         self.kept = F.linear(hidden, unembedding).detach()
         return full(hidden, unembedding, targets)
 
@@ -197,7 +197,7 @@ class HooksSkipped(Sequential, Broken):
     caught_by = "protocol"
 
     def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """Through a detached copy."""
+        """Backward to a detached copy, whose gradient is added to `.grad` by hand."""
         shared = head.unembedding
         alone = shared.detach().requires_grad_(shared.requires_grad)
         normed = heads.normed(head, hidden)
@@ -219,7 +219,7 @@ class StaleWeight(_OwnLoss):
         self.copies = WeakTensorKeyDictionary()
 
     def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
-        """The copy's values with the weight's gradient."""
+        """The loss of the copy's values, with the weight's gradient."""
         if unembedding not in self.copies:
             self.copies[unembedding] = unembedding.detach().clone()
         return full(hidden, unembedding + (self.copies[unembedding] - unembedding).detach(), targets)
@@ -258,7 +258,7 @@ class FastPathWrong(_OwnLoss):
     caught_by = "N = 4,102"
 
     def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
-        """Doubled where large."""
+        """Doubled from 600 targets on."""
         return full(hidden, unembedding, targets) * (1 if targets.numel() < 600 else 2)
 
 
@@ -283,7 +283,7 @@ class NarrowOffsets(_OwnLoss):
     caught_by = "protocol"
 
     def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
-        """Picks by flat offset."""
+        """Picks the target's logit by a flat offset in 32 bits."""
         logits, labels = _logits(hidden, unembedding), targets.flatten().clamp(min=0)
         rows = torch.arange(len(labels), device=labels.device, dtype=torch.int32)
         picked = logits.reshape(-1)[(rows * logits.shape[1] + labels.to(torch.int32)).long() % logits.numel()]
@@ -321,7 +321,7 @@ class LastIdDropped(_OwnLoss):
     caught_by = "first, last and undrawn id as targets"
 
     def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
-        """Ignores it."""
+        """Ignores the last id."""
         return full(hidden, unembedding, torch.where(targets == unembedding.shape[0] - 1, IGNORE, targets))
 
 

@@ -1,4 +1,4 @@
-"""Wrong strategies, part three: what a strategy does beside its gradient, and sizes and layouts that few try.
+"""Wrong strategies, part three: bugs beside the gradient, and at sizes and layouts that few try.
 
 Origins as in broken_behaviour.py, where one is known.
 """
@@ -25,7 +25,7 @@ class _OtherWeights(Sequential, Broken):
     origin = UNKNOWN
 
     def weights(self, cut: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """The bug."""
+        """The bug; returns the weights to use."""
         raise NotImplementedError
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class NegativeWeightDropped(_OtherWeights):
     caught_by = "negative loss weight, scale 2^40"
 
     def weights(self, cut: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """No negative ones."""
+        """Negative weights become zero."""
         return weights.clamp(min=0)
 
 
@@ -50,7 +50,7 @@ class GradientsClamped(_After):
     caught_by = "negative loss weight, scale 2^40"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """Clamps."""
+        """Clamps two gradients."""
         for gradient in (cut.grad, heads.roots[0].unembedding.grad):
             if gradient is not None:
                 gradient.clamp_(-65504, 65504)
@@ -64,7 +64,7 @@ class LongRunsWrong(_OtherWeights):
     caught_by = "N = 8,206"
 
     def weights(self, cut: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Doubled where there are more."""
+        """Doubled beyond 8192 tokens."""
         return weights * 2 if targets[0].numel() > 8192 else weights
 
 
@@ -75,7 +75,7 @@ class WideHeadsWrong(_OtherWeights):
     caught_by = "D = 320"
 
     def weights(self, cut: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Doubled where it is wider."""
+        """Doubled beyond a width of 256."""
         return weights * 2 if cut.shape[-1] > 256 else weights
 
 
@@ -86,7 +86,7 @@ class NarrowTargets(_OwnLoss):
     caught_by = "V = 65,601"
 
     def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
-        """The lower 16 bits."""
+        """Keeps the lower 16 bits of every id."""
         return full(hidden, unembedding, torch.where(targets == IGNORE, targets, targets & 0xFFFF))
 
 
@@ -97,7 +97,7 @@ class OneRowSqueezed(_OwnLoss):
     caught_by = "one token in all"
 
     def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
-        """Of one token the mean over its logits."""
+        """Divides the loss of a single token by V."""
         logits = F.linear(hidden, unembedding).squeeze()
         loss = full(hidden, unembedding, targets)
         return loss / logits.shape[0] if logits.dim() == 1 else loss
@@ -110,7 +110,7 @@ class OneTokenRows(_OtherWeights):
     caught_by = "one token a row"
 
     def weights(self, cut: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """None."""
+        """Zero for sequences of one token."""
         return weights * (targets.shape[-1] > 1)
 
 
@@ -121,7 +121,7 @@ class StridesIgnored(Sequential, Broken):
     caught_by = "nothing contiguous"
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
-        """Sequential on other strides."""
+        """Sequential on the cut's memory with contiguous strides."""
         B, S, D = cut.shape
         packed = cut.detach().as_strided((B, S, D), (S * D, D, 1)).requires_grad_(cut.requires_grad)
         losses = super().backward(packed, heads, targets, weights)
@@ -136,7 +136,7 @@ class GradReplaced(_After):
     caught_by = "existing .grad"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """A copy."""
+        """Replaces the unembedding's `.grad` by a copy."""
         weight = heads.roots[0].unembedding
         weight.grad = None if weight.grad is None else weight.grad.clone()
         return losses
@@ -149,7 +149,7 @@ class HooksFaked(Sequential, Broken):
     caught_by = "protocol"
 
     def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """Through a detached copy."""
+        """Backward to a detached copy, while the parameter gets a gradient of zero."""
         shared = head.unembedding
         alone = shared.detach().requires_grad_(shared.requires_grad)
         normed = heads.normed(head, hidden)
@@ -168,7 +168,7 @@ class HooksLeft(_After):
     caught_by = "protocol"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """A hook that is never removed."""
+        """Registers a hook that is never removed."""
         if heads.roots[0].unembedding.requires_grad:
             heads.roots[0].unembedding.register_hook(lambda gradient: gradient)
         return losses
@@ -181,7 +181,7 @@ class LossesInALargerBuffer(_After):
     caught_by = "6 optimizer steps"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """Copied into it."""
+        """Returns the losses in a buffer of N * V values."""
         buffer = losses.new_zeros(cut.numel() // cut.shape[-1] * heads.roots[0].unembedding.shape[0])
         buffer[: heads.n] = losses
         return buffer[: heads.n]
@@ -194,7 +194,7 @@ class TargetsKept(_After):
     caught_by = "6 optimizer steps"
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
-        """Keeps them."""
+        """Keeps the targets in an attribute."""
         self.kept = targets
         return Sequential().backward(cut, heads, targets, weights)
 
@@ -206,7 +206,7 @@ class ArraysKept(_After):
     caught_by = "6 optimizer steps"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """Makes it."""
+        """Keeps 4 * N * V bytes in an attribute."""
         self.kept = bytearray(4 * cut.numel() // cut.shape[-1] * heads.roots[0].unembedding.shape[0])
         return losses
 
@@ -218,7 +218,7 @@ class ParametersChanged(_After):
     caught_by = "protocol"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """Decays it."""
+        """Decays the unembedding in place."""
         with torch.no_grad():
             heads.roots[0].unembedding.mul_(1 - 1e-3)
         return losses
@@ -231,7 +231,7 @@ class TargetsChanged(Sequential, Broken):
     caught_by = "protocol"
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
-        """Right, and then written over."""
+        """Right, but overwrites the targets."""
         losses = super().backward(cut, heads, targets, weights)
         targets.clamp_(min=0)
         return losses
@@ -244,7 +244,7 @@ class WeightsChanged(Sequential, Broken):
     caught_by = "protocol"
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
-        """Right, and then written over."""
+        """Right, but overwrites the weights."""
         losses = super().backward(cut, heads, targets, weights)
         weights.div_(weights.sum())
         return losses
@@ -257,7 +257,7 @@ class GradientsShared(_After):
     caught_by = "replicated unembedding"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """Every head's is the first one's."""
+        """Every head's unembedding gets the first one's `.grad`."""
         for root in heads.roots[1:]:
             root.unembedding.grad = heads.roots[0].unembedding.grad
         return losses
@@ -270,7 +270,7 @@ class DefaultDtypeChanged(_After):
     caught_by = "protocol"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """Sets."""
+        """Sets the default dtype to bf16."""
         torch.set_default_dtype(torch.bfloat16)
         return losses
 
@@ -282,7 +282,7 @@ class DeterminismChanged(_After):
     caught_by = "protocol"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """Switches."""
+        """Switches deterministic algorithms on."""
         torch.use_deterministic_algorithms(True, warn_only=True)
         return losses
 
@@ -294,7 +294,7 @@ class DeviceAwaited(_After):
     caught_by = "protocol"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """Asks."""
+        """Reads a loss on the host."""
         return losses if losses[0].item() < 1e9 else losses.zero_()
 
 
@@ -305,7 +305,7 @@ class FunctionsReplaced(_After):
     caught_by = "protocol"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """Doubles it."""
+        """Replaces cross entropy by twice its value."""
         original: Any = F.cross_entropy
         F.cross_entropy = lambda *args, **kwargs: 2 * original(*args, **kwargs)
         return losses
@@ -318,7 +318,7 @@ class PrecisionOfOneDNN(_After):
     caught_by = "protocol"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """Switches."""
+        """Switches oneDNN's products to bf16."""
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
         return losses
 
@@ -330,7 +330,7 @@ class AutocastLeftOn(_After):
     caught_by = "protocol"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """Enters."""
+        """Enters autocast."""
         torch.autocast("cpu", dtype=torch.bfloat16).__enter__()
         return losses
 
@@ -342,7 +342,7 @@ class ErrorsSwallowed(Sequential, Broken):
     caught_by = "protocol"
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
-        """Zeros, where there is an error."""
+        """Returns zeros where there is an error."""
         try:
             return super().backward(cut, heads, targets, weights)
         except Exception:
@@ -357,7 +357,7 @@ class ProcessEndedAtOnce(_After):
     caught_by = "protocol"
 
     def after(self, cut: Tensor, heads: Heads, losses: Tensor) -> Tensor:
-        """Ends."""
+        """Ends the process by `os._exit`."""
         os._exit(0)
 
 
@@ -390,4 +390,4 @@ BROKEN_CONDUCT: tuple[type[Broken], ...] = (
     ProcessEndedAtOnce,
 )
 ALL_BROKEN: tuple[type[Broken], ...] = (*BROKEN, *BROKEN_BEHAVIOUR, *BROKEN_CONDUCT)
-"""Every one of the three parts."""
+"""The broken strategies of all three parts."""

@@ -1,4 +1,4 @@
-"""Wrong strategies, each with one bug that has been published: what the verifier must catch.
+"""Wrong strategies, each with one bug, mostly a published one: what the verifier must catch.
 
 `mtp-mem verify --prove` runs them all and fails if one of them passes. Each class says what is wrong, where it was
 reported, and which scenario is made for it. The issue numbers are those of the projects named.
@@ -37,7 +37,7 @@ def _each_head(
     loss: Loss,
     upstream: Callable[[Tensor], Tensor] = lambda w: w,
 ) -> Tensor:
-    """The right sequential order, with the parts that a bug replaces."""
+    """The right sequential order, with the loss and the upstream gradient that a bug replaces."""
 
     return _EachHead(loss, upstream).backward(cut, heads, targets, weights)
 

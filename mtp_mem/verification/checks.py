@@ -14,9 +14,9 @@ class Check:
         strategy: its spec.
         scenario: its name.
         dtype: of the model.
-        parts: what was held against what.
-        identical: every gradient and loss equal to naive's, bit for bit.
-        exact: whether identity was possible at all in this scenario.
+        parts: the verdict on each part of the gradient, the losses or clause of the protocol.
+        identical: whether every gradient and loss equals naive's bit for bit.
+        exact: whether bit identity can be asked for in this scenario.
         broken: the clause of the protocol that it broke, or what it raised; there are no parts then.
     """
 
@@ -30,7 +30,7 @@ class Check:
 
     @property
     def status(self) -> Status:
-        """Wrong: something is. Right: nothing is, something was checked, and nothing overflowed."""
+        """wrong: broken, or a part is. right: nothing is wrong or overflows, a part is right. unchecked: all else."""
         if self.broken or any(part.status == "wrong" for part in self.parts):
             return "wrong"
         if any(part.overflows for part in self.parts):
@@ -39,7 +39,7 @@ class Check:
 
     @property
     def worst(self) -> Part | None:
-        """The part that failed worst, or has the largest error."""
+        """The part that is most wrong, or else has the largest error relative to what is allowed."""
         return max(
             self.parts,
             key=lambda p: (p.status == "wrong", bool(p.problem), p.error / max(p.allowed, 1e-300)),
@@ -74,17 +74,17 @@ class Verification:
 
     @property
     def failures(self) -> tuple[Check, ...]:
-        """What is wrong."""
+        """The checks that are wrong."""
         return tuple(check for check in self.checks if check.status == "wrong")
 
     @property
     def unchecked(self) -> tuple[Check, ...]:
-        """Where there was nothing to check."""
+        """The checks that had nothing to check."""
         return tuple(check for check in self.checks if check.status == "unchecked")
 
     @property
     def passed(self) -> bool:
-        """Everything that was asked for was run, checked and right."""
+        """Whether everything that was asked for was run, checked and right."""
         return self.complete and bool(self.checks) and all(check.status == "right" for check in self.checks)
 
     def of(self, strategy: str) -> tuple[Check, ...]:

@@ -1,4 +1,4 @@
-"""What a strategy may not do besides a wrong gradient; `verify` runs every strategy under this watch."""
+"""What the protocol forbids besides a wrong gradient; `verify` runs every strategy under this watch."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -20,17 +20,17 @@ from mtp_mem.verification.gradient_error import relative_error
 
 NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32)
 HOOKED = 0.02
-"""The largest relative difference between what hooks saw of a gradient and what it became; bf16 rounds every sum."""
+"""The largest relative difference allowed between the gradients that hooks returned and `.grad`; bf16 rounds sums."""
 LARGER = 64
-"""How many times as large as the losses the memory that they are a part of may be."""
+"""The storage of the returned losses may be this many times as large as the losses, at most."""
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A strategy whose every call is held against the protocol; without `may_sync` also against waiting for the device.
+    """A strategy whose every call is checked against the protocol; without `may_sync` also for waiting for the device.
 
     Raises:
-        BrokenContract: from `backward`, with what is broken in words.
+        BrokenContract: from `backward`; names the clause that is broken.
     """
 
     inner: Strategy
@@ -39,7 +39,7 @@ class Watched:
 
     @property
     def loss_options(self) -> tuple[str, ...]:
-        """Those of the strategy inside."""
+        """The loss options of the strategy inside."""
         return loss_options(self.inner)
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
@@ -84,11 +84,11 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def stand_alone(gradients: Mapping[str, Tensor | None], owners: Mapping[str, Tensor]) -> None:
-    """Every gradient has memory of its own and carries no graph.
+    """Check that every gradient has memory of its own and carries no graph.
 
     Args:
         gradients: by name; those that were made since the step began.
-        owners: other tensors, none of whose memory a gradient may lie in.
+        owners: by name; other tensors, in whose memory no gradient may lie.
 
     Raises:
         BrokenContract: names the first that does not.
@@ -109,9 +109,9 @@ def stand_alone(gradients: Mapping[str, Tensor | None], owners: Mapping[str, Ten
 
 @contextmanager
 def counted_hooks(parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, hooks must see every gradient that a parameter gets, and decide what is added, as under plain autograd.
+    """A block in which hooks on parameters must see every gradient and decide what is added, as in plain autograd.
 
-    A hook here halves what it is given.
+    The hooks are registered here and halve each gradient.
 
     Args:
         parameters: by name, with empty `.grad`.
@@ -152,10 +152,10 @@ def counted_hooks(parameters: Mapping[str, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def unchanged(tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, of these tensors only `.grad` may change; whatever else did is put back, for the next strategy's sake.
+    """A block in which these tensors may change in `.grad` only; other changes are undone before the next strategy.
 
     Raises:
-        BrokenContract: names the first one that changed; not where something else is raised already.
+        BrokenContract: names the first one that changed, unless the block itself raises.
     """
     before = [(name, tensor, tensor.detach().clone(), tensor.requires_grad) for name, tensor in tensors.items()]
     changed = []
@@ -173,11 +173,11 @@ def unchanged(tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def put_back(tensor: Tensor, values: Tensor) -> bool:
-    """Give the tensor its earlier dtype, shape and values again; returns whether it had them.
+    """Restore the tensor's earlier dtype, shape and values; returns whether it still had them.
 
     Args:
         tensor: a leaf.
-        values: on any device.
+        values: what it held before, on any device.
     """
     with torch.no_grad():
         if (tensor.dtype, tensor.shape) != (values.dtype, values.shape):
@@ -198,9 +198,9 @@ def put_back(tensor: Tensor, values: Tensor) -> bool:
 
 @contextmanager
 def on_a_device() -> Iterator[None]:
-    """Inside, what would go wrong on a device at full size raises, on a CPU and at small size as well.
+    """A block that raises for what would go wrong on a device at full size, on a CPU and at small size as well.
 
-    That is whatever makes the host wait for the device, and offsets in 32 bits.
+    That is: operators and methods that make the host wait for the device, and offsets in 32 bits.
 
     Raises:
         BrokenContract: names the operator or the method.
@@ -210,7 +210,7 @@ def on_a_device() -> Iterator[None]:
 
 
 class _Operators(TorchDispatchMode):
-    """Operators whose result, or its size, the host has to know; and products of 32-bit integers."""
+    """Refuses operators whose result, or its size, the host has to know, and products of integers up to 32 bits."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -233,7 +233,7 @@ class _Operators(TorchDispatchMode):
 
 
 class _NoSyncMethods(TorchFunctionMode):
-    """Methods that copy to the host: on a CPU they run no operator that could be seen."""
+    """Refuses methods that copy to the host: on a CPU they run no operator that `_Operators` could see."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

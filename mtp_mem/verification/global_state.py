@@ -1,4 +1,4 @@
-"""What belongs to the whole process and not to a strategy: torch's modes and numerics, and random states."""
+"""State of the whole process that a strategy must leave as it is: torch's modes and numerics, and random states."""
 
 import gc
 import os
@@ -20,8 +20,8 @@ from mtp_mem.model.head_tree import Heads
 
 
 def shared() -> tuple[Any, ...]:
-    """Whose functions every strategy calls: one that puts its own in their place changes what all others compute."""
-    # Not on loading: a clone that is not installed has no strategies, and says so in its own words.
+    """Owners of functions that every strategy calls: a strategy that replaces one changes what all others compute."""
+    # Imported late: a clone that is not installed has no mtp_mem.strategies, and the command line says so.
     from mtp_mem.strategies.sequential import Sequential
 
     return F, Tensor, losses, Heads, Sequential
@@ -29,7 +29,7 @@ def shared() -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Setting:
-    """One thing that a strategy must leave as it was: how to read it, and how to put it back."""
+    """One thing that a strategy must leave as it was: its name in messages, how to read it, how to put it back."""
 
     name: str
     get: Callable[[], Any]
@@ -43,7 +43,7 @@ def _attribute(owner: Any, name: str, words: str) -> Setting:
 def _fp32_precision(owner: Any, words: str) -> Setting:
     set_before = owner.fp32_precision
 
-    def get() -> Any:  # "none" is what was never set, and means ieee; the older switch sets that
+    def get() -> Any:  # "none" was never set and means ieee, which the older switch sets
         return "ieee" if owner.fp32_precision == "none" else owner.fp32_precision
 
     return Setting(
@@ -72,7 +72,7 @@ def _set_numpy_state(state: tuple[Any, ...]) -> None:
 def _precision() -> str:
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # `fp32_precision` of a backend was set as well, and torch knows no one answer
+    except RuntimeError:  # `fp32_precision` of a backend was set as well: there is no one answer
         return "by backend"
 
 
@@ -116,12 +116,12 @@ def _flushes_denormals() -> bool:
 
 
 class _Functions:
-    """What the names of `shared()` stand for; equal to an earlier look at them where none of that has changed."""
+    """The attributes of `shared()` at one moment; equal to an earlier moment's where none of those has changed."""
 
     def __init__(self) -> None:
         self.owners = [(owner, dict(vars(owner))) for owner in shared()]
 
-    def __eq__(self, before: object) -> bool:  # torch.compile adds names
+    def __eq__(self, before: object) -> bool:  # names may be added: torch.compile does
         return isinstance(before, _Functions) and all(
             then.items() <= now.items() for (_, now), (_, then) in zip(self.owners, before.owners, strict=True)
         )
@@ -214,7 +214,7 @@ def _settings() -> list[Setting]:
 
 @contextmanager
 def restored() -> Iterator[list[str]]:
-    """A block that runs a strategy. Afterwards everything global is as it was; the list then names what had changed.
+    """A block that runs a strategy. Afterwards these settings are as they were; the list then names what had changed.
 
     Raises:
         BrokenContract: the strategy tried to end the process.

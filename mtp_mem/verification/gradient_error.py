@@ -1,7 +1,7 @@
 """Is it the same gradient? One rule for `verify`, which has an fp64 oracle, and for `compare`, which has naive's alone.
 
 A part of the model is right, wrong, or has nothing to check: where the right gradient is absent, zero or not finite
-there is no relative error, and agreeing with it proves nothing. A strategy must agree with it all the same.
+there is no relative error, and to agree with it proves nothing. A strategy must agree with it all the same.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ Gradients = Mapping[str, Sequence[Tensor | None]]
 """By part of the model: embedding, trunk, head 1..n, norm, unembedding (or unembedding 1..n); and the losses."""
 
 NOISE = 1e-12
-"""Of the largest value in a part: a tensor that stays under it is zero but for rounding (queries of a single token)."""
+"""Times the largest value in a part: a tensor below this is zero except for rounding (queries at S = 1, say)."""
 BLOCK = 2**24  # elements that are compared at once: fp64 copies of whole gradients would not fit beside a large model
 
 
@@ -35,11 +35,11 @@ class Part:
     Attributes:
         name: of the part.
         status: right, wrong or unchecked.
-        error: Frobenius-relative, against the reference; infinite where there is none to tell.
+        error: relative to the reference (Frobenius norm); infinite where the tensors cannot be compared.
         allowed: the largest error that is right.
         naive_error: naive's own against the same reference, where that is an fp64 oracle.
         problem: what is wrong, or why there is nothing to check, in words; empty where the numbers say it.
-        overflows: in fp16, where the right one does not, as naive's does: of this part nothing is known.
+        overflows: whether it overflows in fp16 as naive's does, and the oracle's does not: nothing is known of it then.
     """
 
     name: str
@@ -78,10 +78,10 @@ def allowed(dtype: Dtype, naive_error: float | None = None) -> float:
 
     Args:
         dtype: of the model.
-        naive_error: naive's own error, where the reference is an oracle in fp64: low precision is then never held
-            against another low-precision run; both are wrong, and the question is by how much. None: the reference is
-            a run in the same dtype. Summing in another order costs a few units of the last place; bf16 has 8
-            significant bits, so 4 units are 4 * 2**-7 (right strategies differed by up to 1.7e-2); fp16 has 11.
+        naive_error: naive's own error, where the reference is an oracle in fp64: in low precision naive is inexact
+            too, and a right gradient may be about twice as far from the oracle. None: the reference is a run in the
+            same dtype. Summing in another order costs a few units of the last place; bf16 has 8 significant bits, so 4
+            units are 4 * 2**-7 (right strategies differed by up to 1.7e-2); fp16 has 11.
     """
     if dtype == "fp64":
         return 1e-12
@@ -109,16 +109,16 @@ def judge(
 
     Args:
         name: of the part.
-        candidate: the strategy's; None where it left none.
-        reference: the right ones; None where there must be none.
+        candidate: the strategy's tensors; None where it left none.
+        reference: the right tensors; None where there must be none.
         dtype: of the model.
-        names: of the tensors, for what is said about them; by default the part's.
-        naive: naive's in the model's dtype, where the reference is an oracle in fp64.
-        naive_error: its `relative_error`, where it is known already.
-        factor: multiplies what is allowed in low precision.
+        names: of the tensors, for `problem`; by default the part's name.
+        naive: naive's tensors in the model's dtype, where the reference is an oracle in fp64.
+        naive_error: naive's `relative_error`, where it is known already.
+        factor: multiplies the allowed error in low precision.
         rounding: error that is allowed on top.
-        expected: a reference without an error, zero or not finite, that the caller made on purpose: agreeing with it
-            is right then.
+        expected: "zero" or "not finite" where the scenario makes the reference so on purpose: to agree with it is
+            right then, not unchecked.
     """
     if naive_error is None and naive is not None:
         naive_error = relative_error(naive, reference)
@@ -176,10 +176,10 @@ def compare(candidate: Gradients, reference: Gradients, dtype: Dtype, loss_round
     """Compare gradients and losses of one model on the same weights and batch, both in the model's dtype.
 
     Args:
-        candidate: the strategy's; where they lie is where the comparison runs.
+        candidate: the strategy's; the comparison runs on their device.
         reference: those they must equal.
         dtype: of the model.
-        loss_rounding: what the strategy's kernel rounds a loss's value by.
+        loss_rounding: relative error that a loss may have because the strategy's kernel rounds it.
     """
     parts = [
         judge(name, candidate[name], own, dtype, rounding=loss_rounding * (name == "losses"))
@@ -198,7 +198,7 @@ def compare(candidate: Gradients, reference: Gradients, dtype: Dtype, loss_round
 
 
 def identical(candidate: Sequence[Tensor | None], reference: Sequence[Tensor | None]) -> bool:
-    """Equal bit for bit and in dtype; what is not finite equals nothing."""
+    """Whether all tensors are equal, bit for bit and in dtype; one with a value that is not finite equals nothing."""
     for a, b in zip(candidate, reference, strict=True):
         if a is None and b is None:
             continue
@@ -241,7 +241,7 @@ def relative_error(candidate: Sequence[Tensor | None], reference: Sequence[Tenso
 
 
 def _as_a_multiple(pairs: Sequence[tuple[Tensor, Tensor]]) -> str:
-    """Of a wrong gradient (first of each pair) that is a multiple of the right one: which."""
+    """Which multiple of the right gradient the wrong one (first of each pair) is, in words; empty if it is none."""
     product = norm = 0.0
     for own, right in pairs:
         wide = right.to(own.device).double()

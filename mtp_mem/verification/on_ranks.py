@@ -61,7 +61,7 @@ RANK_SCENARIOS: tuple[RankScenario, ...] = (
 
 @dataclass(frozen=True)
 class RankCheck:
-    """One check: a strategy, by its spec, in a scenario, sharded in some way."""
+    """One check to run: a strategy, by its spec, in a scenario, under DDP, FSDP2 or HSDP."""
 
     strategy: str
     scenario: RankScenario
@@ -69,13 +69,13 @@ class RankCheck:
 
     @property
     def name(self) -> str:
-        """Of the scenario, with how it is sharded."""
+        """The name of the scenario, with how it is sharded."""
         return f"{self.how}: {self.scenario.name}"
 
 
 @dataclass(frozen=True)
 class RankChecks:
-    """Makes a rank's work on `RankCheck`s; the answer is a `Check`.
+    """Makes the function that a rank calls with each `RankCheck`; its answer is a `Check`.
 
     Attributes:
         dtype: of the models; fp32 or fp64.
@@ -87,7 +87,7 @@ class RankChecks:
     _truths: dict[str, Truth] = field(default_factory=dict)
 
     def __call__(self) -> Callable[[RankCheck, Progress], Check]:
-        """On a rank that has joined its group."""
+        """The function; called on a rank that has joined its process group."""
         return self._check
 
     def _check(self, check: RankCheck, progress: Progress) -> Check:
@@ -100,7 +100,7 @@ class RankChecks:
         verdict = held_against(
             self._truths[scenario.name], self._problem(scenario, 0), self.dtype, check.strategy, strategy, outcome
         )
-        # Two addends have one sum, whatever their order; more have not.
+        # The sum of two ranks does not depend on their order; a sum of more does, in its last bits.
         exact = verdict.exact and not scenario.over_all and dist.get_world_size() == 2
         return dataclasses.replace(verdict, scenario=check.name, exact=exact)
 
@@ -135,7 +135,7 @@ def checks(specs: Sequence[str], hows: Sequence[How]) -> list[RankCheck]:
 
 
 def _sharded(problem: Problem, strategy: Strategy, how: How) -> Outcome:
-    """The averaged gradients, whole, and the losses over all ranks."""
+    """The gradients averaged over ranks, each gathered whole, and the losses over all ranks (n,)."""
     scenario: Any = problem.scenario
     model: Any = problem.model
     world = dist.get_world_size()
@@ -165,7 +165,7 @@ def _sharded(problem: Problem, strategy: Strategy, how: How) -> Outcome:
 
 
 def _weights(batch: Batch, scenario: RankScenario) -> Tensor | tuple[float, ...] | None:
-    """The loss weights; those that make a mean of the rank's own targets one of all ranks', where that is asked for."""
+    """The scenario's loss weights; with `over_all` those (n,) that turn a rank's mean into one over all ranks."""
     if not scenario.over_all:
         return scenario.weights
     counts = (batch.targets != IGNORE).flatten(1).sum(1)  # (n,)
@@ -173,7 +173,7 @@ def _weights(batch: Batch, scenario: RankScenario) -> Tensor | tuple[float, ...]
 
 
 def _mean(outcomes: Sequence[Outcome]) -> Outcome:
-    """Of gradients and losses over ranks; a gradient that one has not, none has."""
+    """The mean over ranks of gradients and losses; a gradient that is absent on one rank is absent on all."""
     first = outcomes[0]
     gradients = {
         name: None

@@ -32,7 +32,7 @@ DROPOUT = 0.2
 
 
 class _Trunk(MTPModel):
-    """The model with a trunk that is called as trainers call theirs; dropout draws alike in every dtype."""
+    """The model with trunks as trainers have them, by `kind`; dropout draws the same mask in every dtype."""
 
     kind: Literal["plain", "dropout", "checkpointed", "transposed"] = "plain"
 
@@ -68,7 +68,7 @@ class Outcome:
 
 
 def build(scenario: Scenario, dtype: Dtype, device: torch.device) -> Problem:
-    """The same weights and tokens in every dtype, up to the dtype's rounding."""
+    """The scenario's problem: the same weights and tokens in every dtype, up to the dtype's rounding."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         drawn = _Trunk(scenario.config, dtype="fp64")
@@ -97,7 +97,7 @@ def build(scenario: Scenario, dtype: Dtype, device: torch.device) -> Problem:
 
 
 def run(problem: Problem, step: Callable[[Model, Batch], Tensor]) -> Outcome:
-    """Every batch through `step`, which accumulates into `.grad` and returns the losses (n,)."""
+    """Run every batch through `step`, which adds to `.grad` and returns the losses (n,)."""
     model = problem.model
     for name, parameter in model.named_parameters():
         parameter.grad = problem.gradients[name].clone() if name in problem.gradients else None
@@ -129,7 +129,7 @@ def oracle(problem: Problem) -> Outcome:
 
 
 def step_with(strategy: Strategy, scenario: Scenario) -> Callable[[Model, Batch], Tensor]:
-    """What `run` is given to run the scenario with a strategy."""
+    """The `step` that `run` needs to run the scenario with a strategy."""
     return lambda model, batch: forward_backward(
         model,
         batch,
@@ -149,7 +149,7 @@ def plain_step(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """scale * sum_i weights[i] * L_i by plain autograd on the logits of `model(tokens)`; returns the L_i (n,)."""
+    """Backward of scale * sum_i weights[i] * L_i by plain autograd on `model(tokens)`; returns L_i (n,), detached."""
     logits = plain_logits(model, batch.tokens)  # (n, B, S, V)
     shares = torch.log_softmax(logits, dim=-1)
     valid = batch.targets != IGNORE  # (n, B, S)
@@ -166,8 +166,8 @@ def plain_step(
 def with_options(strategy: Strategy, size: int | None) -> Strategy:
     """The strategy with every integer option of its dataclass set to `size`; None leaves its defaults.
 
-    Chunks, blocks, tiles and the like, whatever they are called: a right strategy is right at every size. An option
-    that refuses the size keeps its default.
+    Such options are chunks, blocks, tiles and the like: a right strategy is right at every size. An option that refuses
+    the size keeps its default.
     """
     if size is None or not dataclasses.is_dataclass(strategy):
         return strategy
@@ -213,7 +213,7 @@ def _frozen(model: MTPModel, scenario: Scenario) -> list[torch.nn.Parameter]:
 
 
 class _Constant(torch.nn.Module):
-    """Instead of a norm: hidden states (B, S, D) -> (1, 1, 0, ..., 0) at every place."""
+    """Instead of a norm: hidden states (B, S, D) -> (1, 1, 0, ..., 0) at every position."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ class _Constant(torch.nn.Module):
 
 
 def _offset(model: MTPModel, offset: float) -> None:
-    """Make every logit `offset` exactly: losses are log(V), and the second column of dW is that of p = 1 / V."""
+    """Make every logit exactly `offset`, so that each loss is log(V) and p = 1 / V; only the unembedding trains."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.norm = _Constant(model.dim)  # type: ignore[assignment]

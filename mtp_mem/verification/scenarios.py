@@ -44,7 +44,7 @@ class Scenario:
     offset: float = 0.0  # all logits are this number, and nothing but the unembedding trains
     not_a_number: str = ""  # the parameter that holds one NaN
     trunk: Literal["plain", "dropout", "checkpointed", "transposed"] = "plain"  # transposed: nothing is contiguous
-    steps: int = 0  # optimizer steps before
+    steps: int = 0  # optimizer steps that are taken before it
     chunk: int | None = CHUNK  # for every integer option of a strategy; None leaves its defaults
     dtypes: tuple[Dtype, ...] = USUAL_DTYPES
     expected: Reference = "numbers"  # what every gradient and loss consists of
@@ -55,7 +55,7 @@ class Scenario:
         return not self.prefilled and len(self.batches) == 1
 
     def in_multiples_of(self, multiple: int) -> "Scenario":
-        """For a kernel that takes no other sizes: vocabulary, tokens and chunk are raised where they are none."""
+        """The scenario with vocabulary, tokens and chunk rounded up, for a kernel that takes only multiples."""
         if multiple == 1:
             return self
 
@@ -85,7 +85,7 @@ class Scenario:
 
     @property
     def options(self) -> LossOptions:
-        """Of the loss."""
+        """Options of the loss."""
         return LossOptions(softcap=self.softcap, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
 
 
@@ -147,7 +147,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(name="fp16, tied, existing .grad", unembedding="tied", prefilled=True, scale=256.0, dtypes=("fp16",)),
     Scenario(name="many chunks in fp16", batch=8, sequence=64, n=2, chunk=2, scale=1024.0, dtypes=("fp16",)),
     Scenario(name="fp16 that overflows", scale=2.0**22, dtypes=("fp16",), expected="not finite"),
-    # Not in bf16-mixed: there naive's gradient is exact by luck, and one of two rounded products is no error.
+    # Not in bf16-mixed: there naive's gradient is exact by luck, and twice its error leaves no room for rounding.
     Scenario(name="logits with a common offset of 2^20", offset=2.0**20, dtypes=("fp64", "fp32", "bf16")),
     Scenario(name="logits with a common offset of 2^27", offset=2.0**27, dtypes=("fp64", "fp32", "bf16")),
     Scenario(name="NaN in the unembedding", not_a_number="unembedding.weight", expected="not finite"),
@@ -163,7 +163,7 @@ REAL_SIZES: tuple[Scenario, ...] = (
     Scenario(name="V = 65,601", n=1, vocab_size=65601, edge_targets=True, chunk=None, dtypes=("fp32",)),
     Scenario(name="D = 320", n=2, dim=320, std=0.05, chunk=None, dtypes=("fp32",)),
 )
-"""Sizes that cross what kernels and chunk loops take for granted, at a strategy's default options.
+"""Sizes beyond what kernels and chunk loops take for granted, at a strategy's default options.
 
 More than 4096 and 8192 tokens and no power of two, more than 2^15 and 2^16 vocabulary entries with a partial last slab,
 widths of 64, 128, 192 and 320, and fewer tokens than any default chunk.

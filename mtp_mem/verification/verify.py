@@ -42,11 +42,11 @@ def verify(
         scenarios: see mtp_mem/verification/scenarios.py.
         behaviour: also check the protocol and steps in a row.
         device: where the strategies run; the oracle runs on the CPU.
-        progress: told each scenario and dtype as it begins.
-        each: given each check as it ends.
+        progress: called with each scenario and dtype as it begins.
+        each: called with each check as it ends.
 
     Raises:
-        BadInput: a strategy's limits leave nothing of `dtypes`, and it was asked for.
+        BadInput: a strategy in `strategies` takes none of `dtypes`.
     """
     named: dict[str, Strategy] = {}
     for s in loadable() if strategies is None else strategies:
@@ -118,7 +118,7 @@ def _allowances(name: str, limits: KernelLimits, dtypes: Sequence[Dtype]) -> Ite
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Scenarios are tiny: on two cores, two threads took seven times as long as one (bf16 products)."""
+    """A block on one thread: on two cores, tiny bf16 products took seven times as long on two threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -129,7 +129,7 @@ def _one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Truth:
-    """What every strategy of one problem is held against; naive's own errors are worked out once."""
+    """What every strategy of one problem is held against; naive's own errors are computed once, by part."""
 
     exact: Outcome
     naive: Outcome
@@ -155,14 +155,14 @@ def verify_problem(problem: Problem, dtype: Dtype, strategies: dict[str, Strateg
 def held_against(
     truth: Truth, problem: Problem, dtype: Dtype, name: str, strategy: Strategy, outcome: Outcome
 ) -> Check:
-    """The check of one outcome.
+    """The check that judges one outcome.
 
     Args:
         truth: the oracle's and naive's outcome.
         problem: what was run, for its scenario and the parts of its model.
         dtype: of the model.
         name: the strategy's.
-        strategy: for what its kernel may round.
+        strategy: for the limits of its kernel.
         outcome: the strategy's.
     """
     scenario = problem.scenario

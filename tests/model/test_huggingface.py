@@ -90,7 +90,7 @@ def plain_joint(model: HuggingFaceMTP, ids: Tensor, targets: Tensor) -> list[Ten
 
 
 def error(own: dict[str, Tensor | None], right: dict[str, Tensor | None]) -> float:
-    """The largest relative error of a parameter's gradient; the same parameters have one."""
+    """The largest relative error of a parameter's gradient; both must have gradients of the same parameters."""
     assert {name for name, g in own.items() if g is None} == {name for name, g in right.items() if g is None}
     pairs = [(own[name], g) for name, g in right.items() if g is not None]
     return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs if a is not None)

@@ -58,7 +58,7 @@ def test_rotation_depends_on_the_distance_only() -> None:
 
 
 def test_rotation_is_as_exact_as_the_model() -> None:
-    # From fp32 angles, an fp64 model is as far off as two devices' fp32 cosines: 1e-8, where 1e-12 is allowed.
+    # With angles in fp32 an fp64 model would be off by 1e-8, as two devices' fp32 cosines are; 1e-12 is allowed.
     tables = torch.stack(rotation(40, 8, 10_000.0, torch.float64, torch.device("cpu")))
     angles = [[s * 10_000.0 ** (-j / 4) for j in range(4)] for s in range(40)]
     right = [[[turn(angle) for angle in row] for row in angles] for turn in (math.cos, math.sin)]

@@ -153,7 +153,7 @@ def test_the_harness_s_own_model(kind: str) -> None:
 
 
 def test_autocast_around_it() -> None:
-    """Under a trainer's autocast strategies have the same bits; joint autograd sums casts of weights in bf16."""
+    """Under a trainer's autocast all have the bits of a backward without autocast's cache, which would sum in bf16."""
     model = from_hf(language_model("llama"), N).train()
 
     def under_autocast(spec: str) -> Callable[[], object]:

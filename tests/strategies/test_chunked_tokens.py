@@ -41,7 +41,7 @@ def test_bytes_counted_by_hand(dtype: torch.dtype, chunk: int) -> None:
 
 @pytest.mark.parametrize("fit", [5, 1000])
 def test_low_precision_keeps_few_rows_in_fp32(monkeypatch: pytest.MonkeyPatch, fit: int) -> None:
-    # A block's rows of logits in fp32 for the softmax, 100 of the unembedding for its product: no wide copy of all.
+    # In fp32 at once: `fit` rows of logits for the softmax, 100 vocabulary entries for the product; never all.
     N, V, D, c = 96, 2053, 64, 48
     monkeypatch.setattr(chunked_tokens, "SOFTMAX_BLOCK", fit * V * 4 + 1)
     monkeypatch.setattr(chunked_tokens, "WIDE_ROWS", 100)

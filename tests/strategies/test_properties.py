@@ -21,7 +21,7 @@ from mtp_mem.verification.problem import plain_step
 
 CASES = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 BOUND = 1e-12
-# Gradients that cancel to nothing (queries and keys at S = 1) leave rounding alone, of the size of all that cancelled.
+# Gradients that cancel to zero (queries and keys at S = 1) are rounding alone, in proportion to what cancelled.
 FLOOR = 1e-15
 PARTS = ("embedding", "trunk_layers", "head_layers", "norm", "unembedding")
 SPECS = loadable()
@@ -51,7 +51,7 @@ class Case:
 
 @st.composite
 def cases(draw: Any) -> Case:
-    # V = 1 is left out: every gradient is 0 then, and of rounding there is no right amount.
+    # V = 1 is left out: every gradient is 0 then, and nothing says how large rounding may be.
     n = draw(st.integers(1, 8))
     shape = {
         "batch": draw(st.integers(1, 3)),
@@ -79,7 +79,7 @@ def cases(draw: Any) -> Case:
 
 @dataclass
 class Step:
-    """A case made real, and what is right."""
+    """A case's model and batch, with the right losses and gradients."""
 
     case: Case
 

@@ -12,7 +12,7 @@ VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 ELSEWHERE = re.compile(
     r"pinned_.*|release_lock_on_.*|graph_capture_.*|throw_on_.*|per_process_memory_fraction|backend:native"
 )
-"""About host memory, locks, graphs and limits: they move no block of a step that fits."""
+"""Settings of host memory, locks, graphs and limits: they move no block of a step that fits."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class AllocatorSettings:
 
 
 def allocator_settings(text: str, where: str = "allocator") -> AllocatorSettings:
-    """The settings of `name:value,name:value`.
+    """The settings in a text `name:value,name:value`.
 
     Raises:
-        BadInput: a value that is none of its setting's; `where` says where it stands.
+        BadInput: a setting that cannot have its value; `where` names the text in the message.
     """
     expandable, large_segment, max_split, unknown = None, AllocatorSettings.large_segment, None, []
     for setting in re.findall(r"[^,\[\]]+(?:\[[^\]]*\])?", "".join(text.split())):
@@ -56,7 +56,7 @@ def allocator_settings(text: str, where: str = "allocator") -> AllocatorSettings
 
 
 def from_environment(environ: Mapping[str, str]) -> str:
-    """What is set, "" for nothing.
+    """The text of the settings that the environment gives, "" for none.
 
     Raises:
         BadInput: see `allocator_settings`.

@@ -8,9 +8,9 @@ PyTorch takes them from the caching allocator (aten/src/ATen/cuda/CublasHandlePo
 | 2.12 to 2.14 | 32 MiB at 9, 10, 12, and from 2.14 at 11 (pull requests 175344, 189312) | the same |
 | 2.15 on | the same | during each product; kept as before where TORCH_CUBLAS_WORKSPACE_CACHE=1 (194311) |
 
-A training step multiplies in two threads, forward and autograd's own, so that two are kept. Frames of public histories
-showed 33,554,432 B at 9.0 and 8,519,680 B before it, two after a step. Nothing of 2.12's, 2.14's and 2.15's rows was
-seen on a GPU; between which versions they begin follows from the pull requests' dates, and for 2.15 from its manual.
+A training step runs products in two threads, forward and autograd's own, so two are kept. Public memory histories
+showed 33,554,432 B at capability 9.0 and 8,519,680 B below it, two of them after a step. The changes of 2.12, 2.14 and
+2.15 have not been seen on a GPU; the versions follow from the pull requests' dates, and 2.15 from its manual.
 """
 
 import os
@@ -25,20 +25,20 @@ from mtp_mem.config.gpus import GPU
 
 LARGE, SMALL = 32 * MiB, 8_519_680
 THREADS = 2
-"""That multiply in a training step: the one that runs the forward passes, and autograd's for the device."""
+"""Threads that run products in a training step: the forward passes' one, and autograd's for the device."""
 WITH_BIAS = MiB
-"""Of a product with a bias vector from 2.15 on, which cuBLASLt runs (CUBLASLT_WORKSPACE_SIZE)."""
+"""Workspace bytes of a product with a bias vector from 2.15 on, by cuBLASLt (CUBLASLT_WORKSPACE_SIZE)."""
 SIZE_VARIABLE, CACHE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG", "TORCH_CUBLAS_WORKSPACE_CACHE"
 
 
 @dataclass(frozen=True)
 class Workspaces:
-    """Of one target.
+    """The cuBLAS workspaces of one target.
 
     Attributes:
-        nbytes: of one.
+        nbytes: bytes of one workspace.
         kept: whether each thread keeps its own; else each product takes one and gives it back.
-        because: what that follows from.
+        because: what both follow from.
     """
 
     nbytes: int
@@ -46,12 +46,12 @@ class Workspaces:
     because: str
 
     def resident(self, threads: int = THREADS) -> tuple[int, ...]:
-        """Sizes of those that are live between steps in which so many threads multiply."""
+        """Bytes of each workspace that is live between steps in which so many threads run products."""
         return (self.nbytes,) * threads if self.kept else ()
 
 
 def workspaces(gpu: GPU, torch_version: str = torch.__version__) -> Workspaces:
-    """The rule for a target: what its entry says, else what the version of torch that is installed here would do."""
+    """The rule for a target: what its entry says, else what `torch_version` does (default: the installed one)."""
     version = tuple(int(part) for part in re.findall(r"\d+", torch_version)[:2])
     reasons = [f"torch {torch_version}"]
     config = re.findall(r":(\d+):(\d+)", os.environ.get(SIZE_VARIABLE, ""))
@@ -73,6 +73,6 @@ def workspaces(gpu: GPU, torch_version: str = torch.__version__) -> Workspaces:
 
 
 def product_buffers(args: tuple[Any, ...], nbytes: int) -> list[int]:
-    """What a product takes where workspaces are not kept."""
+    """Bytes of the buffers that a product takes where workspaces are not kept."""
     bias = isinstance(args[0], torch.Tensor) and args[0].dim() == 1
     return [WITH_BIAS if bias else nbytes]

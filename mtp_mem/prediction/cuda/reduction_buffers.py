@@ -1,4 +1,4 @@
-"""What a reduction takes on CUDA beside its result: partial sums, and counters of the blocks that have left theirs.
+"""What a reduction takes on CUDA beside its result: partial sums, and counters of blocks that have written theirs.
 
 aten/src/ATen/native/cuda/Reduce.cuh of PyTorch 2.13 (setReduceConfig, global_memory_size, semaphore_size): where few
 results have many inputs each, the inputs of one result are split over thread blocks. Sums over the rows of a matrix,
@@ -16,7 +16,7 @@ from mtp_mem.config.gpus import GPU
 BLOCK, WARP = 512, 32
 """Threads of a block and of a warp."""
 FEWEST, MOST = 16, 256
-"""Inputs that one thread reduces: blocks are added down to the first, and always above the second."""
+"""Inputs of one thread: blocks are added while it has at least the first, and always if it has more than the second."""
 LARGEST_OFFSET = 2**31 - 1
 """Bytes that a kernel's 32-bit indices reach; a larger tensor is reduced in halves, one after the other."""
 
@@ -25,13 +25,13 @@ Axis = tuple[int, int]
 
 
 def reduction_buffers(tensor: Tensor, dims: Sequence[int], gpu: GPU, *, partial: int = 4, vector: int = 4) -> list[int]:
-    """Sizes of the buffers, live until the kernel has been launched.
+    """Sizes of the buffers in bytes, live until the kernel has been launched.
 
     A sum into bf16 that is done in halves takes one more buffer, as large as its result in fp32; that is not modelled.
 
     Args:
         tensor: what is reduced; only its shape, strides and dtype count.
-        dims: over which; none stands for all.
+        dims: dimensions that are reduced; empty: all.
         gpu: the target.
         partial: bytes of a partial result.
         vector: elements that a thread loads at once where the reduced dimension is contiguous.
@@ -48,7 +48,7 @@ def reduction_buffers(tensor: Tensor, dims: Sequence[int], gpu: GPU, *, partial:
 
 
 def _merged(axes: list[Axis]) -> list[Axis]:
-    """The fastest axis first; one that goes on where the one before it ends is part of it."""
+    """The axes, smallest stride first; an axis that continues the one before it is merged into that one."""
     merged: list[Axis] = []
     for extent, stride in sorted((axis for axis in axes if axis[0] != 1), key=lambda axis: axis[1]):
         if merged and merged[-1][0] * merged[-1][1] == stride:
@@ -66,7 +66,7 @@ def _buffers(reduced: list[Axis], kept: list[Axis], offset: int, gpu: GPU, parti
     inputs, outputs = (math.prod(extent for extent, _ in axes) for axes in (reduced, kept))
     if not reduced or not inputs * outputs:
         return []
-    along = not kept or reduced[0][1] < kept[0][1]  # a row of threads reduces together, or each its own column
+    along = not kept or reduced[0][1] < kept[0][1]  # threads of a row reduce one result together, else one each
     across, down = (inputs, outputs) if along else (outputs, inputs)
     columns = 1  # results of one thread
     if along and reduced[0][1] == 1 and across >= 128 and len(reduced) == 1:

@@ -2,8 +2,8 @@
 
 `compare` and `predict --check` measure like this (mtp_mem/memory/cuda.py): the model and its batch are there, the cache
 is empty, steps run, `torch.cuda.empty_cache()` gives back every segment in which nothing is live, and the next step is
-measured. So the first step decides in which segments the optimizer's state and the workspaces lie, and what of the
-segments stays; the trace's own step is put through twice.
+measured. So the first step decides in which segments the optimizer's state and the workspaces lie, and which segments
+stay. The trace's step is therefore replayed twice: as the first step, and as the measured one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,9 @@ def replay(trace: Trace, settings: AllocatorSettings, workspaces: Sequence[int] 
     """Put a trace through the allocator; the peaks are those of the measured step.
 
     Args:
-        trace: one step. Where it says what the first step makes, that step comes before, and the cache is emptied.
+        trace: one step. If `made_by_first_step` is known, a first step is replayed before, and the cache emptied.
         settings: of the allocator.
-        workspaces: sizes of buffers that stay (cuBLAS). The first is taken by the first product of the forward passes,
+        workspaces: bytes of buffers that stay (cuBLAS). The first is taken by the first product of the forward passes,
             the second by the first of the backward passes; further ones, and all where no first step is known, are
             there from the start.
     """
@@ -51,7 +51,7 @@ def replay(trace: Trace, settings: AllocatorSettings, workspaces: Sequence[int] 
 
 
 def first_products(trace: Trace) -> list[int]:
-    """The events before which threads take their workspaces: the forward passes' thread, then autograd's."""
+    """Indices of the events before which threads take their workspaces: the forward passes', then autograd's."""
     first: dict[bool, int] = {}
     for at, in_backward in trace.products:
         if at >= trace.start:
