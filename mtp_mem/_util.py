@@ -57,7 +57,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     with writing(path):
         if os.path.lexists(path) and not os.path.isfile(path):
-            raise BadInput(f"{path}: cannot be written: is no file")
+            raise BadInput(f"{path}: cannot be written: not a regular file")
         path = Path(os.path.realpath(path))
         prefix = f".mtp-mem-{fingerprint(path.name)}-"
         _remove_left(path.parent, prefix)

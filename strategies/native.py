@@ -32,7 +32,7 @@ class Native(LibraryKernel):
     limits: ClassVar[KernelLimits] = KernelLimits(
         rounds_loss=True,
         error_factor=2.0,
-        not_predicted="torch chooses chunk and sums by device inside its operator, and here is no CUDA",
+        not_predicted="torch chooses chunk and sums by device inside its operator, and there is no CUDA device here",
     )
 
     def __post_init__(self) -> None:

@@ -60,7 +60,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
     before = os.lstat(place)
-    with pytest.raises(BadInput, match="is no file"), atomic_write(Path(place)):
+    with pytest.raises(BadInput, match="not a regular file"), atomic_write(Path(place)):
         pass
     assert os.path.samestat(before, os.lstat(place))
     assert [p.name for p in tmp_path.iterdir()] == ["pipe"]

@@ -136,7 +136,7 @@ def _join(args: argparse.Namespace, device_type: str) -> "Joined | None":
     if args.nproc:
         raise BadInput("--nproc under torchrun, which has its own --nproc-per-node: leave one of them out")
     if args.budget_minutes:
-        raise BadInput("--budget-minutes under torchrun: ranks could not agree when it is spent")
+        raise BadInput("--budget-minutes under torchrun: the ranks cannot agree on when the minutes are spent")
     joined = Joined.by_environment(device_type)
     args.nproc = joined.world
     return joined

@@ -137,7 +137,7 @@ def plan_setups(
     for spec, reason in left_out.items():
         screen.print(f"{spec} is left out: {reason}", markup=False)
     screen.print(setup_advice(rows, limit), markup=False)
-    screen.print(f"Predicted for {gpu.name}, not measured on one. FLOPs are those of the products.", markup=False)
+    screen.print(f"Predicted for {gpu.name}, not measured on one. FLOPs are the products' alone.", markup=False)
     show_assumptions(gpu)
     if len(files) > 1:
         screen.print(f"plan {files[0]}, chart {files[1]} (.svg, .csv)", markup=False)
@@ -225,8 +225,8 @@ def show(result: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None
         screen.print()
     for axis in AXES:
         if misses := [answer for answer in result.of(axis) if not answer.fits]:
-            needs = ", ".join(f"{a.strategy} misses {format_bytes(-result.left(a))} at {a.value}" for a in misses)
-            screen.print(f"No {axis} fits: {needs}.", markup=False)
+            over = ", ".join(f"{a.strategy} is {format_bytes(-result.left(a))} over at {a.value}" for a in misses)
+            screen.print(f"No {axis} fits: {over}.", markup=False)
     if any(answer.fits and answer.next_point is None for answer in result.of("n")):
         screen.print(f"n = {profile.model.largest_n}: every layer is a head, the model's own limit.", markup=False)
     if any(result.fit(answer.figures) == "tight" for answer in result.answers):

@@ -17,7 +17,7 @@ from mtp_mem.cli.common import (
     show_assumptions,
     show_records,
 )
-from mtp_mem.cli.setup import gpu_of, gpu_options, part_option
+from mtp_mem.cli.setup import changes_given, gpu_of, gpu_options, part_option
 from mtp_mem.errors import BadInput
 
 if TYPE_CHECKING:
@@ -58,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from mtp_mem.runs import check_prediction
 
-    if args.profile or args.hf or args.model or args.strategies or args.strategy or args.n or args.dtype:
-        raise BadInput("--check has its own cases: no --profile, --hf, --model, --strategies, --strategy, --n, --dtype")
+    cases = {name: getattr(args, name) for name in ("profile", "hf", "model", "strategies", "strategy")}
+    if given := [*(f"--{name}" for name, value in cases.items() if value), *changes_given(args)]:
+        raise BadInput(f"--check has its own cases: no {', '.join(given)}")
     if args.gpu and len(args.gpu) > 1:
         raise BadInput(f"--gpu {','.join(args.gpu)}: --check predicts for one GPU")
     document, right = check_prediction.run(

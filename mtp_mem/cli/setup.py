@@ -41,7 +41,7 @@ def chosen_profile(args: argparse.Namespace) -> "Profile":
     from mtp_mem.config.profiles import load_profile
 
     if args.kind and not args.hf:
-        raise BadInput("--kind is an option of --hf; a profile says it as model.head, a function of yours makes it")
+        raise BadInput("--kind is an option of --hf; profiles have model.head, and your own function decides")
     if args.hf:
         profile = huggingface_profile(args.hf, args.kind)
     elif args.model:
@@ -71,7 +71,7 @@ def training_options(sub: argparse.ArgumentParser) -> None:
         "--trunk-checkpointing", metavar="HOW", help="none, full, or k: every k-th trunk layer runs again"
     )
     group.add_argument("--optimizer", metavar="NAME", help="adamw, adamw-foreach, adamw-loop, adamw-8bit or sgd")
-    group.add_argument("--micro-batches", metavar="K", help="whose gradients one optimizer step sums")
+    group.add_argument("--micro-batches", metavar="K", help="passes whose gradients one optimizer step sums")
     group.add_argument("--label-smoothing", metavar="E", help="of every head's loss, from 0 to below 1")
     group.add_argument("--z-loss", metavar="K", help="adds K times the squared logsumexp to every token's loss")
     group.add_argument("--loss-scale", metavar="X", help="the loss is multiplied by it; default 1, in fp16 1024")
@@ -102,7 +102,7 @@ def ranks_option(sub: argparse.ArgumentParser, what: str) -> None:
         type=count,
         metavar="N",
         help=f"{what} on N ranks, processes of this machine: gloo on CPUs, a device each and NCCL on CUDA; sharded as"
-        " --sharding says, default fsdp2. Under torchrun its ranks are taken",
+        " --sharding says, default fsdp2. Under torchrun the ranks are torchrun's",
     )
 
 
@@ -114,8 +114,20 @@ def gpu_options(sub: argparse.ArgumentParser, *, several: bool) -> None:
     else:
         sub.add_argument("--gpu", help=f"{one}; default the first of the profile's")
     sub.add_argument(
-        "--gpu-memory", type=size, metavar="24GiB", help="as if the GPU had so much memory, for one that is not listed"
+        "--gpu-memory",
+        type=size,
+        metavar="24GiB",
+        help="the GPU's memory, instead of the catalogue's",
     )
+
+
+def changes_given(args: argparse.Namespace) -> list[str]:
+    """The given options that would change a profile's model, step or GPU, in the order of `--help`."""
+    from mtp_mem.config.schema import Training
+
+    fields = (field.name for field in dataclasses.fields(Training))
+    names = ("kind", "n", "dtype", "batch", "sequence", "layers", "vocab", *fields, "gpu_memory")
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name, None) is not None]
 
 
 def with_setup(profile: "Profile", args: argparse.Namespace) -> "Profile":

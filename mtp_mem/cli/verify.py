@@ -16,7 +16,7 @@ from mtp_mem.cli.common import (
     progress,
     settle_numerics,
 )
-from mtp_mem.cli.setup import chosen_profile, model_options, names, ranks_option, training_options
+from mtp_mem.cli.setup import changes_given, chosen_profile, model_options, names, ranks_option, training_options
 from mtp_mem.errors import BadInput
 
 if TYPE_CHECKING:
@@ -26,11 +26,6 @@ if TYPE_CHECKING:
 
     from mtp_mem.verification.checks import Check, Verification
 
-ONLY_OWN = (
-    *("n", "batch", "sequence", "layers", "vocab"),
-    *("trunk_checkpointing", "micro_batches", "optimizer", "frozen", "sharding"),
-)
-"""Options that need --profile, --hf or --model: without these the scenarios set them."""
 SHOWN = 20  # failures in the terminal; --json has all
 
 
@@ -62,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
     if not own:
         if args.dtype and args.dtype not in ALL_DTYPES:
             raise unknown("dtype", args.dtype, ALL_DTYPES)
-        ranks = ("sharding",) if args.nproc else ()
-        if idle := [name for name in ONLY_OWN if getattr(args, name) is not None and name not in ranks]:
-            raise BadInput(f"--{idle[0].replace('_', '-')} needs --profile, --hf or --model: scenarios have their own")
+        used = {"--dtype", "--sharding"} if args.nproc else {"--dtype"}
+        if idle := [option for option in changes_given(args) if option not in used]:
+            raise BadInput(f"{idle[0]} needs --profile, --hf or --model: the scenarios set it themselves")
     if args.nproc and args.prove:
         raise BadInput("--prove runs in one process: no --nproc")
     if args.nproc and own:
@@ -177,7 +172,7 @@ def _on_ranks(
 
     dtype: Dtype = args.dtype or "fp32"
     if dtype not in ("fp32", "fp64"):
-        raise BadInput(f"--dtype {dtype}: on ranks fp32 or fp64: sums over ranks round too in less")
+        raise BadInput(f"--dtype {dtype}: with --nproc fp32 or fp64: in less, sums over ranks round too")
     if args.nproc < 2:
         raise BadInput(f"--nproc {args.nproc}: expected at least 2 ranks")
     hows: tuple[on_ranks.How, ...] = (
@@ -240,9 +235,9 @@ def _prove(args: argparse.Namespace, device: "torch.device") -> int:
 def _sentence(result: "Verification", specs: list[str]) -> str:
     wrong = sorted({check.strategy for check in result.failures})
     if wrong and not result.complete:
-        return f"WRONG: {', '.join(wrong)}. Stopped before the end: of the others nothing is known."
+        return f"WRONG: {', '.join(wrong)}. Stopped before the end: the others were not checked to the end."
     if wrong:
-        rest = " Of the others none is." if len(wrong) < len(specs) else ""
+        rest = " No other is wrong." if len(wrong) < len(specs) else ""
         return f"WRONG: {', '.join(wrong)}.{rest}"
     if not result.complete:
         return f"Stopped: of {len(result.checks)} checks none failed; the others were not run."

@@ -28,12 +28,12 @@ def read_bytes(path: Path, largest: int = LARGEST_FILE) -> bytes:
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise BadInput(f"{path}: is no file")
+                raise BadInput(f"{path}: not a regular file")
             content = file.read(largest + 1)
     except (OSError, ValueError) as e:  # ValueError: NUL in the name
         raise BadInput(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
     if len(content) > largest:
-        raise BadInput(f"{path}: larger than any file of ours ({largest:,} bytes)")
+        raise BadInput(f"{path}: larger than {largest:,} bytes, more than any file that mtp_mem writes")
     return content
 
 
@@ -135,7 +135,7 @@ def _whole(text: str) -> int:
 
 
 def _no_constant(name: str) -> Any:
-    raise BadInput(f"holds {name}, which is no JSON")
+    raise BadInput(f"holds {name}, which JSON does not have")
 
 
 _ANY_HOOKS: dict[str, Any] = {"parse_int": _whole}

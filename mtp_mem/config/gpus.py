@@ -35,7 +35,9 @@ class GPU:
         if not re.fullmatch(r"(\d+\.\d+)?", self.capability):
             raise BadInput(f"capability = {self.capability!r}: expected a compute capability, 9.0 say")
         if not self.capability and self.workspace_bytes is None:
-            raise BadInput("capability is missing: from it follows the size of cuBLAS workspaces; or workspace_bytes")
+            raise BadInput(
+                "capability is missing: the size of cuBLAS workspaces follows from it; give it, or workspace_bytes"
+            )
 
 
 @cache

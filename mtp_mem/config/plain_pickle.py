@@ -130,7 +130,7 @@ def _loads(content: bytes) -> Any:
 
 def _set(target: Any, keys: list[Any], values: list[Any]) -> None:
     if type(target) is not dict or any(type(key) is not str for key in keys):
-        raise BadInput("holds a dict whose keys are not texts")
+        raise BadInput("holds a dict with a key that is not a string")
     target.update(zip(keys, values, strict=True))
 
 

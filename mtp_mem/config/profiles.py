@@ -56,7 +56,7 @@ def _with_huggingface(table: dict[str, Any], path: Path) -> dict[str, Any]:
     if not isinstance(hf, str):
         raise BadInput(f"hf = {short(hf)}: expected the path of a config.json")
     if not isinstance(model, dict) or set(model) - {"head"}:
-        raise BadInput("[model] beside hf: the config says what the model is; valid: head, the kind of heads")
+        raise BadInput("[model] beside hf: the config describes the model; valid in [model]: head, the kind of heads")
     kind = convert(HeadKind | None, model.get("head"), "model.head")
     profile = huggingface_profile(path.parent / hf, kind)
     usual = {"model": profile.model, "workload": profile.workload, "sweep": profile.sweep}

@@ -90,7 +90,7 @@ class ModelConfig:
         if self.head_dim is None and (self.dim % self.n_attention_heads or self.dim // self.n_attention_heads % 2):
             raise BadInput(
                 f"model.dim = {self.dim} must be an even multiple of n_attention_heads = {self.n_attention_heads}"
-                " (rotary embeddings turn pairs of channels), or model.head_dim be given"
+                " (rotary embeddings turn pairs of channels), or give model.head_dim"
             )
         if self.head_dim is not None and self.head_dim % 2:
             raise BadInput(f"model.head_dim = {self.head_dim}: must be even (rotary embeddings turn pairs of channels)")

@@ -27,10 +27,10 @@ def before(
     for kind, address, nbytes in reversed(events):
         if kind == "alloc":
             if live.pop(address, None) is None:
-                raise BadInput(f"a block was allocated at {address:x} that was neither freed nor there at the end")
+                raise BadInput(f"a block was allocated at {address:x} that was neither freed nor live at the end")
         elif kind == "free":
             if address in live:
-                raise BadInput(f"a block was freed at {address:x}, where one still is")
+                raise BadInput(f"a block was freed at {address:x}, where another one is still live")
             live[address] = (None, nbytes)
         elif kind in ("segment", "map"):
             segments.remove(address, nbytes)
@@ -52,7 +52,7 @@ class _Ranges:
         start = self.starts[at] if at >= 0 else 0
         length, small = self.rows.get(start, (0, False))
         if address + nbytes > start + length:
-            raise BadInput(f"memory was got at {address:x} that was neither given back nor there at the end")
+            raise BadInput(f"a segment was allocated at {address:x} that was neither released nor there at the end")
         del self.starts[at], self.rows[start]
         for begin, end in ((start, address), (address + nbytes, start + length)):
             if begin < end:

@@ -66,7 +66,8 @@ def record(step: TrainingStep, snapshot: Path | None = None) -> Trace:
         snapshot: where to leave torch's own snapshot (a pickle) for its memory viewer.
     """
     model, batch = step.model, step.batch
-    device = batch.tokens.device.index or torch.cuda.current_device()
+    index = batch.tokens.device.index
+    device = torch.cuda.current_device() if index is None else index
     step.model.zero_grad(set_to_none=step.training.set_to_none)
     gc.collect()
     torch.cuda.synchronize()

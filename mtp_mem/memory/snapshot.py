@@ -139,7 +139,7 @@ def recordings(snapshot: Any) -> list[Recording]:
     whole = {key: part for key, part in sorted(parts.items()) if part.events}
     if not whole:
         raise BadInput(
-            "holds no history of allocations; call torch.cuda.memory._record_memory_history() before what is to be seen"
+            "holds no history of allocations; call torch.cuda.memory._record_memory_history() before the steps"
         )
     silent = [f"device {device}: a stream with {len(part.segments):,} segments and no history"
               for (device, _), part in sorted(parts.items()) if part.segments and not part.events]  # fmt: skip
@@ -174,7 +174,7 @@ class _Part:
         kinds = self.kinds | {event.kind == "map" for event in self.events if event.kind in ("segment", "map")}
         if len(kinds) == 2:
             raise BadInput(
-                f"{where}: both expandable and other segments, which the model of the allocator does not have"
+                f"{where}: expandable and other segments together, which the model of the allocator does not cover"
             )
         expandable = kinds == {True}
         try:

@@ -109,12 +109,12 @@ class Tape:
         live, segments_now = set(self.blocks), set(self.segments)
         for number, (kind, address, nbytes) in enumerate(self.events):
             if kind not in KINDS:
-                raise BadInput(f"event {number}: no kind of event; known: {', '.join(KINDS)}")
+                raise BadInput(f"event {number}: unknown kind of event; valid: {', '.join(KINDS)}")
             _check_numbers(address, nbytes, f"event {number}")
             group = segments_now if kind in ("segment", "drop") else live
             if kind in ("alloc", "segment"):
                 if address in group:
-                    raise BadInput(f"event {number}: {kind} at {address:x}, where one still is")
+                    raise BadInput(f"event {number}: {kind} at {address:x}, where another one is still live")
                 group.add(address)
             elif kind in ("free", "drop"):
                 if address not in group:

@@ -174,7 +174,7 @@ class Trace:
         except (TypeError, KeyError, AttributeError) as e:
             raise ValueError(f"not a step's storages and events: {e!r}") from None
         if unknown:
-            raise ValueError(f"no storages of the numbers {unknown}")
+            raise ValueError(f"names storages that it does not list: {unknown}")
         for storage in storages.values():
             right_types = isinstance(storage.nbytes, int) and all(
                 isinstance(text, str) for text in (storage.phase, storage.op, storage.name)

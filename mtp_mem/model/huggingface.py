@@ -270,7 +270,7 @@ class HuggingFaceMTP(nn.Module):
             raise BadInput(f"training.trunk_checkpointing: {e}") from None
         for i, layer in enumerate(self.trunk_layers):
             if not hasattr(layer, "gradient_checkpointing"):
-                raise BadInput(f"training.trunk_checkpointing: {type(layer).__name__} cannot be recomputed by itself")
+                raise BadInput(f"training.trunk_checkpointing: {type(layer).__name__} has no checkpointing")
             layer.gradient_checkpointing = i % every == 0  # type: ignore[assignment]
 
     def to_hf(self) -> nn.Module:
@@ -312,7 +312,7 @@ def _unembedding(lm: Any) -> Tensor:
     if module is None:
         raise BadInput(f"{type(lm).__name__} has no unembedding (get_output_embeddings): expected a ...ForCausalLM")
     if getattr(module, "bias", None) is not None:
-        raise BadInput(f"{type(lm).__name__} adds a bias to its logits, and no strategy does")
+        raise BadInput(f"{type(lm).__name__} adds a bias to its logits, which no strategy supports")
     weight: Tensor = module.weight
     return weight
 

@@ -176,6 +176,6 @@ def _eight_bit(parameters: Sequence[Tensor], lr: float) -> Optimizer:
     try:
         AdamW8bit = importlib.import_module("bitsandbytes.optim").AdamW8bit
     except ImportError:
-        raise Missing("optimizer adamw-8bit needs the package bitsandbytes; predict and plan do not") from None
+        raise Missing("optimizer adamw-8bit needs the package bitsandbytes (predict and plan do not)") from None
     optimizer: Optimizer = AdamW8bit(parameters, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
     return optimizer

@@ -97,7 +97,7 @@ def choose(
     if peak(spec) <= floor:
         return choice(spec, "the largest chunk whose logits fit below what the rest of the step needs anyway")
     over = format_bytes(peak(spec) - floor)
-    why = f"no chunk reaches the step without logits; this one needs {over} more, smaller ones hardly less"
+    why = f"no chunk reaches the step without logits; this one needs {over} more, and smaller ones save little"
     return choice(spec, why)
 
 

@@ -42,7 +42,7 @@ def assumptions(gpu: GPU) -> list[str]:
     kept = f"{THREADS} of {size}, kept from the first products on" if rule.kept else f"{size} during each product"
     stated = [f"cuBLAS workspaces: {kept} ({rule.because})"]
     if settings.not_modelled:
-        stated.append(f"the allocator is set to what its model does not know: {', '.join(settings.not_modelled)}")
+        stated.append(f"the allocator has settings that its model does not cover: {', '.join(settings.not_modelled)}")
     return stated
 
 

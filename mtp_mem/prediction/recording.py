@@ -164,7 +164,7 @@ def hold(tape: Tape) -> Held:
             model.got.clear()
             got.clear()
         elif got:  # out of memory, in the middle of getting some
-            said = "the GPU got memory for what it then could not allocate, which is not modelled"
+            said = "the GPU mapped memory for a request that then failed, which is not modelled"
             reserved += sum(size for _, size in got)
             got.clear()
         elif number and tape.events[number - 1].kind not in GAVE:  # out of memory, and the GPU gave nothing back

@@ -139,9 +139,9 @@ def setup_advice(rows: Sequence[Tried], limit: int) -> str:
     if best is None:
         least = min(rows, key=lambda row: row.figures.allocated)
         over = format_bytes(least.figures.allocated - limit)
-        return f"Nothing fits: {least.strategy} with {least.words} needs least, and {over} too much."
+        return f"Nothing fits: {least.strategy} with {least.words} needs the least, which is {over} too much."
     cost = (
-        "FLOPs not known" if best.flops is None else f"{share(best.flops)} FLOPs" if best.flops > 1 else "no FLOP more"
+        "FLOPs not known" if best.flops is None else f"{share(best.flops)} FLOPs" if best.flops > 1 else "no more FLOPs"
     )
     left = format_bytes(limit - best.figures.allocated)
     return f"Use {best.strategy} with {best.words}: the cheapest that fits, {cost}; {left} are left."

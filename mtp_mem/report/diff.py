@@ -94,7 +94,7 @@ def load(path: Path, notes: list[str]) -> Results:
 def changes(old: Results, new: Results, memory: float, time: float) -> list[Change]:
     """Every figure of the old results that changed in the new ones, in the order of the new results.
 
-    A figure of bytes or time that is gone, or is NaN now, is worse.
+    A figure of bytes or time that is gone, or is NaN now, is worse; one that was NaN before is not.
 
     Args:
         old: before.
@@ -119,7 +119,7 @@ def changes(old: Results, new: Results, memory: float, time: float) -> list[Chan
         else:
             pairs.append(("time", a.seconds, b.seconds, time))
         differing += [
-            Change(b.name, kind, x, y, worse=y is None or not y <= x * (1 + allowed))
+            Change(b.name, kind, x, y, worse=y is None or y != y or y > x * (1 + allowed))
             for kind, x, y, allowed in pairs
             if x is not None and x != y
         ]

@@ -42,7 +42,7 @@ def draw(paths: Sequence[Path], out: Path, notes: list[str]) -> list[Path]:
         except BadInput as e:
             raise BadInput(f"{path}: {e}") from None
         if not drawn:
-            notes.append(f"{path}: no batch by n in it, nothing to draw")
+            notes.append(f"{path}: holds no largest batch by n, nothing to draw")
         files += drawn
     files += setups_chart(apart, out)
     for i, records in enumerate(apart, 1):

@@ -161,11 +161,11 @@ def show(screen: Console, name: str, recording: Recording, held: Held, blocks: l
     lines = [f"{title(name, recording)}: {'EXACT' if held.exact else 'DIFFERENT'}"]
     if held.exact:
         lines.append(f"  {kind}: each of {counts['alloc']:,} allocations lies where the GPU put it;")
-        lines.append(f"  memory was got {got:,} times and given back {gave:,} times, as on the GPU")
+        lines.append(f"  segments were allocated {got:,} times and released {gave:,} times, as on the GPU")
     else:
         lines += [f"  {kind}; the first difference:", f"  {held.difference}"]
         if not recording.begins_with_process:
-            lines.append("  what was there before the history is inferred, which may be why")
+            lines.append("  the state before the history is inferred, which may be the reason")
     if held.not_modelled:
         lines.append(f"  not modelled: {', '.join(held.not_modelled)}")
     lines += [f"  left out: {text}" for text in recording.left_out]
@@ -191,11 +191,11 @@ def show(screen: Console, name: str, recording: Recording, held: Held, blocks: l
         lines[-1] += ","
         lines.append("  if the blocks from before the history lay side by side")
     if held.model_reserved_peak != peak.reserved:
-        lines.append(f"  the model, going on by itself, reserves {format_bytes(held.model_reserved_peak)}")
+        lines.append(f"  the allocator's model alone would reserve {format_bytes(held.model_reserved_peak)}")
     if vocab:
         lines.append(f"  logits-sized at the peak (whole rows of V): {format_bytes(_logits(blocks, stays=False))}")
         if alike := _logits(blocks, stays=True):
-            lines.append(f"  whole rows of V too, but of a size that stays, as weights do: {format_bytes(alike)}")
+            lines.append(f"  whole rows of V too, but of a size that stays live, as weights do: {format_bytes(alike)}")
     for line in lines:
         screen.print(line, markup=False)
     screen.print(_largest(blocks, vocab))

@@ -174,7 +174,7 @@ def remarks(records: Sequence[Record]) -> list[str]:
     """What the columns cannot say: noise, unusual setups, what was chosen and why, what failed, unreliable peaks."""
     noise = {r.n: (r.gradient_reference, r.gradient_noise) for r in records if r.gradient_noise}
     lines = [
-        f"n = {n}: {name} run twice differs from itself by {error:.0e}: some kernel here adds in no fixed order, and"
+        f"n = {n}: {name} run twice differs from itself by {error:.0e}: a kernel adds in no fixed order, so"
         " nothing can be bit-identical unless deterministic kernels are required"
         for n, (name, error) in noise.items()
     ]
@@ -185,7 +185,7 @@ def remarks(records: Sequence[Record]) -> list[str]:
         if r.status != "ok" or r.error:
             words.append(f"{r.status}: {r.error or 'no reason recorded'}")
         if r.alloc_retries:
-            words.append(f"the allocator ran out {r.alloc_retries} times and freed its cache: the peak is bent by it")
+            words.append(f"the allocator ran out {r.alloc_retries} times and freed its cache, which changes the peak")
         if r.peak_spread_bytes:
             words.append(f"three repeats of the step differ by {format_bytes(r.peak_spread_bytes)} in their peaks")
         lines += [f"{r.strategy}, n = {r.n}: {text}" for text in words]

@@ -40,7 +40,7 @@ class Bench:
     def __init__(self, profile: Profile, config: ModelConfig, corpus: Corpus, device: torch.device) -> None:
         if profile.training.part != "step":
             raise BadInput(
-                f"training.part = {profile.training.part!r}: steps here run whole; predict and timeline --gpu take it"
+                f"training.part = {profile.training.part!r}: whole steps run here; predict and timeline --gpu take it"
             )
         self.profile, self.config, self.device = profile, config, device
         self.model = self._model()
@@ -55,7 +55,9 @@ class Bench:
 
     def _model(self) -> Any:
         if self.profile.training.sharding != "none":
-            raise BadInput(f"training.sharding = {self.profile.training.sharding!r} needs ranks: --nproc, or torchrun")
+            raise BadInput(
+                f"training.sharding = {self.profile.training.sharding!r} needs ranks: give --nproc or use torchrun"
+            )
         return drawn_model(self.profile, self.config, self.device)
 
     def _batch(self, corpus: Corpus, rank: int = 0) -> Batch:
@@ -122,7 +124,7 @@ class Bench:
         if not trains and not self._restore():
             changed.append("the weights")
         if changed:
-            raise BrokenContract(f"leaves {changed[0]} changed, which was put back")
+            raise BrokenContract(f"leaves {changed[0]} changed (it was put back)")
 
     def _restore(self) -> bool:
         """Put weights and batch back as they were at the start; returns whether the weights had not changed."""

@@ -74,7 +74,7 @@ def measure(
     try:
         return _answered(request, timeout_s, {**os.environ, **(environment or {})})
     except OSError as e:
-        return {"status": "error", "error": f"no process for it: {e.strerror or e}"}
+        return {"status": "error", "error": f"no process could be started for this case: {e.strerror or e}"}
 
 
 def _answered(request: dict[str, Any], timeout_s: float, environment: dict[str, str]) -> dict[str, Any]:

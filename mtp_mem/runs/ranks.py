@@ -55,7 +55,7 @@ class Group:
         there = torch.cuda.device_count() if self.device_type == "cuda" else self.world
         if there < self.world:
             raise Missing(
-                f"{self.world} ranks on CUDA need {self.world} devices, there are {there}; --device cpu has no"
+                f"{self.world} ranks on CUDA need {self.world} devices, there are {there}; --device cpu needs none"
             )
 
     def run(
@@ -179,7 +179,7 @@ class Joined:
             try:
                 answer = work(job, progress)
             except (Exception, SystemExit) as e:
-                raise RankFailed(f"rank {self.rank}, {job}: {one_line(e)}; what is finished is kept") from None
+                raise RankFailed(f"rank {self.rank}, {job}: {one_line(e)}; finished cases are kept") from None
             yield job, answer
             dist.barrier()
 

@@ -138,7 +138,7 @@ class Record:
                 value = convert(hint, facts[key], f"{group}.{key}") if key in facts else None
                 largest = MOST_MODULES if key in MODULES else LARGEST_SIZE
                 if type(value) is int and key in (*MODULES, *SIZES) and not 1 <= value <= largest:
-                    raise BadInput(f"{group}.{key} = {value}: {'below one' if value < 1 else f'over {largest}'}")
+                    raise BadInput(f"{group}.{key} = {value}: must be from 1 to {largest}")
         return record
 
 

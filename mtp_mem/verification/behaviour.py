@@ -61,7 +61,7 @@ def protocol(name: str, strategy: Strategy, scenario: Scenario, dtype: Dtype, de
         except Exception:
             return
         if failing.failed:
-            raise BrokenContract("swallows what is raised inside it: a step that ran out of memory would look like one")
+            raise BrokenContract("swallows exceptions: a step that ran out of memory would look right")
 
     def keeps_no_state() -> None:
         first = watched(problem, strategy)

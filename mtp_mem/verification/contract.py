@@ -101,7 +101,7 @@ def stand_alone(gradients: Mapping[str, Tensor | None], owners: Mapping[str, Ten
             raise BrokenContract(f"leaves a graph on {name} (create_graph)")
         storage = gradient.untyped_storage()
         if storage.data_ptr() in seen:
-            raise BrokenContract(f"leaves {name} in the memory of {seen[storage.data_ptr()]}")
+            raise BrokenContract(f"leaves {name} sharing memory with {seen[storage.data_ptr()]}")
         seen[storage.data_ptr()] = name
         if storage.nbytes() != gradient.numel() * gradient.itemsize:
             raise BrokenContract(f"leaves {name} as a part of a larger buffer")
@@ -147,7 +147,7 @@ def counted_hooks(parameters: Mapping[str, Tensor]) -> Iterator[None]:
             kind = "post-accumulate hook" if name in given else "hook"
             raise BrokenContract(f"the {kind} of {name} never ran: its gradient went past autograd")
         if relative_error([parameter.grad], [given[name]]) > HOOKED:
-            raise BrokenContract(f"the hook of {name} saw, or returned, another gradient than it got")
+            raise BrokenContract(f"the hook of {name} saw another gradient than {name} got, or its result was lost")
 
 
 @contextmanager
@@ -164,7 +164,7 @@ def unchanged(tensors: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         for name, tensor, values, trainable in before:
             if tensor.requires_grad != trainable:
-                changed.append(f"leaves {name} {'frozen' if trainable else 'trainable'}, which it was not")
+                changed.append(f"leaves {name} {'frozen' if trainable else 'trainable'}, which it was not before")
                 tensor.requires_grad_(trainable)
             if not put_back(tensor, values):
                 changed.append(f"changes {name}")
@@ -239,6 +239,7 @@ class _NoSyncMethods(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         methods: tuple[Callable[..., Any], ...] = (Tensor.cpu, Tensor.numpy, Tensor.tolist)
-        if func in methods:
+        words = [value for value in (*args[1:], *(kwargs or {}).values()) if isinstance(value, str)]
+        if func in methods or (func is Tensor.to and "cpu" in words):
             raise BrokenContract(f"synchronises with the device (Tensor.{func.__name__})")
         return func(*args, **(kwargs or {}))

@@ -149,7 +149,7 @@ def judge(
                     return part("wrong", f"{tensor} is not finite")
                 overflows = overflows or tensor
             if plain_peak and not own_peak and right_peak > NOISE * max(peaks[1]):
-                return part("wrong", f"{tensor} is zero")
+                return part("wrong", f"{tensor} is zero, where the right one is not")
         elif math.isfinite(own_peak):
             return part("wrong", f"{tensor} is finite, where the right one is not")
         pairs.append((own, right))
@@ -161,11 +161,11 @@ def judge(
         words = f"{overflows} overflows fp16, as naive's does: the loss scale is too large"
         return dataclasses.replace(part("right" if known else "unchecked", words), overflows=not known)
     if not all(math.isfinite(right_peak) for _, right_peak in largest):
-        return part("right" if expected == "not finite" else "unchecked", "not finite, as the right one")
+        return part("right" if expected == "not finite" else "unchecked", "not finite, as the right one is")
     if not any(right_peak for _, right_peak in largest):
         if any(own_peak for own_peak, _ in largest):
             return part("wrong", "is not zero, where the right one is")
-        return part("right" if expected == "zero" else "unchecked", "zero, as the right one")
+        return part("right" if expected == "zero" else "unchecked", "zero, as the right one is")
     error = relative_error(candidate, reference)
     if error <= bound:
         return part("right", "", error)

@@ -57,7 +57,7 @@ def verify(
     limits = {name: kernel_limits(strategy) for name, strategy in named.items()}
     unable = [name for name in named if not any(map(limits[name].takes, dtypes))]
     if unable and strategies is not None:
-        raise BadInput(f"strategy {unable[0]!r} {limits[unable[0]].computes}: in none of {', '.join(dtypes)}")
+        raise BadInput(f"strategy {unable[0]!r} {limits[unable[0]].computes}, which is none of {', '.join(dtypes)}")
     able = {name: strategy for name, strategy in named.items() if name not in unable}
     checks = []
     with _one_thread():
@@ -68,7 +68,7 @@ def verify(
     used = {option: None for scenario in scenarios for option in scenario.options.used}
     for name, strategy in able.items():
         if missing := [option for option in used if option not in loss_options(strategy)]:
-            remarks.append(f"{name}: not with {', '.join(missing)}, which its loss does not take")
+            remarks.append(f"{name}: checked without {', '.join(missing)}, which its loss does not take")
     return Verification(tuple(checks), tuple(remarks))
 
 

@@ -68,7 +68,7 @@ def test_settings_of_the_allocator_are_followed_or_named(
     (record,) = document(capsys, "predict", *small)["records"]
     assert record["peak_requested_bytes"] == plain["peak_requested_bytes"]
     assert record["peak_reserved_bytes"] > plain["peak_reserved_bytes"]
-    named = "the allocator is set to what its model does not know: roundup_power2_divisions:4"
+    named = "the allocator has settings that its model does not cover: roundup_power2_divisions:4"
     assert record["environment"]["assumptions"][1:] == [named]
     assert record["environment"]["target"] == f"NVIDIA L4, {settings}"
     assert record["environment"]["variables"]["PYTORCH_CUDA_ALLOC_CONF"] == settings

@@ -68,7 +68,7 @@ def test_a_record_with_one_field_of_anything(tmp_path: Path, data: st.DataObject
 NO_RECORDS = (
     ("[" * 100_000, "nested too deep"),
     ("[" * (DEEPEST + 2) + "]" * (DEEPEST + 2), f"nested more than {DEEPEST} deep"),
-    ('{"n": NaN}', "holds NaN, which is no JSON"),
+    ('{"n": NaN}', "holds NaN, which JSON does not have"),
     ('{"n": 9223372036854775808}', "holds a whole number beyond 2**63"),
     ('{"n": -Infinity}', "holds -Infinity"),
     ('{"n": 1', "not a whole JSON object"),

@@ -254,5 +254,5 @@ def test_a_cached_vocabulary_that_is_another_one(tmp_path: Path, monkeypatch: py
         cached.write_bytes(content)
         assert data.load_corpus(workload, 257, text).digest == right.digest
         assert json.loads(cached.read_text()) == whole
-    with pytest.raises(BadInput, match="is no file"):
+    with pytest.raises(BadInput, match="not a regular file"):
         data.load_corpus(workload, 257, Path("/dev/zero"))

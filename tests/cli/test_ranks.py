@@ -1,4 +1,4 @@
-"""`--nproc` and torchrun: a sweep on two ranks, one of which fails; what is finished is kept."""
+"""`--nproc` and torchrun: a sweep on two ranks, one of which fails; finished cases are kept."""
 
 import json
 import subprocess

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from command_line import mtp_mem
 
+from mtp_mem.cli import main
+
 PROFILE = """
 [model]
 vocab_size = 256
@@ -155,3 +157,11 @@ def test_one_setup_has_one_name_however_it_is_written(folder: Path) -> None:
         ended = mtp_mem(folder, "predict", "--profile", "small.toml", "--json", *options)
         cases.append(json.loads(ended.stdout)["records"][0]["case"])
     assert cases[1] == cases[2] != cases[0] != cases[3] == cases[4]
+
+
+@pytest.mark.parametrize(
+    "option", [["--z-loss", "1"], ["--kind", "medusa"], ["--set-to-none", "false"], ["--world", "2"], ["--n", "2"]]
+)
+def test_verify_ignores_no_option(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--strategies", "naive", *option]) == 2
+    assert f"{option[0]} needs --profile, --hf or --model" in capsys.readouterr().err

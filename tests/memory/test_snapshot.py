@@ -240,13 +240,13 @@ def test_expandable_and_other_segments_together() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"events": [["alloc", 0, 5], ["alloc", 0, 5]]}, "event 1: alloc at 0, where one still is"),
+        ({"events": [["alloc", 0, 5], ["alloc", 0, 5]]}, "event 1: alloc at 0, where another one is still live"),
         ({"events": [["free", 0, 5]]}, "event 0: free at 0, where none is"),
         ({"events": [["drop", 0, 5]]}, "event 0: drop at 0, where none is"),
         ({"events": [["alloc", 0, 0]]}, "event 0 at 0: not a number of bytes"),
         ({"events": [["alloc", -1, 5]]}, "event 0: not an address"),
         ({"events": [["alloc", 0, 10**30]]}, "event 0 at 0: not a number of bytes"),
-        ({"events": [["buy", 0, 5]]}, "event 0: no kind of event; known: alloc, free"),
+        ({"events": [["buy", 0, 5]]}, "event 0: unknown kind of event; valid: alloc, free"),
         ({"events": [["alloc", 0]]}, "not a tape"),
         ({"segments": [[0, 5, True], [3, 5, True]]}, "segments overlap at 3"),
         ({"segments": [[0, 1024, True]], "blocks": [[512, 1024, 1]]}, "a block at 200 lies in no segment"),

@@ -267,7 +267,7 @@ def test_a_profile_may_name_a_config(tmp_path: Path) -> None:
     )
     assert profile.sweep.n == (1, 3)
     path.write_text('hf = "config.json"\n[model]\ndim = 3\n')
-    with pytest.raises(BadInput, match="beside hf: the config says what the model is"):
+    with pytest.raises(BadInput, match="beside hf: the config describes the model"):
         load_profile(str(path))
 
 

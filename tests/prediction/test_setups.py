@@ -66,7 +66,7 @@ def test_the_cheapest_that_fits(rows: list[Tried]) -> None:
     least = min(row.figures.allocated for row in rows)
     assert cheapest(rows, least - 1) is None
     assert "Nothing fits" in setup_advice(rows, least - 1)
-    assert "no FLOP more" in setup_advice(rows, 100 * GiB)
+    assert "no more FLOPs" in setup_advice(rows, 100 * GiB)
 
 
 def test_only_what_divides_the_batch_is_tried() -> None:

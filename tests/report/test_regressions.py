@@ -79,6 +79,12 @@ def test_changes(
     assert words in capsys.readouterr().out
 
 
+def test_what_was_no_number_before_does_not_get_worse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = bench(tmp_path / "old.json", times_floor=math.nan), bench(tmp_path / "new.json")
+    assert main(["regressions", str(old), str(new)]) == 0
+    assert "1 figures changed, 0 got worse" in capsys.readouterr().out
+
+
 def test_a_case_that_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = results(tmp_path / "old.jsonl", record("naive"), record("sequential"))
     more_threads = record("sequential", environment={**record().environment, "threads": 64})

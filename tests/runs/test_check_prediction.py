@@ -82,7 +82,9 @@ def test_a_spent_budget_keeps_what_is_done(tmp_path: Path, capsys: pytest.Captur
     [
         (["--check", "--gpu", "h3000"], "unknown GPU 'h3000'"),
         (["--check", "--gpu", "h200,l4"], "--check predicts for one GPU"),
-        (["--check", "--n", "3"], "--check has its own cases"),
+        (["--check", "--n", "3"], "--check has its own cases: no --n"),
+        (["--check", "--hf", ".", "--micro-batches", "2"], "--check has its own cases: no --hf, --micro-batches"),
+        (["--check", "--gpu-memory", "24GiB"], "--check has its own cases: no --gpu-memory"),
         (["--quick"], "options of --check"),
     ],
 )

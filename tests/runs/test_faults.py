@@ -90,8 +90,8 @@ def test_a_page_in_the_place_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "real/page.html").write_text("old")
     (tmp_path / "page.html").symlink_to("real/page.html")
     for where, why in (
-        ("pipe", "cannot be written: is no file"),
-        ("/dev/null", "cannot be written: is no file"),
+        ("pipe", "cannot be written: not a regular file"),
+        ("/dev/null", "cannot be written: not a regular file"),
         ("r", "is a folder"),
         ("r/results.jsonl", "is one of the files to read"),
         ("bad.jsonl", "is one of the files to read"),
@@ -102,7 +102,7 @@ def test_a_page_in_the_place_of_something_else(tmp_path: Path) -> None:
     assert mtp_mem(tmp_path, "report", "r", "-o", "page.html").returncode == 0
     assert (tmp_path / "page.html").is_symlink()
     assert (tmp_path / "real/page.html").read_text().startswith("<!DOCTYPE")
-    assert mtp_mem(tmp_path, "report", "pipe", "-o", "x.html").stderr == "mtp-mem: pipe: is no file\n"
+    assert mtp_mem(tmp_path, "report", "pipe", "-o", "x.html").stderr == "mtp-mem: pipe: not a regular file\n"
 
 
 def test_a_record_that_does_not_fit_leaves_the_file_as_it_was(tmp_path: Path) -> None:

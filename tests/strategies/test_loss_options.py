@@ -103,14 +103,16 @@ def test_every_strategy_through_the_scenarios() -> None:
 def test_an_option_that_is_forgotten_is_caught() -> None:
     result = verify([Forgetful()], dtypes=["fp32"], scenarios=OWN_SCENARIOS)
     assert [check.scenario for check in result.failures] == ["label smoothing"]
-    assert result.remarks == ("Forgetful: not with z_loss, softcap, which its loss does not take",)
+    assert result.remarks == ("Forgetful: checked without z_loss, softcap, which its loss does not take",)
 
 
 def test_a_loss_without_options_is_verified_without_them() -> None:
     result = verify([Unaware()], dtypes=["fp32"], scenarios=[*SCENARIOS[:1], *OWN_SCENARIOS])
     assert result.passed
     assert {check.scenario for check in result.checks} == {"6 optimizer steps", "protocol", "n = 1"}
-    assert result.remarks == ("Unaware: not with label_smoothing, z_loss, softcap, which its loss does not take",)
+    assert result.remarks == (
+        "Unaware: checked without label_smoothing, z_loss, softcap, which its loss does not take",
+    )
 
 
 def test_what_each_strategy_takes() -> None:

@@ -106,7 +106,7 @@ def test_what_is_allowed_for_or_left_out_is_remarked() -> None:
     assert verified(Scaled(limits=KernelLimits(error_factor=2))).remarks == (
         "Scaled: in low precision its gradients may be 2 times as far off as others'",
     )
-    assert verified(Scaled(), "z-loss").remarks == ("Scaled: not with z_loss, which its loss does not take",)
+    assert verified(Scaled(), "z-loss").remarks == ("Scaled: checked without z_loss, which its loss does not take",)
     assert verified(Scaled(), "z-loss").checks == ()
 
 

@@ -80,7 +80,7 @@ def test_gradients_are_taken_off() -> None:
         ([torch.ones(3)], [None], "w is frozen and has a gradient"),
         ([torch.ones(2)], [torch.ones(3)], "w has shape (2,), expected (3,)"),
         ([torch.tensor([1.0, math.nan])], [torch.ones(2)], "w is not finite"),
-        ([torch.zeros(2)], [torch.ones(2)], "w is zero"),
+        ([torch.zeros(2)], [torch.ones(2)], "w is zero, where the right one is not"),
         ([torch.zeros(2)], [torch.tensor([math.nan, 1.0])], "w is finite, where the right one is not"),
         ([torch.ones(2)], [torch.zeros(2)], "is not zero, where the right one is"),
         ([torch.full((2,), 3.0)], [torch.ones(2)], "3 times the right one"),

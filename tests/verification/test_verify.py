@@ -100,7 +100,7 @@ def test_a_wrong_strategy_ends_with_1_and_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "mine:Mine: upstream scale 0.37, fp64: gradient of " in done.stdout
     assert "2.7 times the right one" in done.stdout
-    assert "WRONG: mine:Mine. Of the others none is." in done.stdout
+    assert "WRONG: mine:Mine. No other is wrong." in done.stdout
     done = mtp_mem(tmp_path, "verify", "--strategy", "mine:Mine", "--dtype", "fp64", "--json")
     assert done.returncode == 1
     document = json.loads(done.stdout)

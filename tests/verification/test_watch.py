@@ -122,9 +122,9 @@ def test_the_largest_tensor_that_stays_is_named() -> None:
 def test_gradients_do_not_share_memory() -> None:
     a, b = torch.ones(3), torch.ones(3)
     stand_alone({"a.grad": a, "b.grad": b}, {"the cut": torch.ones(3)})
-    with pytest.raises(BrokenContract, match=r"leaves b\.grad in the memory of a\.grad"):
+    with pytest.raises(BrokenContract, match=r"leaves b\.grad sharing memory with a\.grad"):
         stand_alone({"a.grad": a, "b.grad": a.view(3)}, {})
-    with pytest.raises(BrokenContract, match=r"leaves a\.grad in the memory of the cut"):
+    with pytest.raises(BrokenContract, match=r"leaves a\.grad sharing memory with the cut"):
         stand_alone({"a.grad": a}, {"the cut": a.view(3)})
 
 
