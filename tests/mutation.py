@@ -57,7 +57,7 @@ TARGETS = {
     "mtp_mem/model/model_state.py": Tests((), (_WATCH, _CONTRACT, "runs/test_bench.py")),
     **{f"mtp_mem/verification/{name}.py": _VERIFIER for name in ("gradient_error", "checks")},
     "mtp_mem/verification/verify.py": Tests((), ("strategies/test_kernel_limits.py", _CHECKS, _CONTRACT), prove=True),
-    "mtp_mem/verification/problem.py": Tests(("naive",), ("verification/test_verify.py",)),
+    "mtp_mem/verification/problem.py": Tests((), ("verification/test_problem.py", _CHECKS, _WATCH), prove=True),
     "mtp_mem/model/losses.py": Tests(("naive", "sequential"), _STRATEGIES),
     "mtp_mem/model/head_tree.py": Tests(
         ("sequential", "chunked_tokens", "checkpointed"), ("model/test_heads.py", "test_strategy.py")
