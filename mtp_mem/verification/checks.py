@@ -1,6 +1,6 @@
 """What a verification says: one strategy's check in one scenario and dtype, and all checks of a run."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mtp_mem.config.schema import Dtype
 from mtp_mem.verification.gradient_error import Part, Status
@@ -68,7 +68,7 @@ class Check:
 class Verification:
     """All checks of a run."""
 
-    checks: tuple[Check, ...] = field(default_factory=tuple)
+    checks: tuple[Check, ...]
     remarks: tuple[str, ...] = ()  # what was left out or allowed for, a line each
     complete: bool = True  # False: stopped before the end
 

@@ -99,7 +99,7 @@ def _pop_function_modes(depth: int) -> None:
 
 def _pop_operator_modes(depth: int) -> None:
     while torch._C._len_torch_dispatch_stack() > depth:
-        torch._C._pop_torch_dispatch_stack()
+        torch._C._pop_torch_dispatch_stack(None)
 
 
 def _saved_hooks() -> Any:

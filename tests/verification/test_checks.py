@@ -9,7 +9,7 @@ from mtp_mem.config.schema import Dtype
 from mtp_mem.strategy import KernelLimits
 from mtp_mem.verification.behaviour import across_steps
 from mtp_mem.verification.checks import Check
-from mtp_mem.verification.gradient_error import Part
+from mtp_mem.verification.gradient_error import Part, allowed
 from mtp_mem.verification.scenarios import SCENARIOS, Scenario
 
 
@@ -134,3 +134,11 @@ def test_progress_is_told() -> None:
     chosen = [scenario for scenario in SCENARIOS if scenario.name == "n = 3"]
     verify(["naive"], dtypes=["fp32"], scenarios=chosen, progress=words.append)
     assert words == ["naive: protocol and steps", "n = 3, fp32"]
+
+
+def test_losses_and_gradients_are_held_to_the_same_bound() -> None:
+    (check,) = verified(Scaled()).checks
+    assert "losses" in [part.name for part in check.parts]
+    for part in check.parts:
+        assert part.naive_error is not None
+        assert part.allowed == allowed("bf16", part.naive_error), part.name

@@ -144,3 +144,15 @@ def test_the_rule() -> None:
     assert judge("a", [torch.ones(4) * 1.02], one, "bf16").status == "right"
     assert judge("a", near, one, "bf16", factor=2).status == "right"
     assert judge("losses", near, one, "fp32", rounding=0.06).status == "right"
+
+
+def test_what_a_part_says_of_itself() -> None:
+    right = [torch.ones(3)]
+    missing = judge("a", [None], right, "fp32")
+    assert missing.error == math.inf
+    assert missing.allowed == allowed("fp32", None)
+    frozen = judge("a", [None], [None], "bf16", naive_error=0.25, factor=3.0, rounding=0.5)
+    assert (frozen.status, frozen.problem, frozen.error) == ("unchecked", "frozen", 0.0)
+    assert (frozen.allowed, frozen.naive_error) == (3 * allowed("bf16", 0.25) + 0.5, 0.25)
+    zero = judge("a", [torch.zeros(2)], [torch.zeros(2)], "fp32", expected="zero")
+    assert (zero.status, zero.problem, zero.error) == ("right", "zero, as the right one is", 0.0)

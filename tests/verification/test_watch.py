@@ -7,6 +7,7 @@ import numpy
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp_mem import load_strategy
 from mtp_mem.errors import BrokenContract
@@ -15,11 +16,13 @@ from mtp_mem.strategy import KernelLimits
 from mtp_mem.verification.behaviour import across_steps, protocol
 from mtp_mem.verification.broken_behaviour import HooksSkipped
 from mtp_mem.verification.contract import LARGER, counted_hooks, put_back, stand_alone, unchanged
-from mtp_mem.verification.global_state import restored
+from mtp_mem.verification.global_state import _equal, restored
 from mtp_mem.verification.problem import build
-from mtp_mem.verification.scenarios import Scenario
+from mtp_mem.verification.scenarios import SCENARIOS, Scenario
+from mtp_mem.verification.verify import verify
 
 USUAL, CPU = Scenario(name="usual"), torch.device("cpu")
+EXISTING = next(scenario for scenario in SCENARIOS if scenario.name == "existing .grad")
 
 
 class After:
@@ -222,3 +225,95 @@ def test_a_gradient_that_the_next_step_overwrites_is_named() -> None:
 
     check = across_steps("Zeroes", Zeroes(), USUAL, "fp32", CPU)
     assert check.broken == "step 2 changes the losses or the .grad of the step before"
+
+
+def test_a_reference_cycle_keeps_no_memory() -> None:
+    def cycles(losses: torch.Tensor) -> torch.Tensor:
+        cycle: list[object] = [torch.ones(70)]
+        cycle.append(cycle)
+        return losses
+
+    assert across_steps("After", After(cycles), USUAL, "fp32", CPU).status == "right"
+
+
+def test_a_gradient_written_by_hand_runs_no_post_accumulate_hook() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    with pytest.raises(BrokenContract, match="the post-accumulate hook of w never ran"), counted_hooks({"w": weight}):
+        (weight.grad,) = torch.autograd.grad((2 * weight).sum(), weight)
+
+
+def test_what_a_hook_returns_must_reach_the_gradient() -> None:
+    weight = torch.ones(3, requires_grad=True)
+
+    def step() -> None:
+        weight.sum().backward()
+        assert weight.grad is not None
+        weight.grad *= 2  # as if the hook had not halved it
+
+    with pytest.raises(BrokenContract, match="the hook of w saw another gradient"), counted_hooks({"w": weight}):
+        step()
+
+
+@pytest.mark.parametrize("how", ["a view of it", "other memory"])
+def test_a_gradient_that_is_there_is_added_to_in_its_place(how: str) -> None:
+    class Moves:
+        def backward(self, cut, heads, targets, weights):  # type: ignore[no-untyped-def]
+            losses = load_strategy("naive").backward(cut, heads, targets, weights)
+            unembedding = heads.roots[0].unembedding
+            if how == "a view of it":
+                unembedding.grad = unembedding.grad.view_as(unembedding)
+            else:
+                unembedding.grad.data = unembedding.grad.data.clone()
+            return losses
+
+    (check,) = verify([Moves()], dtypes=["fp32"], scenarios=[EXISTING], behaviour=False).checks
+    assert check.broken == "leaves another tensor in unembedding.weight.grad, instead of adding to what is there"
+
+
+def test_an_index_of_numbers_waits_for_no_device() -> None:
+    def indexed(losses: torch.Tensor) -> torch.Tensor:
+        columns = torch.ones(2, 4)[:, torch.arange(3)]  # (2, 3), its first index None
+        return losses + 0 * columns[0, 0]
+
+    assert protocol("After", After(indexed), USUAL, "fp32", CPU).broken == ""
+
+
+def test_modes_that_were_entered_are_left_and_others_stay() -> None:
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            return func(*args, **(kwargs or {}))
+
+    with Mode():  # type: ignore[no-untyped-call]
+        depth = torch._C._len_torch_dispatch_stack()
+        with restored() as changed:
+            Mode().__enter__()  # type: ignore[no-untyped-call]
+        assert changed == ["modes that see every operator"]
+        assert torch._C._len_torch_dispatch_stack() == depth
+
+
+def test_hooks_that_were_there_on_what_autograd_saves_stay() -> None:
+    packed: list[torch.Tensor] = []
+    with saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x):
+        with restored() as changed:
+            saved_tensors_hooks(lambda x: x, lambda x: x).__enter__()
+        assert changed == ["hooks on what autograd saves"]
+        torch.ones(2, requires_grad=True).exp()
+    assert len(packed) == 1
+
+
+def test_warnings_alone_are_put_back_too() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with restored() as changed:
+            torch.use_deterministic_algorithms(False)
+        assert changed == ["deterministic algorithms"]
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_lists_of_states_are_compared_one_by_one() -> None:
+    one, other = torch.tensor([1, 2]), torch.tensor([1, 3])
+    assert _equal([one, other], [one.clone(), other.clone()])
+    assert not _equal([one, other], [one, one])
+    assert not _equal([one], [one, other])
