@@ -26,19 +26,22 @@ from mtp_mem.memory.trace import Buffers, Category, Event, Storage, Trace
 from mtp_mem.memory.unseen import refuse_compiled
 
 _ADD = torch.ops.aten.add.Tensor
-_DEVICE = torch.ops.prim.device.default  # what a fake tensor's `.device` becomes, and no other's: half of all calls
+# Reading a fake tensor's `.device` calls this operator (another tensor's does not): half of all calls.
+_DEVICE = torch.ops.prim.device.default
 # Frames that stand between an operator and whoever issued it, on the way through a dispatch mode.
 _PLUMBING = {"__torch_dispatch__", "_fn", "inner", "wrapper", "handle_torch_function"}
 
 EMPTY = ("empty", "new_empty", "zeros", "new_zeros")
-"""Operators that make a tensor of nothing, for sums."""
+"""Operators that make a tensor without any input tensor's values: buffers, for sums say."""
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 """Operators that cuBLAS runs on CUDA."""
 LOOKED_AT = 64
-"""Storages of each phase that the heads' code makes whose makers are looked at: what is compiled makes some of them."""
+"""Storages of each of the heads' phases whose callers are searched for compiled code, which makes some of the first."""
 
 Run = Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[Any, bool]]
+"""(operator, args, kwargs) -> its result, and whether new memory may be among it."""
 Holders = tuple[int, int, int]
+"""See `_holders`."""
 Named = Iterable[tuple[str, Tensor]]
 """Tensors with their names, as `named_parameters()` gives them."""
 
@@ -50,8 +53,8 @@ class Tracker(TorchDispatchMode):
         vocab_size: V, to tell logits from hidden states.
         dim: D, likewise.
         parameters: by name; their `.grad` is to be recognised as gradients.
-        run: runs an operator, and says whether the result may lie in new memory; by default the operator itself.
         kernels: adds the buffers that CUDA kernels take inside an operator, by operator.
+        run: runs an operator, and says whether the result may lie in new memory; by default the operator itself.
     """
 
     def __init__(
@@ -72,14 +75,15 @@ class Tracker(TorchDispatchMode):
         self._parameter_shapes: set[tuple[int, ...]] = set()
         self.watch(parameters)
         self._phase = "before the step"
-        self._in_loss, self._logits_may_be = False, False  # in a head's loss; there, or in the joint backward
+        self._in_loss = False  # whether the phase is a head's loss
+        self._logits_may_be = False  # whether it is that, or the joint backward of all heads
         self._square = vocab_size == dim  # logits (N, V) are as wide as hidden states
-        self._given_logits = False  # the operator that runs, where that has to be known
-        self._keys: dict[int, int] = {}  # address of the storage -> key; addresses are used again, keys are not
+        self._given_logits = False  # where V = D: whether the running operator's inputs are logits
+        self._keys: dict[int, int] = {}  # address of a live storage -> its key; only addresses are reused
         self._live: set[int] = set()
-        self._endings: dict[int, weakref.ref[Any]] = {}  # by key; told when a storage ends
-        # By identity of the operator, whose own hash is Python: its name, the buffers of its kernel, whether it is a
-        # Python body, whether a matrix product.
+        self._endings: dict[int, weakref.ref[Any]] = {}  # by key; their callbacks run when a storage ends
+        # By the operator's `id` (its own hash is slow, for it is Python code): its name, the buffers of its kernel,
+        # whether it is written in Python, whether it is a matrix product.
         self._operators: dict[int, tuple[str, Buffers | None, bool, bool]] = {}
         self._looked_at = 0  # storages of this phase whose makers were looked at
         self._finished = False
@@ -113,11 +117,11 @@ class Tracker(TorchDispatchMode):
         return self.trace
 
     def step_since(self, begun: int, warmed_up: int) -> Trace:
-        """One step of several, and what an earlier one left behind.
+        """The last step of several; what the steps before it left behind counts as live before it.
 
         Args:
-            begun: the event with which the step begins.
-            warmed_up: an earlier one: what is made from there on and stays counts as live before the step.
+            begun: index of the event with which the step begins.
+            warmed_up: index of the event with which the steps before it began.
         """
         trace = self.trace
         warm_up = trace.events[warmed_up:begun]
@@ -257,7 +261,8 @@ class Tracker(TorchDispatchMode):
     def _makes_logits(self, shape: tuple[int, ...], op: str, in_backward: bool) -> bool:
         """Where V = D, what the operator does tells logits from hidden states.
 
-        They come of a product that is no gradient's, or into a buffer, and stay logits in whatever is no product.
+        Logits are made by a product of the forward pass, or written into a buffer (N, C). The results of all other
+        operators are logits if their inputs are.
         """
         name = op.partition(".")[0]
         if name in PRODUCTS:
@@ -302,7 +307,7 @@ def _issued_by_engine(depth: int = 2) -> bool:
     """Whether C++ autograd itself issued the operator: the nearest Python frame is the engine's entry.
 
     Args:
-        depth: of the caller below the frame that issued the operator, plumbing aside.
+        depth: number of this package's frames above the frame that issued the operator, without torch's in between.
     """
     if torch._C._current_graph_task_id() == -1:
         return False
@@ -313,7 +318,7 @@ def _issued_by_engine(depth: int = 2) -> bool:
 
 
 def _holders(tensor: Tensor) -> Holders:
-    """How many hold the tensor in C++, its storage in C++, and its Python object."""
+    """Reference counts: of the tensor in C++, of its storage in C++, and of its Python object."""
     storage = tensor.untyped_storage()
     return (
         tensor._use_count(),  # type: ignore[attr-defined]

@@ -55,7 +55,7 @@ class ProbedBytes:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The largest value on one axis that fits, the other two as asked; or by how much nothing fits."""
+    """The largest value on one axis that fits, the other two as asked; or the point nearest to fitting."""
 
     strategy: str
     axis: Axis
@@ -139,7 +139,7 @@ class LeftOut:
 
 
 class Prober:
-    """Predicts strategies' steps at points of one profile on one GPU; each once.
+    """Predicts strategies' steps at points of one profile on one GPU; a point that was predicted is remembered.
 
     Args:
         profile: everything but batch, sequence and n is taken from it.
@@ -179,10 +179,10 @@ class Prober:
     def formula(self, spec: str, point: Point) -> int | None:
         """The peak at a point in closed form, without what the allocator and kernels add; None without a formula.
 
-        A search needs no more than a rule of thumb: where the setup has no formula, it is that of a setup that has.
+        A search needs only an estimate: where the setup has no formula, this is the formula of a simpler setup.
         """
         setup, training = self._shape(point), self.profile.training
-        plain = dataclasses.replace(training, micro_batches=1, frozen=(), master_weights=False, set_to_none=True)
+        plain = dataclasses.replace(training, frozen=(), label_smoothing=0.0, z_loss=0.0)
         exact = formula_peak(spec, *setup, training)
         return formula_peak(spec, *setup, plain) if exact is None else exact
 
@@ -246,8 +246,8 @@ def search(
 ) -> dict[int, ProbedBytes]:
     """Probe until the largest k that fits and the next one, which does not, are both known.
 
-    It begins where the closed form says, and goes on where the closed form would end if it were off everywhere as it
-    was at the last probe; without one it doubles and halves.
+    It begins at the answer of the closed form. Each next k is the closed form's answer under a limit that is corrected
+    by the closed form's error at the last probe. Without a closed form it doubles, then halves the interval.
 
     Args:
         probe: the peaks at k = 1, 2, ...

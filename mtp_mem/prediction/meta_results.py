@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class View(NamedTuple):
-    """A view of the first input: its size and strides, and where it begins, counted from where the input does."""
+    """A view of the first input: size, strides, and its offset from the input's own, in elements."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -22,16 +22,16 @@ class View(NamedTuple):
 
 
 Result = tuple[Any, ...] | View | int | str | None
-"""(size, stride, dtype) of a new tensor; a view; the place of an input, or its keyword, where that is returned."""
+"""(size, stride, dtype) of a new tensor; a view; or the index or keyword of the argument that is returned itself."""
 
 
 class Recipe(NamedTuple):
     """How to make an operator's results again.
 
     Attributes:
-        results: each; None where only the operator itself can make them.
-        alone: one tensor, not a tuple.
-        makes: whether a tensor in memory of its own may be among them.
+        results: one entry for each result; None where only the operator itself can make them.
+        alone: whether the operator returns one tensor, not a tuple.
+        makes: whether a tensor with memory of its own may be among the results.
     """
 
     results: list[Result] | None
@@ -66,10 +66,10 @@ class MetaResults(TorchDispatchMode):
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
         """What the operator returns, and whether a tensor in memory of its own may be among it."""
         try:
-            # By identity: an operator's own hash is Python, and it lives as long as the process.
+            # By `id`: an operator's own hash is slow, for it is Python code. Operators live as long as the process.
             key = (id(func), _described(args), _described(tuple(kwargs.items())) if kwargs else ())
             recipe = self._recipes.get(key)
-        except (_NotMeta, TypeError):  # it has data, or an argument that is no key
+        except (_NotMeta, TypeError):  # a tensor with data, or an argument that cannot be hashed
             return func(*args, **kwargs), True
         if recipe is None:
             out = func(*args, **kwargs)
@@ -158,7 +158,7 @@ def _described(values: tuple[Any, ...] | list[Any]) -> tuple[Any, ...]:
 
 
 def _without_data(tensor: Tensor) -> bool:
-    """Whether it is what results are kept for: a plain meta tensor, or a fake one on the CPU."""
+    """Whether the tensor has no data: a plain meta tensor, or a fake one on the CPU."""
     if type(tensor) is FakeTensor:  # first: to ask one whether it is meta costs a dispatch
         return tensor.fake_device == _CPU
     return tensor.is_meta

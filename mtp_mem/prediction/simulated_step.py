@@ -45,13 +45,13 @@ from mtp_mem.step import TrainingStep
 from mtp_mem.step.head_loss import HeadLoss, loss_backward
 from mtp_mem.strategy import Strategy, kernel_limits
 
-STEPS_BEFORE = 1  # the replay's first pass over the step itself, which makes the optimizer's state
+STEPS_BEFORE = 1  # the replay runs the step once before, as the first step, which makes the optimizer's state
 
 
 class _Mode(FakeTensorMode):
-    """Fake tensors, beside which tensors with data may be worked on by themselves.
+    """Fake tensors; operators on real tensors alone run as usual.
 
-    A product that torch 2.11 and 2.12 get wrong is put right: they take its `out_dtype` for `beta`.
+    One product is corrected: torch 2.11 and 2.12 take the `out_dtype` of `addmm` for its `beta`.
     """
 
     def __init__(self) -> None:
@@ -137,7 +137,7 @@ class Simulation:
         if training.sharding == "ddp":
             tracker.resident("communication buffers", _buckets(model))
         tracker.trace.made_by_first_step = tracker.trace.resident[built:]
-        # From the second micro-batch on all are alike.
+        # All micro-batches from the second on need the same bytes.
         training = dataclasses.replace(training, micro_batches=min(2, training.micro_batches))
         self._step = TrainingStep(model, optimizer, batch, NoLogits(), workload.clip_norm, training, hidden)
         if training.sharding == "ddp":
@@ -163,20 +163,21 @@ class Simulation:
             strategy: must not read values back (`.item()`, boolean indexing): there are none.
 
         Raises:
-            BadInput: the strategy needs real data or an operator that has no kernel without, or it says that its kernel
-                decides by the device.
+            BadInput: the strategy needs real data, or an operator that has no kernel for tensors without data, or it
+                says that its kernel decides by the device.
             BrokenContract: it computes where the tracker does not see it.
         """
         why = kernel_limits(strategy).not_predicted
         if why and self._for_cuda:
             raise BadInput(f"{type(strategy).__name__} cannot be predicted: {why}")
-        # The first operator would import it, and what it imports keeps the frames of that moment, with their tensors.
+        # Else the first operator imports it, and a reference cycle in there keeps all frames of that moment alive, with
+        # their tensors.
         importlib.import_module("torch._dynamo")
         tracker, warmed_up = self._tracker, len(self._tracker.trace.events)
         step = dataclasses.replace(self._step, strategy=strategy)
         # What a strategy keeps from step to step is live before the next one. Ours keep nothing; `verify` sees to that.
         warm_up = not type(strategy).__module__.startswith("mtp_mem.")
-        if self._sharded and not self._stepped:  # FSDP2 keeps the buffers of a step's end: the trunk's, so any step's
+        if self._sharded and not self._stepped:  # FSDP2 keeps the trunk's last buffers, of any step before
             warm_up = self._stepped = True
         try:
             with without_collections(), self._mode:
