@@ -8,6 +8,7 @@ matrix: it has room for the partial sums of every lane.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -36,15 +37,30 @@ def reduction_buffers(tensor: Tensor, dims: Sequence[int], gpu: GPU, *, partial:
         partial: bytes of a partial result.
         vector: elements that a thread loads at once where the reduced dimension is contiguous.
     """
-    over = {dim % tensor.dim() for dim in dims} if dims and tensor.dim() else set(range(tensor.dim()))
-    axes = [(tensor.shape[dim], tensor.stride(dim)) for dim in range(tensor.dim())]
+    axes = tuple(zip(tensor.shape, tensor.stride(), strict=True))
+    layout = axes, tuple(dims), tensor.element_size(), int(tensor.storage_offset())
+    return list(_sizes(*layout, gpu.multiprocessors, gpu.threads_per_multiprocessor, partial, vector))
+
+
+@lru_cache(maxsize=4096)  # a chunk loop reduces tensors of one shape thousands of times
+def _sizes(
+    axes: tuple[Axis, ...],
+    dims: tuple[int, ...],
+    itemsize: int,
+    offset: int,
+    multiprocessors: int,
+    threads: int,
+    partial: int,
+    vector: int,
+) -> list[int]:
+    over = {dim % len(axes) for dim in dims} if dims and axes else set(range(len(axes)))
     reduced = _merged([axis for dim, axis in enumerate(axes) if dim in over])
     kept = _merged([axis for dim, axis in enumerate(axes) if dim not in over])
-    while _last_byte(reduced + kept, tensor.element_size()) > LARGEST_OFFSET:
+    while _last_byte(reduced + kept, itemsize) > LARGEST_OFFSET:
         axis = max(reduced + kept, key=lambda axis: (axis[0] - 1) * axis[1])
         part = reduced if axis in reduced else kept
         part[part.index(axis)] = (-(-axis[0] // 2), axis[1])
-    return _buffers(reduced, kept, int(tensor.storage_offset()), gpu, partial, vector)
+    return _buffers(reduced, kept, offset, multiprocessors, threads, partial, vector)
 
 
 def _merged(axes: list[Axis]) -> list[Axis]:
@@ -62,7 +78,9 @@ def _last_byte(axes: list[Axis], itemsize: int) -> int:
     return itemsize * (1 + sum((extent - 1) * stride for extent, stride in axes))
 
 
-def _buffers(reduced: list[Axis], kept: list[Axis], offset: int, gpu: GPU, partial: int, vector: int) -> list[int]:
+def _buffers(
+    reduced: list[Axis], kept: list[Axis], offset: int, multiprocessors: int, threads: int, partial: int, vector: int
+) -> list[int]:
     inputs, outputs = (math.prod(extent for extent, _ in axes) for axes in (reduced, kept))
     if not reduced or not inputs * outputs:
         return []
@@ -81,7 +99,7 @@ def _buffers(reduced: list[Axis], kept: list[Axis], offset: int, gpu: GPU, parti
         return []
     each = -(-each // height)
     grid = outputs if along else -(-(outputs // columns) // width)
-    wanted = gpu.multiprocessors * (gpu.threads_per_multiprocessor // (width * height))
+    wanted = multiprocessors * (threads // (width * height))
     if each < MOST or grid > wanted:
         return []
     blocks = max(min(-(-wanted // grid), -(-each // FEWEST)), -(-each // MOST))
