@@ -67,7 +67,7 @@ class Checkpointed:
 
     def peak_bytes(self, shape: Shape) -> int:
         """Bytes above the cut at the heads' worst moment: one head with its full loss, as it is recomputed."""
-        loss = shape.projection + shape.full_loss(summed=shape.n > 1)
+        loss = shape.projection + shape.full_loss(summed=len(shape.turns) > 1)
         return shape.one_head(loss, joint=True)
 
 

@@ -59,9 +59,9 @@ class Naive:
 
         n heads are kept. Autograd then frees them one by one, while the gradients they leave grow: the worst turn.
         """
-        moments = []
-        for finished in range(shape.n):
-            kept = shape.n - finished
-            logits = (kept - 1) * shape.logits + shape.full_loss(summed=finished > 0)
-            moments.append(kept * (shape.head + shape.projection) + logits + shape.left_behind(finished, joint=True))
+        moments, turns = [], shape.turns
+        for finished, index in enumerate(turns):
+            kept = sum(shape.head(waiting) + shape.projection for waiting in turns[finished:])
+            logits = (len(turns) - finished - 1) * shape.logits + shape.full_loss(summed=finished > 0)
+            moments.append(kept + logits + shape.left_behind(shape.n - 1 - index, joint=True))
         return max(moments)

@@ -40,7 +40,8 @@ class Shape:
     loss_value: int
     cuda: bool = False
     training: Training = field(default_factory=Training)
-    frozen: frozenset[str] = frozenset()  # of PARTS; a tied unembedding is as its embedding
+    frozen: frozenset[str] = frozenset()  # of PARTS but "heads"; a tied unembedding is as its embedding
+    head_trains: tuple[bool, ...] = ()  # by the head's index, n of them
 
     @staticmethod
     def of(
@@ -48,8 +49,8 @@ class Shape:
     ) -> "Shape | None":
         """From a record's `model` and `workload`, its setup, and whether CUDA's kernels run or are predicted.
 
-        None where no formula applies: a model that is not this package's, other head kinds, single heads that are
-        frozen, or all of them with everything below, a loss with options, the heads alone, several ranks.
+        None where no formula applies: a model that is not this package's, other head kinds, a loss with options, the
+        heads alone, several ranks, an unembedding that trains on rows of a head in which nothing else does.
         """
         training = training or Training()
         if "architecture" in model or "factory" in model:
@@ -60,7 +61,8 @@ class Shape:
             return None
         tied = model["unembedding"] == "tied"
         frozen = frozen_of(training, tied)
-        if frozen is None or frozen >= {"embedding", "trunk layers", "heads"}:
+        head_trains = tuple(not frozen & {"heads", f"head {i + 1}"} for i in range(model["n_future"]))
+        if frozen >= {"embedding", "trunk layers", "norm"} and "unembedding" not in frozen and not all(head_trains):
             return None
         if training.label_smoothing or training.z_loss or model.get("logit_softcap"):
             return None
@@ -88,6 +90,7 @@ class Shape:
             cuda=cuda,
             training=training,
             frozen=frozen,
+            head_trains=head_trains,
         )
 
     @property
@@ -115,8 +118,8 @@ class Shape:
         """One tensor (V, D): the unembedding, or its gradient."""
         return self.V * self.D * self.value
 
-    def layer(self, part: str) -> int:
-        """What one layer saves for its backward, a trunk's or a head's.
+    def layer(self, trains: bool) -> int:
+        """What one layer saves for its backward, the trunk's or a head's; by whether the layer trains.
 
         In N rows: both residual sums and both normed inputs (D each), q and attention's output (A each), k and v
         (K each), gate, up, silu(gate) and their product (F each); two norms' scales and attention's logsumexp in the
@@ -127,7 +130,7 @@ class Shape:
         """
         kept = self.A if self.cuda and self.product == VALUE_BYTES["fp32"] else self.K
         widths, scales = 2 * self.A + 2 * kept + 3 * self.F, 2 + self.H
-        if self.trains(part):
+        if trains:
             widths += (5 if self.autocast else 2) * self.D + self.F
         if self.qk_norm:
             widths, scales = widths + self.A + self.K, scales + self.H + self.G
@@ -146,7 +149,7 @@ class Shape:
         return (self.layer_weights + 2 * self.D + biases) * self.value
 
     def trains(self, part: str) -> bool:
-        """Whether a part of PARTS has gradients."""
+        """Whether a part of PARTS has gradients, one of the heads aside: `head_trains`."""
         return part not in self.frozen
 
     @property
@@ -169,7 +172,7 @@ class Shape:
             return self.gradients * self.accumulates
         if self.accumulates:
             return self.gradients + self.cut_gradient + self.shared_gradients * joint
-        return self.shared_gradients + self.cut_gradient + heads * self.layer_parameters * self.trains("heads")
+        return self.shared_gradients + self.cut_gradient + sum(self.head_trains[-heads:]) * self.layer_parameters
 
     @property
     def shared_gradients(self) -> int:
@@ -192,7 +195,7 @@ class Shape:
         every = self.training.checkpoint_every
         if not self.cut_gradient:
             return []
-        layer = self.layer("trunk layers")
+        layer = self.layer(self.trains("trunk layers"))
         return [self.hidden if every and i % every == 0 else layer for i in range(self.trunk_layers)]
 
     @property
@@ -200,10 +203,25 @@ class Shape:
         """What is live below every trunk layer: embedded tokens; cosines and sines, (S, C/2) each, of both passes."""
         return self.hidden + (2 if self.trunk_layers and self.cut_gradient else 1) * self.S * self.C * self.product
 
+    def flows(self, index: int) -> bool:
+        """Whether a gradient reaches the hidden states of the head with this index."""
+        return self.cut_gradient > 0 or self.head_trains[index]
+
     @property
-    def head(self) -> int:
-        """What one head leaves for its backward, its loss aside: the layer, the final norm's scale."""
-        return self.layer("heads") + self.N * self.loss_value
+    def turns(self) -> list[int]:
+        """Indices of the heads that have a backward, in the order in which they run it: the last one first."""
+        shared = self.trains("norm") or self.trains("unembedding")
+        return [index for index in reversed(range(self.n)) if shared or self.flows(index)]
+
+    def head(self, index: int) -> int:
+        """What one head leaves for its backward, its loss aside: the layer, the final norm's scale.
+
+        If nothing trains up to its hidden states, these and the scale are kept for the norm's own gradient alone.
+        """
+        scale = self.N * self.loss_value
+        if self.flows(index):
+            return self.layer(self.head_trains[index]) + scale
+        return (self.hidden + scale) * self.trains("norm")
 
     @property
     def projection(self) -> int:
@@ -227,41 +245,45 @@ class Shape:
         return max(3 * self.logits, self.N * self.V * self.product + products, widened, added)
 
     def one_head(self, loss: int, joint: bool = False, kept: int = 0) -> int:
-        """Bytes above the cut with one head at a time: the last one's loss, or its layer's backward.
+        """Bytes above the cut with one head at a time: in the worst one's loss, or in its layer's backward.
 
-        The others have left their gradients, and the cut's so far.
+        The heads before it have left their gradients, and the cut's so far.
 
         Args:
             loss: bytes that the head's loss takes.
             joint: all heads' backward is one call.
             kept: bytes of the loss that the layer's backward finds still there.
         """
-        others = self.left_behind(self.n - 1, joint)
-        layer = self.layer("heads") + self.hidden + self.in_flight("heads") + kept
-        return max(self.head + loss + others, layer + max(others, self.shared_gradients))
+        moments = []
+        for index in self.turns:
+            trains, others = self.head_trains[index], self.left_behind(self.n - 1 - index, joint)
+            moments.append(self.head(index) + loss + others)
+            if self.flows(index):
+                layer = self.layer(trains) + self.hidden + self.in_flight(trains) + kept
+                moments.append(layer + max(others, self.shared_gradients))
+        return max(moments)
 
-    def in_flight(self, part: str) -> int:
+    def in_flight(self, trains: bool) -> int:
         """What a layer's backward has beside all that the layer saved, early on, at the gradients of gate and up.
 
         Three tensors (N, F), in the place of the one that the last product saved, and that product's weight's gradient.
         """
-        new = self.D * self.F * self.value * (self.trains(part) and not self.accumulates)
-        return 2 * self.N * self.F * self.product + new - self.autocast * self.D * self.F * self.product
+        new = self.D * self.F * self.value * (trains and not self.accumulates)
+        saved = self.N * self.F * self.product * trains
+        return 3 * self.N * self.F * self.product - saved + new - self.autocast * self.D * self.F * self.product
 
     @property
     def gradients(self) -> int:
         """All parameters' gradients."""
-        layers = self.n * self.trains("heads") + self.trunk_layers * self.trains("trunk layers")
+        layers = sum(self.head_trains) + self.trunk_layers * self.trains("trunk layers")
         tables = self.trains("embedding") + (self.trains("unembedding") and not self.tied)
         return layers * self.layer_parameters + tables * self.unembedding + self.norm * self.trains("norm")
 
 
-def frozen_of(training: Training, tied: bool) -> frozenset[str] | None:
-    """Those of PARTS that a setup freezes; None where it is single heads, of which there is no formula."""
+def frozen_of(training: Training, tied: bool) -> frozenset[str]:
+    """What a setup freezes: PARTS, and single heads by name."""
     several = {"trunk": PARTS[:2], "all but heads": tuple(part for part in PARTS if part != "heads")}
     frozen = {part for name in training.frozen_parts for part in several.get(name, (name,))}
-    if not frozen <= set(PARTS):
-        return None
     if tied:  # one parameter, which the name "unembedding" alone does not freeze
         frozen = frozen - {"unembedding"} | ({"unembedding"} if "embedding" in frozen else set())
     return frozenset(frozen)

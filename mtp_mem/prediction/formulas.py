@@ -27,13 +27,13 @@ def peak_over_baseline(spec: str, shape: Shape) -> int | None:
     heads: int | None = None if peak_bytes is None else peak_bytes(shape)
     if heads is None:
         return None
-    in_flight = shape.left_behind(shape.n) + shape.in_flight("trunk layers")
+    in_flight = shape.left_behind(shape.n) + shape.in_flight(shape.trains("trunk layers"))
     # The embedding's gradient comes last; if one is there already, the new one is live until it is added.
     last = shape.unembedding + shape.hidden if shape.accumulates and shape.trains("embedding") else 0
     moments, live = [shape.trunk + heads, shape.gradients + max(last, temporaries(shape))], shape.trunk
     left = shape.layer_parameters * (shape.trains("trunk layers") and not shape.accumulates)
     for done, kept in enumerate(reversed(shape.kept)):
-        whole = shape.layer("trunk layers") - shape.hidden if kept == shape.hidden else 0
+        whole = shape.layer(shape.trains("trunk layers")) - shape.hidden if kept == shape.hidden else 0
         moments.append(live + whole + in_flight + done * left)
         live -= kept
     return max(moments) - shape.gradients * shape.training.keeps_gradients  # kept ones are in the baseline

@@ -118,6 +118,11 @@ SPECS = ("naive", "sequential", "checkpointed", "chunked_vocab:chunk=512", "chun
         ("bf16", Training(frozen="heads")),
         ("bf16", Training(frozen=("heads", "norm", "unembedding"))),
         ("fp32", Training(frozen=("heads", "trunk layers"), optimizer="adamw-loop")),
+        ("bf16", Training(frozen="head 1")),
+        ("bf16", Training(frozen="head 2,norm", micro_batches=2)),
+        ("fp32", Training(frozen="trunk,head 2")),
+        ("bf16", Training(frozen="trunk,head 1,norm,unembedding")),
+        ("bf16", Training(frozen="trunk,heads")),
         ("bf16-mixed", Training()),
         ("bf16-mixed", Training(trunk_checkpointing="full", micro_batches=2)),
         ("bf16-mixed", Training(set_to_none=False)),
@@ -135,7 +140,7 @@ def test_frozen_parts_micro_batches_and_precisions(dtype: Dtype, training: Train
         trace = simulation.trace(load_strategy(spec))
         formula = formula_bytes(spec, *fields, training, cuda=False)
         assert formula is not None
-        assert 0 <= trace.peak().nbytes - trace.baseline - formula <= 0.015 * trace.peak().nbytes, spec
+        assert 0 <= trace.peak().nbytes - trace.baseline - formula <= 0.03 * trace.peak().nbytes, spec
 
 
 def test_a_tied_table_is_frozen_as_the_embedding_is() -> None:
@@ -149,7 +154,7 @@ def test_a_tied_table_is_frozen_as_the_embedding_is() -> None:
 
 @pytest.mark.parametrize(
     "training",
-    [Training(label_smoothing=0.1), Training(z_loss=1e-4), Training(frozen="head 1"), Training(frozen="trunk,heads")],
+    [Training(label_smoothing=0.1), Training(z_loss=1e-4), Training(frozen="trunk,head 1,norm")],
 )
 def test_no_formula_where_none_was_counted(training: Training) -> None:
     fields = (dataclasses.asdict(tiny(**WIDE)), dataclasses.asdict(Workload(batch=1, sequence=16)))
@@ -215,3 +220,21 @@ def test_the_head_phase_of_chunked_tokens(n: int) -> None:
     bound = phase.shape.lower_bound - (N * D * 4 if n == 1 else 0)  # the cut's gradient is made after the first head
     rows = N * (8 + 1 + 4) + chunk * (4 + 21)
     assert 0 <= over - bound - chunk * V * 4 - rows <= 32 * n + 32
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "bf16-mixed", "fp32"])
+@pytest.mark.parametrize(
+    "training", [Training(), Training(frozen="all but heads"), Training(set_to_none=False)], ids=str
+)
+def test_at_the_size_of_a_real_model_a_few_numbers_a_row_are_missing(dtype: Dtype, training: Training) -> None:
+    config = ModelConfig(
+        vocab_size=128256, dim=2048, n_layers=3, n_attention_heads=32, n_kv_heads=8, ffn_dim=8192, n_future=2
+    )
+    workload = Workload(batch=2, sequence=4096, dtype=dtype)
+    simulation = Simulation(config, workload, training)
+    shape = Shape.of(dataclasses.asdict(config), dataclasses.asdict(workload), cuda=True, training=training)
+    assert shape is not None
+    for spec in SPECS:
+        trace = simulation.trace(load_strategy(spec))
+        missing = trace.peak().nbytes - trace.baseline - (peak_over_baseline(spec, shape) or 0)
+        assert 0 <= missing <= (44 if "vocab" in spec else 16) * workload.tokens, spec

@@ -263,7 +263,7 @@ def test_says_by_how_much_nothing_fits(folder: Path) -> None:
     said = " ".join(out.split())
     assert "none" in said
     assert "No batch fits: sequential is" in said
-    assert "GiB at 1" in said
+    assert "GiB over at 1" in said
     assert "Nothing fits: take a larger GPU" in said
 
 

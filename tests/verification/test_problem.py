@@ -176,11 +176,11 @@ def test_what_is_frozen() -> None:
 
 
 def test_the_oracle_is_plain_autograd_on_the_rounded_weights() -> None:
-    low = problem("bf16", weights=(1.0, 0.5, 2.0), scale=3.0, label_smoothing=0.2, z_loss=1e-2, frozen=("norm",))
+    low = problem("bf16", weights=(1.0, 0.3, 2.0), scale=3.0, label_smoothing=0.2, z_loss=1e-2, frozen=("norm",))
     answer = oracle(low)
     exact = problem("fp64").model
     exact.load_state_dict({name: value.double() for name, value in low.model.state_dict().items()})
-    batch, weights = low.batches[0], torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
+    batch, weights = low.batches[0], torch.tensor([1.0, 0.3, 2.0], dtype=torch.float64)
     logits = exact(batch.tokens)  # (n, B, S, V)
     losses = torch.stack(
         [
@@ -196,6 +196,15 @@ def test_the_oracle_is_plain_autograd_on_the_rounded_weights() -> None:
             assert answer.gradients[name] is None
         else:
             torch.testing.assert_close(answer.gradients[name], parameter.grad, rtol=1e-9, atol=1e-14)
+
+
+def test_a_strategy_s_step_has_all_of_the_scenario() -> None:
+    fields = {"weights": (1.0, 0.3, 2.0), "scale": 3.0, "label_smoothing": 0.2, "z_loss": 1e-2, "softcap": 2.0}
+    exact = problem("fp64", **fields)
+    right, outcome = oracle(exact), run(exact, step_with(load_strategy("naive"), exact.scenario))
+    torch.testing.assert_close(outcome.losses, right.losses, rtol=1e-12, atol=0)
+    for name, gradient in right.gradients.items():
+        torch.testing.assert_close(outcome.gradients[name], gradient, rtol=1e-9, atol=1e-14)
 
 
 def test_no_valid_target_is_a_loss_of_zero() -> None:
