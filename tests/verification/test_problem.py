@@ -60,6 +60,8 @@ def test_batches_are_of_the_seeds() -> None:
     three = problem(batches=(0, 1, 0)).batches
     assert torch.equal(three[0].tokens, three[2].tokens)
     assert not torch.equal(three[0].tokens, three[1].tokens)
+    numbers = iter(range(3))
+    assert run(problem(batches=(0, 1, 0)), lambda *_: torch.full((3,), next(numbers))).losses.tolist() == [2, 2, 2]
 
 
 def test_the_same_weights_in_every_dtype() -> None:
