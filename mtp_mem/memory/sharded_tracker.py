@@ -75,8 +75,8 @@ class ShardedTracker(Tracker):
             self.trace.events.append(Event("alloc", key))
             self._endings[key] = weakref.ref(storage, partial(self._freed, key, address))
 
-    def _category(self, tensor: Tensor, op: str) -> Category:
-        return "communication buffers" if _in_fsdp() else super()._category(tensor, op)
+    def _category(self, tensor: Tensor, shape: tuple[int, ...], op: str) -> Category:
+        return "communication buffers" if _in_fsdp() else super()._category(tensor, shape, op)
 
     def _gradient(self, parameter: Tensor) -> Tensor | None:
         return None if parameter.grad is None else local(parameter.grad)
