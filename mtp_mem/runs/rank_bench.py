@@ -191,7 +191,7 @@ class RankBench(Bench):
         return ranks[largest] | {"largest_rank": largest} | counts
 
     def _steady(self, strategy: Strategy) -> list[dict[str, Any]]:
-        """Each rank's facts of the step with its lowest peak, once that peak has come twice on every rank.
+        """Each rank's facts of the step with its lowest peak and baseline, once these have come twice on every rank.
 
         A thread of gloo may hold a buffer a moment longer than the step does: that is no part of the step.
         """
@@ -201,9 +201,9 @@ class RankBench(Bench):
             facts: list[dict[str, Any]] = [{}] * self.world
             dist.all_gather_object(facts, self._measure(strategy))
             for rank, (own, before) in enumerate(zip(facts, least or facts, strict=True)):
-                difference = own["peak_requested_bytes"] - before["peak_requested_bytes"]
-                repeated[rank] = bool(least) and (difference == 0 or (repeated[rank] and difference > 0))
-                facts[rank] = before if difference > 0 else own
+                now, then = ((one["peak_requested_bytes"], one["baseline_bytes"]) for one in (own, before))
+                repeated[rank] = bool(least) and (now == then or (repeated[rank] and now > then))
+                facts[rank] = before if now > then else own
             least = facts
             if all(repeated):
                 break

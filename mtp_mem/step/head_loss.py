@@ -272,9 +272,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] | None = ctx.gradients  # type: ignore[attr-defined]
         if gradients is None:
-            raise RuntimeError(
-                "head_loss: backward was called a second time, but the first call has used up the heads' gradients"
-            )
+            raise RuntimeError("head_loss: backward a second time, but the first one used up the heads' gradients")
         ctx.gradients = None  # type: ignore[attr-defined]
         factor = grad / ctx.scale  # type: ignore[attr-defined]
         z, *parameters = [None if g is None else g.mul_(factor) for g in gradients]

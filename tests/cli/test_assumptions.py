@@ -95,7 +95,7 @@ def test_the_heads_alone(small: list[str], capsys: pytest.CaptureFixture[str]) -
     ("command", "words"),
     [
         (["predict", "--part", "trunk"], "training.part: unknown value 'trunk'"),
-        (["timeline", "--part", "heads"], "training.part = 'heads': steps here run whole"),
+        (["timeline", "--part", "heads"], "training.part = 'heads': whole steps run here"),
     ],
 )
 def test_bad_parts(command: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -233,7 +233,7 @@ def test_one_list_in_a_million_places_is_not_read(monkeypatch: pytest.MonkeyPatc
 
 def test_expandable_and_other_segments_together() -> None:
     both = snapshot(busy(Recorder(), 1), busy(Recorder(expandable=True, base=1 << 60), 2))
-    with pytest.raises(BadInput, match="device 0, stream 0: both expandable and other segments"):
+    with pytest.raises(BadInput, match="device 0, stream 0: expandable and other segments together"):
         recordings(both)
 
 

@@ -45,7 +45,7 @@ def test_what_cannot_fit_by_closed_form() -> None:
     # Without a closed form the case is tried.
     assert sweep.refusal("my_module:Class", config, profile.workload, GiB) is None
     assert sweep.refusal("naive", tiny(head="causal"), profile.workload, 1) is None
-    assert sweep.refusal("naive", tiny(), Workload(batch=1, sequence=8, dtype="bf16-mixed"), 1) is None
+    assert sweep.refusal("naive", tiny(logit_softcap=30.0), Workload(batch=1, sequence=8), 1) is None
 
 
 def test_a_refused_case_is_a_record(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_waiting_that_is_not_said_breaks_the_contract() -> None:
 
 
 def test_nothing_of_what_was_asked_for_is_bad_input() -> None:
-    with pytest.raises(BadInput, match="'InEights' computes in bfloat16: in none of fp64, fp32"):
+    with pytest.raises(BadInput, match="'InEights' computes in bfloat16, which is none of fp64, fp32"):
         verify([InEights()], dtypes=["fp64", "fp32"])
 
 

@@ -52,7 +52,7 @@ def test_every_scenario_on_two_ranks(tmp_path: Path) -> None:
     [
         (("--nproc", "1"), "--nproc 1: expected at least 2 ranks"),
         (("--nproc", "2", "--sharding", "hsdp"), "--sharding hsdp: expected ddp, fsdp2; hsdp needs 4 ranks"),
-        (("--nproc", "2", "--dtype", "bf16"), "--dtype bf16: on ranks fp32 or fp64"),
+        (("--nproc", "2", "--dtype", "bf16"), "--dtype bf16: with --nproc fp32 or fp64"),
         (("--nproc", "2", "--profile", "quick"), "--nproc runs scenarios of its own"),
         (("--nproc", "2", "--prove"), "--prove runs in one process"),
     ],
