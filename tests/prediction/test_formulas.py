@@ -96,42 +96,47 @@ def test_other_setups(shape: dict[str, int], training: Training, dtype: str) -> 
 SPECS = ("naive", "sequential", "checkpointed", "chunked_vocab:chunk=512", "chunked_tokens:chunk=64")
 
 
-@pytest.mark.parametrize(("batch", "sequence"), [(4, 128), (1, 16)])
+PARTS_AND_PRECISIONS: list[tuple[Dtype, Training]] = [
+    ("bf16", Training(micro_batches=3)),
+    ("bf16", Training(micro_batches=2, trunk_checkpointing="full")),
+    ("bf16", Training(frozen="trunk")),
+    ("bf16", Training(frozen="trunk", micro_batches=2, optimizer="adamw-foreach")),
+    ("bf16", Training(master_weights=True)),
+    ("bf16", Training(master_weights=True, optimizer="adamw-foreach", micro_batches=2)),
+    ("bf16", Training(set_to_none=False)),
+    ("fp32", Training(set_to_none=False, trunk_checkpointing="full", frozen="norm")),
+    ("bf16", Training(set_to_none=False, master_weights=True)),
+    ("bf16", Training(frozen="all but heads")),
+    ("fp32", Training(frozen="embedding")),
+    ("bf16", Training(frozen="trunk layers", trunk_checkpointing=2)),
+    ("bf16", Training(frozen="unembedding")),
+    ("bf16", Training(frozen="unembedding,trunk", micro_batches=2)),
+    ("bf16", Training(frozen="unembedding,norm", set_to_none=False)),
+    ("bf16", Training(frozen="heads")),
+    ("bf16", Training(frozen=("heads", "norm", "unembedding"))),
+    ("fp32", Training(frozen=("heads", "trunk layers"), optimizer="adamw-loop")),
+    ("bf16", Training(frozen="head 1")),
+    ("bf16", Training(frozen="head 2,norm", micro_batches=2)),
+    ("fp32", Training(frozen="trunk,head 2")),
+    ("bf16", Training(frozen="trunk,head 1,norm,unembedding")),
+    ("bf16", Training(frozen="trunk,heads")),
+    ("bf16-mixed", Training()),
+    ("bf16-mixed", Training(trunk_checkpointing="full", micro_batches=2)),
+    ("bf16-mixed", Training(set_to_none=False)),
+    ("bf16-mixed", Training(frozen="all but heads", optimizer="adamw-foreach")),
+    ("bf16-mixed", Training(frozen="heads,norm", trunk_checkpointing=2)),
+]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "training"),
+    ("batch", "sequence", "dtype", "training"),
     [
-        ("bf16", Training(micro_batches=3)),
-        ("bf16", Training(micro_batches=2, trunk_checkpointing="full")),
-        ("bf16", Training(frozen="trunk")),
-        ("bf16", Training(frozen="trunk", micro_batches=2, optimizer="adamw-foreach")),
-        ("bf16", Training(master_weights=True)),
-        ("bf16", Training(master_weights=True, optimizer="adamw-foreach", micro_batches=2)),
-        ("bf16", Training(set_to_none=False)),
-        ("fp32", Training(set_to_none=False, trunk_checkpointing="full", frozen="norm")),
-        ("bf16", Training(set_to_none=False, master_weights=True)),
-        ("bf16", Training(frozen="all but heads")),
-        ("fp32", Training(frozen="embedding")),
-        ("bf16", Training(frozen="trunk layers", trunk_checkpointing=2)),
-        ("bf16", Training(frozen="unembedding")),
-        ("bf16", Training(frozen="unembedding,trunk", micro_batches=2)),
-        ("bf16", Training(frozen="unembedding,norm", set_to_none=False)),
-        ("bf16", Training(frozen="heads")),
-        ("bf16", Training(frozen=("heads", "norm", "unembedding"))),
-        ("fp32", Training(frozen=("heads", "trunk layers"), optimizer="adamw-loop")),
-        ("bf16", Training(frozen="head 1")),
-        ("bf16", Training(frozen="head 2,norm", micro_batches=2)),
-        ("fp32", Training(frozen="trunk,head 2")),
-        ("bf16", Training(frozen="trunk,head 1,norm,unembedding")),
-        ("bf16", Training(frozen="trunk,heads")),
-        ("bf16-mixed", Training()),
-        ("bf16-mixed", Training(trunk_checkpointing="full", micro_batches=2)),
-        ("bf16-mixed", Training(set_to_none=False)),
-        ("bf16-mixed", Training(frozen="all but heads", optimizer="adamw-foreach")),
-        ("bf16-mixed", Training(frozen="heads,norm", trunk_checkpointing=2)),
+        *((4, 128, *setup) for setup in PARTS_AND_PRECISIONS),
+        *((1, 16, *setup) for setup in PARTS_AND_PRECISIONS[::4]),
     ],
     ids=str,
 )
-def test_frozen_parts_micro_batches_and_precisions(dtype: Dtype, training: Training, batch: int, sequence: int) -> None:
+def test_frozen_parts_micro_batches_and_precisions(batch: int, sequence: int, dtype: Dtype, training: Training) -> None:
     config, workload = tiny(**WIDE, n_future=2), Workload(batch=batch, sequence=sequence, dtype=dtype)
     simulation = Simulation(config, workload, training, cuda=False)
     assert abs(simulation.baseline - baseline(config, workload, training)) <= 8 * 60  # steps of each parameter
@@ -222,9 +227,13 @@ def test_the_head_phase_of_chunked_tokens(n: int) -> None:
     assert 0 <= over - bound - chunk * V * 4 - rows <= 32 * n + 32
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "bf16-mixed", "fp32"])
 @pytest.mark.parametrize(
-    "training", [Training(), Training(frozen="all but heads"), Training(set_to_none=False)], ids=str
+    ("dtype", "training"),
+    [
+        ("bf16", Training()),
+        ("fp32", Training(set_to_none=False)),
+        ("bf16-mixed", Training(frozen="all but heads")),
+    ],
 )
 def test_at_the_size_of_a_real_model_a_few_numbers_a_row_are_missing(dtype: Dtype, training: Training) -> None:
     config = ModelConfig(
