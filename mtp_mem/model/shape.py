@@ -258,10 +258,17 @@ class Shape:
         for index in self.turns:
             trains, others = self.head_trains[index], self.left_behind(self.n - 1 - index, joint)
             moments.append(self.head(index) + loss + others)
-            if self.flows(index):
+            if not self.flows(index):
+                moments.append(self.forward_alone + others)
+            else:
                 layer = self.layer(trains) + self.hidden + self.in_flight(trains) + kept
                 moments.append(layer + max(others, self.shared_gradients))
         return max(moments)
+
+    @property
+    def forward_alone(self) -> int:
+        """What a layer's forward pass takes if nothing is saved: at the product of silu(gate) and up, two rows besides."""
+        return 3 * self.N * self.F * self.product + 2 * self.hidden
 
     def in_flight(self, trains: bool) -> int:
         """What a layer's backward has beside all that the layer saved, early on, at the gradients of gate and up.

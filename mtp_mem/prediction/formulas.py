@@ -19,9 +19,9 @@ from mtp_mem.strategy import BUILTIN, load_strategy, strategy_class
 def peak_over_baseline(spec: str, shape: Shape) -> int | None:
     """Peak bytes of a step above its parameters, optimizer state and batch; None for a strategy without a formula.
 
-    The largest of these moments: the heads at their worst; each trunk layer's backward as it begins (everything above
-    has its gradient, nothing below is freed, a checkpointed layer has been recomputed, two tensors (N, F) are in
-    flight); all gradients at the end; the optimizer's temporaries beside them.
+    The largest of these moments: the heads at their worst; a layer's forward pass, if the trunk is frozen; each trunk
+    layer's backward as it begins (everything above has its gradient, nothing below is freed, a checkpointed layer has
+    been recomputed, see `Shape.in_flight`); all gradients at the end; the optimizer's temporaries beside them.
     """
     peak_bytes = getattr(load_strategy(spec), "peak_bytes", None)
     heads: int | None = None if peak_bytes is None else peak_bytes(shape)
@@ -31,6 +31,8 @@ def peak_over_baseline(spec: str, shape: Shape) -> int | None:
     # The embedding's gradient comes last; if one is there already, the new one is live until it is added.
     last = shape.unembedding + shape.hidden if shape.accumulates and shape.trains("embedding") else 0
     moments, live = [shape.trunk + heads, shape.gradients + max(last, temporaries(shape))], shape.trunk
+    if shape.trunk_layers and not shape.cut_gradient:
+        moments.append(shape.below + shape.forward_alone + shape.left_behind(0))
     left = shape.layer_parameters * (shape.trains("trunk layers") and not shape.accumulates)
     for done, kept in enumerate(reversed(shape.kept)):
         whole = shape.layer(shape.trains("trunk layers")) - shape.hidden if kept == shape.hidden else 0
