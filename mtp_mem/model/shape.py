@@ -267,7 +267,7 @@ class Shape:
 
     @property
     def forward_alone(self) -> int:
-        """What a layer's forward pass takes if nothing is saved: at the product of silu(gate) and up, two rows besides."""
+        """What a layer's forward pass takes if nothing is saved: silu(gate), up, their product, two tensors (N, D)."""
         return 3 * self.N * self.F * self.product + 2 * self.hidden
 
     def in_flight(self, trains: bool) -> int:
