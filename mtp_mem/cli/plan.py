@@ -45,7 +45,7 @@ def add(command: AddCommand) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Show how much of the profile fits on the GPU, strategy by strategy."""
-    from mtp_mem.prediction.simulated_step import without_collections
+    from mtp_mem._util import without_collections
 
     with without_collections():
         return _plan(args)

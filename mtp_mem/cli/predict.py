@@ -45,7 +45,7 @@ def add(command: AddCommand) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict the profile's peaks on GPUs that need not be here, one after the other."""
-    from mtp_mem.prediction.simulated_step import without_collections
+    from mtp_mem._util import without_collections
 
     if args.check:
         return _check(args)

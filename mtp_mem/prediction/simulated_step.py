@@ -7,7 +7,6 @@ flash-attention operator, the fused optimizer, the buffers inside kernels.
 
 import contextlib
 import dataclasses
-import gc
 import importlib
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_leaves
 
+from mtp_mem._util import without_collections
 from mtp_mem.config.gpus import GPU
 from mtp_mem.config.schema import Dtype, ModelConfig, Training, Workload
 from mtp_mem.data import make_batch
@@ -286,15 +286,3 @@ def simulate(
 ) -> Trace:
     """One strategy's step on a model of its own; see `Simulation`."""
     return Simulation(config, workload, training, cuda=cuda, gpu=gpu).trace(strategy)
-
-
-@contextlib.contextmanager
-def without_collections() -> Iterator[None]:
-    """No garbage collection: in mid-step it would free what a reference cycle still held, and it costs time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

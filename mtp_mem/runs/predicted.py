@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from mtp_mem._util import Progress
+from mtp_mem._util import Progress, without_collections
 from mtp_mem.config.gpus import GPU
 from mtp_mem.config.schema import Profile
 from mtp_mem.environment import environment
@@ -24,7 +24,7 @@ def predict(profile: Profile, gpu: GPU, progress: Progress) -> Iterator[Record]:
     training = profile.training.facts(workload.dtype)
     env = {**environment("cpu"), "target": gpu.name, "target_bytes": gpu.total_bytes}
     env["assumptions"] = assumptions(gpu)
-    with simulated_step.without_collections():
+    with without_collections():
         for n in profile.sweep.n:
             config = profile.model.with_n(n)
             progress(f"n={n} floor")
