@@ -50,7 +50,8 @@ class Shape:
         """From a record's `model` and `workload`, its setup, and whether CUDA's kernels run or are predicted.
 
         None where no formula applies: a model that is not this package's, other head kinds, a loss with options, the
-        heads alone, several ranks, an unembedding that trains on rows of a head in which nothing else does.
+        heads alone, several ranks, an unembedding that trains on rows of a head in which nothing else does,
+        nothing that trains at all.
         """
         training = training or Training()
         if "architecture" in model or "factory" in model:
@@ -62,8 +63,10 @@ class Shape:
         tied = model["unembedding"] == "tied"
         frozen = frozen_of(training, tied)
         head_trains = tuple(not frozen & {"heads", f"head {i + 1}"} for i in range(model["n_future"]))
-        if frozen >= {"embedding", "trunk layers", "norm"} and "unembedding" not in frozen and not all(head_trains):
-            return None
+        if frozen >= {"embedding", "trunk layers", "norm"}:
+            needed = all(head_trains) if "unembedding" not in frozen else any(head_trains)
+            if not needed:
+                return None
         if training.label_smoothing or training.z_loss or model.get("logit_softcap"):
             return None
         D, H = model["dim"], model["n_attention_heads"]

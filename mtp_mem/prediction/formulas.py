@@ -121,8 +121,10 @@ def slope(points: Sequence[tuple[int, int]]) -> float | None:
 
 def baseline(config: ModelConfig, workload: Workload, training: Training | None = None) -> int:
     """Bytes live before a step: parameters, the optimizer's state, tokens and n rows of targets; gradients if kept."""
-    training, weights = training or Training(), weight_bytes(sum(parameters(config).values()), workload.dtype)
-    count = sum(parameters(config, training).values())
+    training, count = training or Training(), sum(parameters(config).values())
+    weights = weight_bytes(count, workload.dtype)
+    if training.frozen_parts:
+        count = sum(parameters(config, training).values())
     gradients = weight_bytes(count, workload.dtype)
     stepped = 4 * count if training.master_weights else gradients
     state = {"sgd": stepped, "adamw-8bit": 2 * count + 8 * count // 256}

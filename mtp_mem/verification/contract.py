@@ -239,7 +239,9 @@ class _NoSyncMethods(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         methods: tuple[Callable[..., Any], ...] = (Tensor.cpu, Tensor.numpy, Tensor.tolist)
-        words = [value for value in (*args[1:], *(kwargs or {}).values()) if isinstance(value, str)]
-        if func in methods or (func is Tensor.to and "cpu" in words):
+        to_host = func is Tensor.to and any(
+            isinstance(value, str) and value == "cpu" for value in (*args[1:], *(kwargs or {}).values())
+        )
+        if func in methods or to_host:
             raise BrokenContract(f"synchronises with the device (Tensor.{func.__name__})")
         return func(*args, **(kwargs or {}))

@@ -159,7 +159,12 @@ def test_a_tied_table_is_frozen_as_the_embedding_is() -> None:
 
 @pytest.mark.parametrize(
     "training",
-    [Training(label_smoothing=0.1), Training(z_loss=1e-4), Training(frozen="trunk,head 1,norm")],
+    [
+        Training(label_smoothing=0.1),
+        Training(z_loss=1e-4),
+        Training(frozen="trunk,head 1,norm"),
+        Training(frozen="all but heads,heads"),
+    ],
 )
 def test_no_formula_where_none_was_counted(training: Training) -> None:
     fields = (dataclasses.asdict(tiny(**WIDE)), dataclasses.asdict(Workload(batch=1, sequence=16)))
