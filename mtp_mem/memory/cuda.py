@@ -46,13 +46,14 @@ def _once(step: TrainingStep) -> CudaPeaks:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_stats()
+    named = _tensor_bytes(step)  # before the step, which leaves gradients
     step()
     torch.cuda.synchronize()
     after = torch.cuda.memory_stats()
     baseline = before["requested_bytes.all.current"]
     return CudaPeaks(
         baseline=baseline,
-        unnamed=baseline - _tensor_bytes(step),
+        unnamed=baseline - named,
         requested=after["requested_bytes.all.peak"],
         allocated=after["allocated_bytes.all.peak"],
         reserved=after["reserved_bytes.all.peak"],

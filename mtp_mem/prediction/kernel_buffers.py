@@ -51,7 +51,7 @@ def flash_forward(args: tuple[Any, ...], gpu: GPU) -> list[int]:
 def flash_backward(args: tuple[Any, ...], _gpu: GPU) -> list[int]:
     """flash_api.cpp, mha_bwd: fp32 softmax sums and query-gradient accumulator; expanded dk, dv for grouped queries.
 
-    Deterministic algorithms multiply the accumulator by the number of splits; that is not modelled.
+    Before it, attention_backward.cu copies the output and its gradient where they do not lie token by token. Deterministic algorithms multiply the accumulator by the number of splits; that is not modelled.
     """
     query, key = args[1], args[2]
     B, H, S, head_dim = query.shape
@@ -59,7 +59,7 @@ def flash_backward(args: tuple[Any, ...], _gpu: GPU) -> list[int]:
     buffers = [4 * rows, 4 * rows * _up(head_dim, 32 if head_dim <= 128 else 64)]
     if key.shape[1] != H:
         buffers += [query.element_size() * B * key.shape[2] * H * head_dim] * 2
-    return buffers
+    return buffers + [t.nbytes for t in (args[0], args[4]) if not t.transpose(1, 2).is_contiguous()]
 
 
 def efficient_backward(args: tuple[Any, ...], _gpu: GPU) -> list[int]:
@@ -75,13 +75,16 @@ def efficient_backward(args: tuple[Any, ...], _gpu: GPU) -> list[int]:
 
 
 def embedding_backward(args: tuple[Any, ...], _gpu: GPU) -> list[int]:
-    """Embedding.cu, EmbeddingBackwardKernel.cu: more than 3072 indices are sorted and summed in fp32 partial rows."""
+    """Embedding.cu, EmbeddingBackwardKernel.cu: more than 3072 indices are sorted and summed in fp32 partial rows.
+
+    Two numbers of segments are counted on the device.
+    """
     gradient, indices, V = args[0], args[1].numel(), args[2]
     if indices <= 3072:
         return []
     segments = min(indices, V)
     partial_rows = indices // 10 + segments
-    return [8 * indices] * 3 + [8 * segments] * 2 + [8 * partial_rows, 4 * partial_rows * gradient.shape[-1]]
+    return [8, 8] + [8 * indices] * 3 + [8 * segments] * 2 + [8 * partial_rows, 4 * partial_rows * gradient.shape[-1]]
 
 
 def foreach_norm(args: tuple[Any, ...], _gpu: GPU) -> list[int]:
@@ -123,16 +126,18 @@ class Kernel(NamedTuple):
 
 
 KERNELS: dict[Any, Kernel] = {
-    _aten._scaled_dot_product_flash_attention.default: Kernel(flash_forward),
-    _aten._scaled_dot_product_flash_attention_backward.default: Kernel(flash_backward),
+    _aten._scaled_dot_product_flash_attention.default: Kernel(flash_forward, "an H100"),
+    _aten._scaled_dot_product_flash_attention_backward.default: Kernel(flash_backward, "an H100"),
     _aten._scaled_dot_product_efficient_attention_backward.default: Kernel(efficient_backward),
-    _aten.embedding_dense_backward.default: Kernel(embedding_backward, "how 16 published peaks of an A100 grow with V"),
-    _aten._foreach_norm.Scalar: Kernel(foreach_norm),
-    _aten.sum.dim_IntList: Kernel(sum_over, "sums over rows: 13 sizes in public histories of real GPUs"),
-    _aten.sum.default: Kernel(sum_over),
-    _aten.mean.dim: Kernel(reduce_over),
-    _aten.amax.default: Kernel(reduce_over),
-    _aten.linalg_vector_norm.default: Kernel(vector_norm),
+    _aten.embedding_dense_backward.default: Kernel(
+        embedding_backward, "an H100; how 16 published peaks of an A100 grow with V"
+    ),
+    _aten._foreach_norm.Scalar: Kernel(foreach_norm, "an H100"),
+    _aten.sum.dim_IntList: Kernel(sum_over, "an H100; sums over rows: 13 sizes in public histories"),
+    _aten.sum.default: Kernel(sum_over, "an H100"),
+    _aten.mean.dim: Kernel(reduce_over, "an H100"),
+    _aten.amax.default: Kernel(reduce_over, "an H100"),
+    _aten.linalg_vector_norm.default: Kernel(vector_norm, "an H100"),
 }
 """The buffers inside an operator's kernel, by ATen overload."""
 

@@ -74,7 +74,7 @@ class MetaResults(TorchDispatchMode):
         except (_NotMeta, TypeError):  # a tensor with data, or an argument that cannot be hashed
             return func(*args, **kwargs), True
         if recipe is None:
-            out = func(*args, **kwargs)
+            out = _as_cuda(func, args, kwargs)
             # An operator that changed the shape of what it was given has another key now.
             unchanged = key[1] == _described(args)
             self._recipes[key] = self._recipe(func, out, args, kwargs) if unchanged else _AGAIN
@@ -141,6 +141,17 @@ _CPU = torch.device("cpu")
 
 class _NotMeta(Exception):
     pass
+
+
+def _as_cuda(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the operator returns, put right where torch's rule for meta tensors differs from its kernel on CUDA."""
+    if func is torch.ops.aten.addmm.dtype_out:  # torch 2.11 and 2.12 take the dtype for `beta`
+        return kwargs["out"]
+    out = func(*args, **kwargs)
+    if func is torch.ops.aten._scaled_dot_product_efficient_attention.default:
+        # Without dropout seed and offset take no memory of the device: seen on an H100.
+        return (*out[:2], *(torch.empty(0, dtype=torch.int64, device="meta") for _ in range(2)))
+    return out
 
 
 def _described(values: tuple[Any, ...] | list[Any]) -> tuple[Any, ...]:

@@ -48,7 +48,8 @@ class Bench:
         training = profile.training
         self.optimizer = make_optimizer(self.model, name=training.optimizer, master=training.master_weights)
         self._start = [local(parameter).detach().to("cpu", copy=True) for parameter in self.model.parameters()]
-        self._tokens = (self.batch.tokens.clone(), self.batch.targets.clone())
+        # In host memory like the weights: on the device a second batch would be counted in every peak.
+        self._tokens = [part.to("cpu", copy=True) for part in (self.batch.tokens, self.batch.targets)]
         self.reference: Gradients | None = None
         self.reference_name, self.noise = "", 0.0
         self._buckets: list[tuple[str, Tensor]] = []
@@ -116,10 +117,8 @@ class Bench:
         with model_kept(self.model) as of_model, restored() as changed:
             yield
         changed += of_model
-        same = all(
-            torch.equal(a, b) for a, b in zip((self.batch.tokens, self.batch.targets), self._tokens, strict=True)
-        )
-        if not same:
+        parts = zip((self.batch.tokens, self.batch.targets), self._tokens, strict=True)
+        if not all(torch.equal(part.cpu(), start) for part, start in parts):
             changed.append("the batch")
         if not trains and not self._restore():
             changed.append("the weights")

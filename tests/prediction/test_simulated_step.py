@@ -89,8 +89,11 @@ def test_buffers_inside_kernels() -> None:
     small = torch.empty(1, 8, 1024, 64, dtype=torch.bfloat16, device="meta")
     kv = torch.empty(1, 8, 8192, 128, dtype=torch.bfloat16, device="meta")
     rows, indices = torch.empty(8192, 4096, device="meta"), torch.empty(8192, device="meta")
-    assert sum(kernel_buffers.flash_backward((None, q, q), gpu)) == 129 * 2**20  # 32 * 8192 * (128 + 1) * 4
-    assert kernel_buffers.flash_backward((None, q, kv), gpu)[2:] == [2 * 8192 * 32 * 128] * 2
+    by_token = torch.empty(1, 8192, 32, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    backward = kernel_buffers.flash_backward((by_token, q, q, q, by_token), gpu)
+    assert sum(backward) == 129 * 2**20  # 32 * 8192 * (128 + 1) * 4
+    assert kernel_buffers.flash_backward((q, q, q, q, q), gpu) == [*backward, q.nbytes, q.nbytes]
+    assert kernel_buffers.flash_backward((by_token, q, kv, kv, by_token), gpu)[2:] == [2 * 8192 * 32 * 128] * 2
     assert kernel_buffers.flash_forward((q, q, q, 0.0), gpu) == []
     assert sum(kernel_buffers.flash_forward((small, small, small, 0.0), gpu)) == 2 * 8 * 1024 * (64 + 1) * 4
     assert kernel_buffers.embedding_backward((rows, indices[:3072], 128256), gpu) == []
