@@ -51,7 +51,8 @@ def flash_forward(args: tuple[Any, ...], gpu: GPU) -> list[int]:
 def flash_backward(args: tuple[Any, ...], _gpu: GPU) -> list[int]:
     """flash_api.cpp, mha_bwd: fp32 softmax sums and query-gradient accumulator; expanded dk, dv for grouped queries.
 
-    Before it, attention_backward.cu copies the output and its gradient where they do not lie token by token. Deterministic algorithms multiply the accumulator by the number of splits; that is not modelled.
+    Before it, attention_backward.cu copies the output and its gradient where they do not lie token by token.
+    Deterministic algorithms multiply the accumulator by the number of splits; that is not modelled.
     """
     query, key = args[1], args[2]
     B, H, S, head_dim = query.shape
@@ -133,7 +134,7 @@ KERNELS: dict[Any, Kernel] = {
         embedding_backward, "an H100; how 16 published peaks of an A100 grow with V"
     ),
     _aten._foreach_norm.Scalar: Kernel(foreach_norm, "an H100"),
-    _aten.sum.dim_IntList: Kernel(sum_over, "an H100; sums over rows: 13 sizes in public histories"),
+    _aten.sum.dim_IntList: Kernel(sum_over, "an H100; sums over rows: 13 sizes in public histories of real GPUs"),
     _aten.sum.default: Kernel(sum_over, "an H100"),
     _aten.mean.dim: Kernel(reduce_over, "an H100"),
     _aten.amax.default: Kernel(reduce_over, "an H100"),

@@ -1,7 +1,7 @@
 """Predictions against what an H100 measured, to the byte: `profiles/recorded/h100-80gb/peaks.json`.
 
-Each case there ran in a process of its own. Bytes requested are the same under either kind of segments. Under expandable
-ones the bytes allocated are too; under the default kind they depend on what lay in the cache, by 1 % here.
+Each case there ran in a process of its own. Bytes requested do not depend on the kind of segments. Bytes allocated are
+exact under expandable ones; under the default kind they depend on how blocks were split before.
 """
 
 import json

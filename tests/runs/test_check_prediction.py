@@ -29,8 +29,8 @@ def test_without_a_gpu_it_prints_predictions(tmp_path: Path, capsys: pytest.Capt
     out = tmp_path / "out"
     assert main(["predict", "--check", "--quick", "--out", str(out), "--gpu", "h100-80gb"]) == 0
     text = capsys.readouterr().out
-    assert "kernel sum over 4096 rows of 1024: table 33,554,464, sums over rows: 13 sizes" in text
-    assert "kernel mean along 8192 rows of 4096: table 0, not seen on CUDA" in text
+    assert "kernel sum over 4096 rows of 1024: table 33,554,464, an H100; sums over rows: 13 sizes" in text
+    assert "kernel mean along 8192 rows of 4096: table 0, an H100" in text
     assert text.startswith("No CUDA device here: nothing is measured. Predictions for NVIDIA H100")
     document = json.loads((tmp_path / "out/check.json").read_text())
     assert document["measured"] is False
