@@ -95,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(document, indent=1))
     else:
-        print(f"peak {format_bytes(peak.nbytes)} in {peak.phase} ({peak.op}), {how}:")
+        operator = f" ({peak.op})" if peak.op else ""  # autograd's own thread has no frame of ours
+        print(f"peak {format_bytes(peak.nbytes)} in {peak.phase}{operator}, {how}:")
         for category, nbytes in peak.by_category.items():
             print(f"  {format_bytes(nbytes):>10}  {category}")
         for line in assumed:

@@ -66,13 +66,14 @@ def flash_backward(args: tuple[Any, ...], _gpu: GPU) -> list[int]:
 def efficient_backward(args: tuple[Any, ...], _gpu: GPU) -> list[int]:
     """attention_backward.cu and kernel_backward.h: in fp32 output times gradient, elementwise, and its row sums twice.
 
-    Then, in place of the former, the accumulator of the query's gradient in tiles of 64 by 64 with a lock each.
+    Then, in place of the product and one of the sums, the accumulator of the query's gradient in tiles of 64 by 64 with
+    a lock each.
     """
     output = args[5]
     B, H, S, head_dim = output.shape
     rows = 4 * B * H * S
-    tiles = B * H * -(-S // 64) * -(-head_dim // 64)
-    return [rows, rows, max(rows * head_dim, tiles * (16 + 4 * 64 * 64))]
+    tiles = B * H * -(-S // 64) * -(-head_dim // 64) * (16 + 4 * 64 * 64)
+    return [rows, rows, rows * head_dim] if rows + rows * head_dim >= tiles else [rows, tiles]
 
 
 def embedding_backward(args: tuple[Any, ...], _gpu: GPU) -> list[int]:
@@ -129,7 +130,7 @@ class Kernel(NamedTuple):
 KERNELS: dict[Any, Kernel] = {
     _aten._scaled_dot_product_flash_attention.default: Kernel(flash_forward, "an H100"),
     _aten._scaled_dot_product_flash_attention_backward.default: Kernel(flash_backward, "an H100"),
-    _aten._scaled_dot_product_efficient_attention_backward.default: Kernel(efficient_backward),
+    _aten._scaled_dot_product_efficient_attention_backward.default: Kernel(efficient_backward, "an H100"),
     _aten.embedding_dense_backward.default: Kernel(
         embedding_backward, "an H100; how 16 published peaks of an A100 grow with V"
     ),

@@ -148,9 +148,9 @@ def _as_cuda(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is torch.ops.aten.addmm.dtype_out:  # torch 2.11 and 2.12 take the dtype for `beta`
         return kwargs["out"]
     out = func(*args, **kwargs)
-    if func is torch.ops.aten._scaled_dot_product_efficient_attention.default:
+    if func is torch.ops.aten._scaled_dot_product_efficient_attention.default and not any(args[5:6]):
         # Without dropout seed and offset take no memory of the device: seen on an H100.
-        return (*out[:2], *(torch.empty(0, dtype=torch.int64, device="meta") for _ in range(2)))
+        return (*out[:2], *(number.new_empty(0) for number in out[2:]))
     return out
 
 

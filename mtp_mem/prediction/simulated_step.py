@@ -49,10 +49,7 @@ STEPS_BEFORE = 1  # the replay runs the step once before, as the first step, whi
 
 
 class _Mode(FakeTensorMode):
-    """Fake tensors; operators on real tensors alone run as usual.
-
-    One product is corrected: torch 2.11 and 2.12 take the `out_dtype` of `addmm` for its `beta`.
-    """
+    """Fake tensors; operators on real tensors alone run as usual."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)  # a family's own constants have data
@@ -60,8 +57,6 @@ class _Mode(FakeTensorMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten.addmm.dtype_out and kwargs:
-            return kwargs["out"]
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if tensors and not any(map(_without_data, tensors)):  # an unfused optimizer counts its steps on the host
             return func(*args, **(kwargs or {}))

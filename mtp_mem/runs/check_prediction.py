@@ -183,7 +183,7 @@ def check_kernels(device: str, gpu: GPU) -> Iterator[tuple[str, str, int, int | 
 
     Off CUDA nothing is measured, and the last one is None.
     """
-    for name, operator, args in _kernel_cases(device):
+    for name, operator, args in kernel_cases(device):
         measured = _inside(operator, args) if device == "cuda" else None
         kernel = KERNELS[operator]
         yield name, kernel.seen, sum(kernel.buffers(args, gpu)), measured
@@ -204,7 +204,8 @@ def device_here() -> GPU:
     )
 
 
-def _kernel_cases(device: str) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+def kernel_cases(device: str) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Name, operator and arguments of each call that `check_kernels` makes; off CUDA on tensors without data."""
     aten = torch.ops.aten
     place = torch.device(device if device == "cuda" else "meta")
     zeros = partial(torch.zeros, dtype=torch.bfloat16, device=place)
@@ -220,6 +221,12 @@ def _kernel_cases(device: str) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         out = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
         saved = (out[0], q, k, v, *out[:6], 0.0, True, *out[6:8])
         yield f"flash backward {shape}", aten._scaled_dot_product_flash_attention_backward.default, saved
+    for B, H, S, width in ((2, 16, 2048, 128), (1, 8, 4096, 64), (1, 12, 1000, 64)):
+        q, k, v = (torch.zeros((B, S, H, width), device=place).transpose(1, 2) for _ in range(3))
+        out = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)
+        saved = (out[0], q, k, v, None, *out, 0.0, [True, True, True, False], True)
+        name = f"efficient backward B={B} H={H} S={S} width={width}"
+        yield name, aten._scaled_dot_product_efficient_attention_backward.default, saved
     for S, V, D in ((1024, 32000, 1024), (4096, 32000, 1024), (8192, 1000, 1024)):
         indices = torch.zeros((1, S), dtype=torch.long, device=place)
         args = (zeros((1, S, D)), indices, V, -1, False)

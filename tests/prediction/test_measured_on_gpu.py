@@ -14,9 +14,10 @@ import pytest
 from mtp_mem.config.gpus import GPU
 from mtp_mem.config.schema import ModelConfig, Training, Workload
 from mtp_mem.config.toml import from_table
+from mtp_mem.prediction.kernel_buffers import KERNELS
 from mtp_mem.prediction.peaks import predicted
 from mtp_mem.prediction.simulated_step import simulate
-from mtp_mem.runs.check_prediction import check_kernels
+from mtp_mem.runs.check_prediction import check_kernels, kernel_cases
 from mtp_mem.strategy import load_strategy
 
 RECORDED = json.loads((Path(__file__).parents[2] / "profiles/recorded/h100-80gb/peaks.json").read_text())
@@ -48,3 +49,9 @@ def test_a_whole_step(case: dict[str, Any]) -> None:
 def test_each_kernel_alone() -> None:
     table = {name: nbytes for name, _, nbytes, _ in check_kernels("cpu", GPU_THERE)}
     assert table == {row["kernel"]: row["measured"] for row in RECORDED["kernels"]}
+
+
+def test_only_what_was_measured_says_so() -> None:
+    measured = {row["kernel"] for row in RECORDED["kernels"]}
+    operators = {operator for name, operator, _ in kernel_cases("cpu") if name in measured}
+    assert {operator for operator, kernel in KERNELS.items() if "an H100" in kernel.seen} == operators
