@@ -1,5 +1,6 @@
 """`mtp-mem` in a process of its own that starts at once: forked from one that has imported everything already."""
 
+import gc
 import io
 import os
 import resource
@@ -73,6 +74,7 @@ def run(folder: Path, *args: str, **surroundings: Any) -> Ended:
 
 def _command(around: Surroundings, args: tuple[str, ...]) -> None:
     """In the new process: do what a shell and the interpreter's start do, then run the command."""
+    gc.freeze()  # a collection would copy every page of what was imported
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a test run in the background
     os.chdir(around.folder)
     os.environ.update(around.variables)

@@ -8,6 +8,7 @@ parent ends.
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import secrets
@@ -133,6 +134,7 @@ def main() -> None:
 
     # Ctrl-C reaches the whole group of processes; the parent decides what becomes of a half-measured case.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # what was imported is no garbage, and the traced step collects
     request = json.load(sys.stdin)
     if request["deterministic"]:
         require_deterministic()

@@ -5,6 +5,7 @@ answered with what happened to it, and a new group runs the jobs that are left.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import shutil
@@ -29,6 +30,9 @@ from mtp_mem.runs.bench import failure
 
 TIMEOUT_S = 600
 """Seconds without a message from the ranks after which a group is ended."""
+
+IMPORTED = ("torch.distributed.fsdp", "torch._dynamo")
+"""Modules that every rank would import, for FSDP2 and for its first optimizer."""
 
 Work = Callable[[Any, Progress], Any]
 """(job, progress callback) -> answer; called on every rank, and rank 0's answer counts."""
@@ -75,7 +79,7 @@ class Group:
 
     def _until_failure(self, make: Callable[[], Work], jobs: tuple[Any, ...], progress: Progress) -> Iterator[Any]:
         """The answers of one group: of all jobs, or up to the one that failed, whose failure is the last."""
-        context = fork_context(__name__, "torch.distributed.fsdp")
+        context = fork_context(__name__, *IMPORTED)
         pipes: dict[Connection, int] = {}
         processes: list[Any] = []
         answered, heard = 0, time.monotonic()
@@ -218,6 +222,7 @@ def _rank(
     threading.Thread(target=_end_with_parent, args=(Path(store).parent,), daemon=True).start()
     os.dup2(2, 1)  # stdout is for our results, not for what a strategy prints
     settings.take()
+    gc.freeze()  # what was imported is no garbage, and every traced step collects
 
     def doing(what: str) -> None:
         if rank == 0:

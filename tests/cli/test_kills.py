@@ -27,7 +27,7 @@ n = [1, 2]
 strategies = ["naive", "sequential", "chunked_tokens"]
 rounds = 1
 """
-KILLS = 20
+KILLS = 12
 
 
 def finished(results: Path) -> set[tuple[str, int]]:

@@ -31,7 +31,9 @@ from mtp_mem.errors import BadInput
 
 N, VOCAB = 3, 131
 SPECS = ("naive", "sequential", "checkpointed", "chunked_vocab:chunk=13", "chunked_tokens:chunk=7")
-SIZES: dict[str, Any] = {"vocab_size": VOCAB, "dim": 64, "n_layers": 6, "n_attention_heads": 4, "n_future": N}
+ALL = ("joint", *SPECS)
+FEW = ("joint", "sequential", "chunked_tokens:chunk=7")
+SIZES: dict[str, Any] = {"vocab_size": VOCAB, "dim": 64, "n_layers": 5, "n_attention_heads": 4, "n_future": N}
 
 
 def build(model: str, tied: bool) -> Any:
@@ -106,9 +108,9 @@ class Wrapped(nn.Module):
         return head_loss(self.module_, self.module_.trunk(batch.tokens), batch.targets, self.spec)[0]
 
 
-def under_ddp(model: str, tied: bool, micro: int) -> None:
+def under_ddp(model: str, tied: bool, micro: int, specs: tuple[str, ...]) -> None:
     own, right = batch_of(dist.get_rank()), reference(model, tied, micro)
-    for spec in ("joint", *SPECS):
+    for spec in specs:
         wrapped = DistributedDataParallel(Wrapped(build(model, tied), spec), bucket_cap_mb=0.02)
 
         def in_forward(wrapped: Any = wrapped) -> None:
@@ -130,7 +132,7 @@ def under_ddp(model: str, tied: bool, micro: int) -> None:
         report(case | {"how": "ddp, explicit"}, right, ddp, explicit)
 
 
-def under_fsdp2(model: str, tied: bool, micro: int, mesh: Any, specs: tuple[str, ...] = ("joint", *SPECS)) -> None:
+def under_fsdp2(model: str, tied: bool, micro: int, mesh: Any, specs: tuple[str, ...] = ALL) -> None:
     own, right = batch_of(dist.get_rank()), reference(model, tied, micro)
     for spec in specs:
         sharded: Any = shard(build(model, tied), mesh=mesh)
@@ -191,14 +193,14 @@ def refused() -> None:
 
 def on_four() -> None:
     both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    under_fsdp2("hf", False, 1, both, ("joint", "sequential", "chunked_tokens:chunk=7"))
+    under_fsdp2("hf", False, 1, both, FEW)
 
 
 def on_two() -> None:
+    for tied, micro, specs in ((False, 1, ALL), (True, 2, ALL), (False, 2, FEW), (True, 1, FEW)):
+        under_ddp("own", tied, micro, specs)
+        under_fsdp2("hf", tied, micro, None, specs)
     for tied in (False, True):
-        for micro in (1, 2):
-            under_ddp("own", tied, micro)
-            under_fsdp2("hf", tied, micro, None)
         in_mixed_precision(tied)
     under_fsdp2("own", False, 1, None)
     under_fsdp2("own, deepseek", False, 1, None)
