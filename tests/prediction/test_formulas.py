@@ -136,7 +136,8 @@ PARTS_AND_PRECISIONS: list[tuple[Dtype, Training]] = [
     ids=str,
 )
 def test_frozen_parts_micro_batches_and_precisions(batch: int, sequence: int, dtype: Dtype, training: Training) -> None:
-    config, workload = tiny(**WIDE, n_future=2), Workload(batch=batch, sequence=sequence, dtype=dtype)
+    config = tiny(**WIDE | {"n_layers": 4}, n_future=2)
+    workload = Workload(batch=batch, sequence=sequence, dtype=dtype)
     simulation = Simulation(config, workload, training, cuda=False)
     assert abs(simulation.baseline - baseline(config, workload, training)) <= 8 * 60  # steps of each parameter
     fields = (dataclasses.asdict(config), dataclasses.asdict(workload))

@@ -19,7 +19,7 @@ from mtp_mem import IGNORE, Batch, ModelConfig, MTPModel, forward_backward, load
 from mtp_mem.strategy import Strategy, loadable
 from mtp_mem.verification.problem import plain_step
 
-CASES = settings(derandomize=True, deadline=None, max_examples=60, database=None)
+CASES = settings(derandomize=True, deadline=None, max_examples=40, database=None)
 BOUND = 1e-12
 # Gradients that cancel to zero (queries and keys at S = 1) are rounding alone, in proportion to what cancelled.
 FLOOR = 1e-15
