@@ -1,9 +1,12 @@
 """The recommendation: from records to the sentence that names the strategy to use."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from mtp_mem._util import format_bytes
+from mtp_mem.config.schema import Training
 from mtp_mem.prediction.formulas import formula_bytes
 from mtp_mem.runs.identity import training_of
 from mtp_mem.runs.record import Record
@@ -94,4 +97,10 @@ def record_formula(record: Record) -> int | None:
     training = training_of(record)
     if training is None:
         return None
-    return formula_bytes(record.strategy, record.model, record.workload, training, cuda=record.backend != "cpu")
+    return _formula(record.strategy, json.dumps([record.model, record.workload]), training, record.backend != "cpu")
+
+
+@lru_cache(maxsize=2**14)  # charts and tables each ask for every record's
+def _formula(spec: str, written: str, training: Training, cuda: bool) -> int | None:
+    model, workload = json.loads(written)
+    return formula_bytes(spec, model, workload, training, cuda=cuda)

@@ -7,11 +7,13 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from mtp_mem._util import fingerprint
-from mtp_mem.config.schema import ModelConfig, Training
+from mtp_mem.config.schema import Dtype, ModelConfig, Training
 from mtp_mem.config.toml import from_table
 from mtp_mem.errors import BadInput
 from mtp_mem.runs.record import Record
@@ -111,14 +113,24 @@ def setting(record: Record) -> dict[str, str]:
 
 def training_facts(record: Record) -> dict[str, Any]:
     """The record's training setup; of a record that is older than the field, the default one."""
-    return {**Training().facts(record.workload["dtype"]), **record.training}
+    return {**_usual(record.workload["dtype"]), **record.training}
+
+
+@cache
+def _usual(dtype: Dtype) -> dict[str, Any]:
+    return Training().facts(dtype)
 
 
 def training_of(record: Record) -> Training | None:
     """The record's training setup; None where this version does not know it."""
-    facts, names = training_facts(record), [field.name for field in dataclasses.fields(Training)]
+    return _training(record.workload["dtype"], json.dumps(record.training))
+
+
+@lru_cache  # a report asks for each record's several times, and few setups stand in one
+def _training(dtype: Dtype, written: str) -> Training | None:
+    facts = {**_usual(dtype), **json.loads(written)}
     try:
-        return from_table(Training, {name: facts[name] for name in names})
+        return from_table(Training, {field.name: facts[field.name] for field in dataclasses.fields(Training)})
     except BadInput:
         return None
 

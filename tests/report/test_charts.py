@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 from fixed import MODEL, record, records
+from matplotlib.figure import Figure
 from matplotlib.testing.compare import compare_images
 from PIL import Image
 
 from mtp_mem.config.gpus import GPU
 from mtp_mem.report import charts
+from mtp_mem.report.charts.style import heads_axis
 from mtp_mem.report.charts.time import paper_times
 from mtp_mem.report.charts.tradeoff import chunk_of, family, pareto
 from mtp_mem.runs.record import Record
@@ -120,6 +122,16 @@ def test_nothing_to_draw_is_no_file(tmp_path: Path) -> None:
     assert charts.memory_small_multiples({"a": records(), "b": failed}, tmp_path) == []
     assert charts.largest_batch([], tmp_path) == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("ns", "ticks"),
+    [([1, 2, 4, 8], [1, 2, 4, 8]), ([1, 2, 4, 8, 64], [1, 4, 8, 64]), ([*range(1, 50)], [*range(1, 50, 2)])],
+)
+def test_no_more_labels_than_there_is_room_for(ns: list[int], ticks: list[int]) -> None:
+    axes = Figure().add_subplot()
+    heads_axis(axes, ns)
+    assert sorted(axes.get_xticks()) == ticks
 
 
 def test_the_pareto_front() -> None:

@@ -27,7 +27,8 @@ def composition(records: Sequence[Record], out: Path) -> list[Path]:
     done = [r for r in records if r.status == "ok" and r.bytes_at_peak]
     if not done:
         return []
-    shown = done if len(done) <= MOST_BARS else [r for r in done if r.n == max(r.n for r in done)]
+    last = max(r.n for r in done)
+    shown = done if len(done) <= MOST_BARS else [r for r in done if r.n == last]
     shown = sorted(shown, key=lambda r: r.n)
     parts = [{**dict.fromkeys(COLOURS, 0), **_known(r.bytes_at_peak or {})} for r in shown]
     order = [c for c in COLOURS if any(p[c] for p in parts)]

@@ -135,12 +135,21 @@ def unit_for(nbytes: int) -> tuple[int, str]:
 
 
 def heads_axis(axes: Axes, ns: Sequence[int]) -> None:
-    """The number of heads along x, ticks only at the n there are, y from 0 with light lines."""
+    """The number of heads along x, ticks only at n there are and far enough apart, y from 0 with light lines."""
     axes.set_xlim(min(ns) - 0.03 * (max(ns) - min(ns) + 1), max(ns))
-    axes.set_xticks(ns)
+    axes.set_xticks(_apart(ns))
     axes.set_xlabel("n, number of heads (future tokens predicted)")
     axes.set_ylim(bottom=0)
     grid(axes, "y")
+
+
+def _apart(ns: Sequence[int]) -> list[int]:
+    """Of these n the largest, and downwards each that has room for its label: a 24th of the axis."""
+    ticks: list[int] = []
+    for n in sorted(ns, reverse=True):
+        if not ticks or ticks[-1] - n >= (max(ns) - min(ns)) / 24:
+            ticks.append(n)
+    return ticks
 
 
 def grid(axes: Axes, which: Literal["x", "y"], unit: str = "", *, whole: bool = False) -> None:

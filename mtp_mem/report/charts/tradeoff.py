@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
@@ -129,7 +130,7 @@ def _label_points(
     boxes = [(x - 6 * scale, y - 6 * scale, x + 6 * scale, y + 6 * scale) for x, y in at]
     boxes += [box for a, b in lines for box in _along(axes.transData.transform(a), axes.transData.transform(b))]
     taken = np.array(boxes)  # (boxes, 4): left, bottom, right, top
-    frame = axes.get_window_extent()
+    frame, renderer = axes.get_window_extent(), FigureCanvasAgg(drawing).get_renderer()  # type: ignore[arg-type, no-untyped-call]
     for point, text, colour in zip(points, labels, colours, strict=True):
         tried: list[tuple[float, int, Annotation, Bbox]] = []
         for dx, dy, ha, va in PLACES:
@@ -138,7 +139,7 @@ def _label_points(
                 text, point, xytext=(dx, dy), textcoords="offset points", ha=ha, va=va, color=colour, size=9.5,
                 arrowprops=arrow,
             )  # fmt: skip
-            box = label.get_window_extent()
+            box = label.get_window_extent(renderer)
             overlap = float(_common(box, taken).sum())
             outside = box.width * box.height - float(_common(box, np.array([frame.extents]))[0])
             tried.append((overlap + outside, len(tried), label, box))
