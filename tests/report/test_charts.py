@@ -126,7 +126,7 @@ def test_nothing_to_draw_is_no_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("ns", "ticks"),
-    [([1, 2, 4, 8], [1, 2, 4, 8]), ([1, 2, 4, 8, 64], [1, 4, 8, 64]), ([*range(1, 50)], [*range(1, 50, 2)])],
+    [([1, 2, 4, 8], [1, 2, 4, 8]), ([1, 2, 4, 8, 64], [4, 8, 64]), ([*range(1, 50)], [*range(1, 50, 3)])],
 )
 def test_no_more_labels_than_there_is_room_for(ns: list[int], ticks: list[int]) -> None:
     axes = Figure().add_subplot()

@@ -144,10 +144,11 @@ def heads_axis(axes: Axes, ns: Sequence[int]) -> None:
 
 
 def _apart(ns: Sequence[int]) -> list[int]:
-    """Of these n the largest, and downwards each that has room for its label: a 24th of the axis."""
+    """Of these n the largest, and downwards each that has room for its label: a 36th of the axis for each digit."""
     ticks: list[int] = []
+    room = (max(ns) - min(ns)) * len(str(max(ns))) / 36
     for n in sorted(ns, reverse=True):
-        if not ticks or ticks[-1] - n >= (max(ns) - min(ns)) / 24:
+        if not ticks or ticks[-1] - n >= room:
             ticks.append(n)
     return ticks
 
