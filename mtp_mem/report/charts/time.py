@@ -41,8 +41,8 @@ def paper_times(record: Record) -> dict[int, float]:
     model = record.model
     if model.get("head") != "parallel" or model.get("unembedding") != "shared" or not model.get("match_layers"):
         return {}
-    flops_by_n = PAPER.get((model["vocab_size"], model["dim"], model["n_layers"]), {})
-    return {1: 1.0, **flops_by_n} if flops_by_n else {}
+    times = PAPER.get((model["vocab_size"], model["dim"], model["n_layers"]), {})
+    return {1: 1.0, **times} if times else {}
 
 
 def flops_over_first(records: Sequence[Record]) -> dict[int, float]:
