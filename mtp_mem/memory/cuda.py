@@ -65,7 +65,8 @@ def _once(step: TrainingStep) -> CudaPeaks:
 
 def _tensor_bytes(step: TrainingStep) -> int:
     """Bytes of the tensors that live between steps, each storage once."""
-    tensors = [*step.model.parameters(), *step.model.buffers(), step.batch.tokens, step.batch.targets]
+    tensors = [*step.model.parameters(), step.batch.tokens, step.batch.targets]
+    tensors += [buffer for _, buffer in step.model.named_buffers()]
     tensors += [parameter.grad for parameter in step.model.parameters() if parameter.grad is not None]
     tensors += [value for _, value in optimizer_state(step.model, step.optimizer)]
     storages = [tensor.untyped_storage() for tensor in map(local, tensors) if tensor.is_cuda]
