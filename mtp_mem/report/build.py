@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_mem._util import atomic_write, format_bytes, scratch_folder, writable
+from mtp_mem._util import atomic_write, format_bytes, scratch_folder, without_collections, writable
 from mtp_mem.errors import BadInput, printable
 from mtp_mem.report import charts
 from mtp_mem.report.content import gpu_of, section
@@ -46,7 +46,9 @@ def build(
         BadInput: a path cannot be read or written, no usable record, `out` is one of the results.
     """
     notes: list[str] = []
-    located = read(results, notes)
+    with without_collections():  # records hold no cycles, and there may be many
+        located = read(results, notes)
+        apart = groups(located, notes)
     if os.path.isdir(out):
         raise BadInput(f"{out}: is a folder")
     if os.path.realpath(out) in {os.path.realpath(path) for path in (*files_of(results), *timelines)}:
@@ -59,7 +61,6 @@ def build(
             if path in timelines:
                 raise
             notes.append(f"skipped: {e}")
-    apart = groups(located, notes)
     for group in apart:
         if (count := len({r.strategy for r in group})) > MOST_STRATEGIES:
             notes.append(
@@ -82,7 +83,8 @@ def build(
 
 def _timelines(results: Sequence[Path], located: Sequence[Located], given: Sequence[Path]) -> list[Path]:
     """The timelines given, those beside a results file that is used, and those anywhere in the given folders."""
-    beside = [path for one in located if (path := one.path.with_name("timeline.json")).is_file()]
+    used = dict.fromkeys(one.path for one in located)
+    beside = [path for one in used if (path := one.with_name("timeline.json")).is_file()]
     below = [path for folder in results if os.path.isdir(folder) for path in sorted(folder.rglob("timeline.json"))]
     return list(dict.fromkeys([*given, *beside, *below]))
 

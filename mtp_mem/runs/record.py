@@ -1,9 +1,11 @@
 """The record of one case: what was run, where, and what came out."""
 
 import dataclasses
+import marshal
 import math
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Literal
 
 from mtp_mem.config.schema import LARGEST_SIZE, MOST_MODULES, ModelConfig
@@ -119,6 +121,9 @@ class Record:
         known |= {key: math.inf for key in ERRORS if known.get(key) == "inf"}
         if isinstance(losses := known.get("losses"), list):
             known["losses"] = [float(loss) if loss in NOT_FINITE else loss for loss in losses]
+        for group in FIELDS:
+            if isinstance(facts := known.get(group, {}), dict):
+                known[group] = _checked(group, marshal.dumps(facts, 2))
         record = from_table(Record, known)
         for name, value in known.items():
             largest = math.inf if name in ERRORS else LARGEST
@@ -129,17 +134,27 @@ class Record:
                 raise BadInput(f"{name} = {value}: expected at least {LEAST}")
         if not 1 <= record.n <= MOST_MODULES:
             raise BadInput(f"n = {record.n}: not a number of heads")
-        for group, (needed, other) in FIELDS.items():
-            facts = getattr(record, group)
-            for key, hint in needed.items():
-                if key not in facts:
-                    raise BadInput(f"key {group}.{key} is missing (expected {describe(hint)})")
-            for key, hint in {**needed, **other}.items():
-                value = convert(hint, facts[key], f"{group}.{key}") if key in facts else None
-                largest = MOST_MODULES if key in MODULES else LARGEST_SIZE
-                if type(value) is int and key in (*MODULES, *SIZES) and not 1 <= value <= largest:
-                    raise BadInput(f"{group}.{key} = {value}: must be from 1 to {largest}")
         return record
+
+
+@lru_cache(maxsize=1024)
+def _checked(group: str, written: bytes) -> dict[str, Any]:
+    """Nested fields as `marshal` writes them: one table for all records that have the same, checked once.
+
+    Raises:
+        BadInput: a field is missing, or has a type or value that no record has.
+    """
+    facts: dict[str, Any] = marshal.loads(written)
+    needed, other = FIELDS[group]
+    for key, hint in needed.items():
+        if key not in facts:
+            raise BadInput(f"key {group}.{key} is missing (expected {describe(hint)})")
+    for key, hint in {**needed, **other}.items():
+        value = convert(hint, facts[key], f"{group}.{key}") if key in facts else None
+        largest = MOST_MODULES if key in MODULES else LARGEST_SIZE
+        if type(value) is int and key in (*MODULES, *SIZES) and not 1 <= value <= largest:
+            raise BadInput(f"{group}.{key} = {value}: must be from 1 to {largest}")
+    return facts
 
 
 def _spelt(number: float | None) -> float | str | None:

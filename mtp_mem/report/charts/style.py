@@ -150,7 +150,7 @@ def _apart(ns: Sequence[int]) -> list[int]:
     for n in sorted(ns, reverse=True):
         if not ticks or ticks[-1] - n >= room:
             ticks.append(n)
-    return ticks
+    return ticks[::-1]
 
 
 def grid(axes: Axes, which: Literal["x", "y"], unit: str = "", *, whole: bool = False) -> None:
