@@ -1,6 +1,6 @@
 """The recommendation: from records to the sentence that names the strategy to use."""
 
-import json
+import marshal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -97,10 +97,12 @@ def record_formula(record: Record) -> int | None:
     training = training_of(record)
     if training is None:
         return None
-    return _formula(record.strategy, json.dumps([record.model, record.workload]), training, record.backend != "cpu")
+    return _formula(
+        record.strategy, marshal.dumps([record.model, record.workload], 2), training, record.backend != "cpu"
+    )
 
 
 @lru_cache(maxsize=2**14)  # charts and tables each ask for every record's
-def _formula(spec: str, written: str, training: Training, cuda: bool) -> int | None:
-    model, workload = json.loads(written)
+def _formula(spec: str, written: bytes, training: Training, cuda: bool) -> int | None:
+    model, workload = marshal.loads(written)
     return formula_bytes(spec, model, workload, training, cuda=cuda)

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
+import marshal
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -123,12 +123,12 @@ def _usual(dtype: Dtype) -> dict[str, Any]:
 
 def training_of(record: Record) -> Training | None:
     """The record's training setup; None where this version does not know it."""
-    return _training(record.workload["dtype"], json.dumps(record.training))
+    return _training(record.workload["dtype"], marshal.dumps(record.training, 2))
 
 
 @lru_cache  # a report asks for each record's several times, and few setups stand in one
-def _training(dtype: Dtype, written: str) -> Training | None:
-    facts = {**_usual(dtype), **json.loads(written)}
+def _training(dtype: Dtype, written: bytes) -> Training | None:
+    facts = {**_usual(dtype), **marshal.loads(written)}
     try:
         return from_table(Training, {field.name: facts[field.name] for field in dataclasses.fields(Training)})
     except BadInput:
