@@ -67,14 +67,15 @@ def build(
                 f"charts show {MOST_STRATEGIES} of {count} strategies, naive and those that need least; tables show all"
             )
     writable(out.parent)
+    png = charts_folder is not None  # the page itself holds the SVG
     with scratch_folder() if charts_folder is None else nullcontext(writable(charts_folder)) as folder:
         folders = [folder / f"group-{i}" for i in range(1, len(apart) + 1)] if len(apart) > 1 else [folder]
-        sections = tuple(Group(section(g), _draw(g, writable(at))) for g, at in zip(apart, folders, strict=True))
-        panels = _panels(apart, folder)
+        sections = tuple(Group(section(g), _draw(g, writable(at), png)) for g, at in zip(apart, folders, strict=True))
+        panels = _panels(apart, folder, png)
         text = to_html(sections, panels, pictures, [printable(line) for line in notes])
         drawn = [chart for group in sections for chart in group.charts] + ([panels] if panels else [])
         kept = (
-            [c.png.with_suffix(suffix) for c in drawn for suffix in (".png", ".svg", ".csv")] if charts_folder else []
+            [c.svg.with_suffix(suffix) for c in drawn for suffix in (".png", ".svg", ".csv")] if charts_folder else []
         )
     with atomic_write(out) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -101,26 +102,35 @@ def telling(records: Sequence[Record]) -> list[Record]:
     return [r for r in records if r.strategy in shown]
 
 
-def _draw(every: Sequence[Record], out: Path) -> tuple[Chart, ...]:
+def _draw(every: Sequence[Record], out: Path, png: bool) -> tuple[Chart, ...]:
     """The charts of one group that its records allow, in the folder `out`."""
     records = telling(every)
     gpu = gpu_of(records[0]) if records[0].exactness == "predicted" else None
     drawn = (
         (
-            charts.memory_vs_n(records, out, gpu),
+            charts.memory_vs_n(records, out, gpu, png=png),
             f"Peak memory against the number of heads. {_ends(records, whole=gpu is not None)}",
         ),
-        (charts.composition(records, out), "What the peak of each case consists of, by category."),
-        (charts.throughput_vs_memory(records, out), "Tokens per second against memory, with the Pareto front."),
-        (charts.time_vs_n(records, out), "Time of a step relative to naive, at the same n and at the smallest n."),
-        (charts.collectives(records, out), "How often the ranks wait for each other in a step, and the bytes moved."),
+        (charts.composition(records, out, png=png), "What the peak of each case consists of, by category."),
+        (
+            charts.throughput_vs_memory(records, out, png=png),
+            "Tokens per second against memory, with the Pareto front.",
+        ),
+        (
+            charts.time_vs_n(records, out, png=png),
+            "Time of a step relative to naive, at the same n and at the smallest n.",
+        ),
+        (
+            charts.collectives(records, out, png=png),
+            "How often the ranks wait for each other in a step, and the bytes moved.",
+        ),
     )
-    return tuple(Chart(svg=files[1], png=files[0], alt=alt) for files, alt in drawn if files)
+    return tuple(Chart(svg=files[-2], alt=alt) for files, alt in drawn if files)
 
 
 def draw_group(records: Sequence[Record], out: Path) -> list[Path]:
-    """The PNGs of one group's charts; SVG and CSV lie beside them."""
-    return [chart.png for chart in _draw(records, out)]
+    """The SVGs of one group's charts; PNG and CSV lie beside them."""
+    return [chart.svg for chart in _draw(records, out, True)]
 
 
 def _ends(records: Sequence[Record], *, whole: bool) -> str:
@@ -132,7 +142,7 @@ def _ends(records: Sequence[Record], *, whole: bool) -> str:
     return f"{'In all' if whole else 'Over the baseline'} at n = {n}: {words}." if words else ""
 
 
-def _panels(apart: Sequence[Sequence[Record]], folder: Path) -> Chart | None:
+def _panels(apart: Sequence[Sequence[Record]], folder: Path, png: bool) -> Chart | None:
     """All groups side by side, each panel titled by the facts in which the groups differ."""
     facts = [_facts(group[0]) for group in apart]
     names = dict.fromkeys(name for fact in facts for name in fact)
@@ -141,9 +151,9 @@ def _panels(apart: Sequence[Sequence[Record]], folder: Path) -> Chart | None:
     named = {
         title or f"group {i}": telling(group) for i, (title, group) in enumerate(zip(titles, apart, strict=True), 1)
     }
-    files = charts.memory_small_multiples(named, folder)
+    files = charts.memory_small_multiples(named, folder, png=png)
     alt = "Memory over the baseline against the number of heads, a panel for each group."
-    return Chart(svg=files[1], png=files[0], alt=alt) if files else None
+    return Chart(svg=files[-2], alt=alt) if files else None
 
 
 def _facts(record: Record) -> dict[str, Any]:

@@ -18,10 +18,9 @@ XLINK = "{http://www.w3.org/1999/xlink}"
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn chart: its SVG and PNG files, and its text for screen readers."""
+    """A drawn chart: its SVG, beside which the other files lie, and its text for screen readers."""
 
     svg: Path
-    png: Path
     alt: str
 
 

@@ -18,12 +18,13 @@ KINDS = {
 """Colour and hatch of each kind."""
 
 
-def collectives(records: Sequence[Record], out: Path) -> list[Path]:
+def collectives(records: Sequence[Record], out: Path, *, png: bool = True) -> list[Path]:
     """A step's collectives of each strategy at the largest n, and the bytes that they move.
 
     Args:
         records: of one setting.
         out: folder for the files.
+        png: whether to write the PNG.
 
     Returns:
         The files written under `out`: collectives.png, .svg and .csv. Empty where no record has any.
@@ -60,4 +61,4 @@ def collectives(records: Sequence[Record], out: Path) -> list[Path]:
             for r in counted
             for kind, count in (r.collectives or {}).items()
         ]
-        return save(drawing, out, "collectives", write_rows(["n", "strategy", "kind", "count", "bytes"], rows))
+        return save(drawing, out, "collectives", write_rows(["n", "strategy", "kind", "count", "bytes"], rows), png=png)

@@ -14,12 +14,13 @@ ROOM = 0.085  # share of the axis a segment needs to hold its bytes as text
 DARK = ("parameters", "trunk activations", "logits", "workspace")  # their text is white
 
 
-def composition(records: Sequence[Record], out: Path) -> list[Path]:
+def composition(records: Sequence[Record], out: Path, *, png: bool = True) -> list[Path]:
     """Bytes live at the peak by category, a bar for each strategy at each n; above 24 bars only the largest n.
 
     Args:
         records: of one profile.
         out: folder for the files.
+        png: whether to write the PNG.
 
     Returns:
         The files written under `out`: peak-composition.png, .svg and .csv. Empty where no record says what was live.
@@ -64,7 +65,7 @@ def composition(records: Sequence[Record], out: Path) -> list[Path]:
         handles = [Patch(fc=COLOURS[c][0], hatch=COLOURS[c][1], ec="white", label=c) for c in order]
         drawing.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8.5)
         rows = [[r.n, r.strategy, *(p[c] for c in order), sum(p.values())] for r, p in zip(shown, parts, strict=True)]
-        return save(drawing, out, "peak-composition", write_rows(["n", "strategy", *order, "total"], rows))
+        return save(drawing, out, "peak-composition", write_rows(["n", "strategy", *order, "total"], rows), png=png)
 
 
 def _known(by_category: dict[str, int]) -> dict[str, int]:

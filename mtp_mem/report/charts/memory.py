@@ -37,20 +37,21 @@ COLUMNS = (
 )
 
 
-def memory_vs_n(records: Sequence[Record], out: Path, gpu: GPU | None = None) -> list[Path]:
+def memory_vs_n(records: Sequence[Record], out: Path, gpu: GPU | None = None, *, png: bool = True) -> list[Path]:
     """Peak bytes against the number of heads, a line for each strategy.
 
     Args:
         records: of one profile.
         out: folder for the files.
         gpu: draw the whole peak below the line of what this GPU holds, instead of the peak over the baseline.
+        png: whether to write the PNG.
 
     Returns:
         The files written under `out`: memory-vs-n.png, .svg and .csv. Empty without a finished case.
     """
     what = "all of it" if gpu else "on top of weights, optimizer and batch"
     title = f"{'Predicted memory' if gpu else 'Memory'} of a training step, {what}"
-    return _lines_against_n(records, out, gpu, "memory-vs-n", title)
+    return _lines_against_n(records, out, gpu, "memory-vs-n", title, png)
 
 
 def memory_of_setups(setups: Mapping[str, Sequence[Record]], out: Path, gpu: GPU) -> list[Path]:
@@ -69,15 +70,16 @@ def memory_of_setups(setups: Mapping[str, Sequence[Record]], out: Path, gpu: GPU
         for words, records in setups.items()
         for r in records
     ]
-    return _lines_against_n(lines, out, gpu, "memory-of-setups", "Predicted memory of a training step, by setup")
+    return _lines_against_n(lines, out, gpu, "memory-of-setups", "Predicted memory of a training step, by setup", True)
 
 
-def memory_small_multiples(panels: Mapping[str, Sequence[Record]], out: Path) -> list[Path]:
+def memory_small_multiples(panels: Mapping[str, Sequence[Record]], out: Path, *, png: bool = True) -> list[Path]:
     """Lines as in `memory_vs_n`, over the baseline: a panel for each vocabulary, GPU, backend or whatever differs.
 
     Args:
         panels: title of a panel -> its records; panels without a finished case are left out.
         out: folder for the files.
+        png: whether to write the PNG.
 
     Returns:
         The files written under `out`: memory-vs-n-panels.png, .svg and .csv. Empty with fewer than two panels.
@@ -106,10 +108,12 @@ def memory_small_multiples(panels: Mapping[str, Sequence[Record]], out: Path) ->
         for axes in list(grids)[len(panels) :]:
             axes.set_visible(False)
         rows = [[name, *(getattr(r, c) for c in COLUMNS)] for name, records in panels.items() for r in records]
-        return save(drawing, out, "memory-vs-n-panels", write_rows(["panel", *COLUMNS], rows))
+        return save(drawing, out, "memory-vs-n-panels", write_rows(["panel", *COLUMNS], rows), png=png)
 
 
-def _lines_against_n(records: Sequence[Record], out: Path, gpu: GPU | None, name: str, title: str) -> list[Path]:
+def _lines_against_n(
+    records: Sequence[Record], out: Path, gpu: GPU | None, name: str, title: str, png: bool
+) -> list[Path]:
     """One chart of `_lines` as NAME.png, .svg and .csv; no files without a finished case."""
     done = _done(records)
     if not done:
@@ -126,7 +130,7 @@ def _lines_against_n(records: Sequence[Record], out: Path, gpu: GPU | None, name
         if any(line.get_label() == FORMULA_LABEL for line in axes.lines):
             axes.legend(loc="lower left" if gpu else "best", frameon=False, fontsize=8.5)
         rows = [[*(getattr(r, column) for column in COLUMNS), record_formula(r)] for r in records]
-        return save(drawing, out, name, write_rows([*COLUMNS, "formula_over_baseline_bytes"], rows))
+        return save(drawing, out, name, write_rows([*COLUMNS, "formula_over_baseline_bytes"], rows), png=png)
 
 
 FORMULA_LABEL = "closed-form formula"

@@ -197,10 +197,13 @@ def label_ends(axes: Axes, ends: Sequence[End]) -> None:
             axes.plot(x, y, color=end.colour, linewidth=0.7, alpha=0.6, clip_on=False)
 
 
-def save(figure: Figure, out: Path, name: str, write_csv: Callable[[Path], object]) -> list[Path]:
-    """Write NAME.png, .svg and .csv; each is complete or absent, because it is written under another name first."""
+def save(figure: Figure, out: Path, name: str, write_csv: Callable[[Path], object], *, png: bool = True) -> list[Path]:
+    """Write NAME.svg and .csv, and .png unless it would be thrown away; each is complete or absent.
+
+    For that it is written under another name first.
+    """
     written = []
-    for suffix in ("png", "svg", "csv"):
+    for suffix in (*["png"] * png, "svg", "csv"):
         path = out / f"{name}.{suffix}"
         with atomic_write(path) as partial:
             if suffix == "csv":

@@ -56,7 +56,7 @@ def flops_over_first(records: Sequence[Record]) -> dict[int, float]:
     return {n: flops / flops_by_n[min(flops_by_n)] for n, flops in flops_by_n.items()}
 
 
-def time_vs_n(records: Sequence[Record], out: Path) -> list[Path]:
+def time_vs_n(records: Sequence[Record], out: Path, *, png: bool = True) -> list[Path]:
     """Median step time of each strategy over naive's at the same n (left) and at the smallest n (right).
 
     The band of each line is the middle 60 % of its own steps over the same median of naive's.
@@ -64,6 +64,7 @@ def time_vs_n(records: Sequence[Record], out: Path) -> list[Path]:
     Args:
         records: of one profile.
         out: folder for the files.
+        png: whether to write the PNG.
 
     Returns:
         The files written under `out`: time-vs-n.png, .svg and .csv. Empty where naive was not timed.
@@ -89,7 +90,9 @@ def time_vs_n(records: Sequence[Record], out: Path) -> list[Path]:
             ]
             for r in timed
         ]
-        return save(drawing, out, "time-vs-n", write_rows([*columns, "flops_over_first_n", "paper_table_s5"], rows))
+        return save(
+            drawing, out, "time-vs-n", write_rows([*columns, "flops_over_first_n", "paper_table_s5"], rows), png=png
+        )
 
 
 def _over(record: Record, reference: dict[int, float]) -> float | None:

@@ -38,13 +38,14 @@ def pareto(points: Sequence[Point]) -> list[int]:
     return front
 
 
-def throughput_vs_memory(records: Sequence[Record], out: Path, n: int | None = None) -> list[Path]:
+def throughput_vs_memory(records: Sequence[Record], out: Path, n: int | None = None, *, png: bool = True) -> list[Path]:
     """Tokens per second against peak bytes over the baseline, with the Pareto front; chunk sizes join into a path.
 
     Args:
         records: of one profile.
         out: folder for the files.
         n: the number of heads; default the largest that was timed.
+        png: whether to write the PNG.
 
     Returns:
         The files written under `out`: throughput-vs-memory.png, .svg and .csv. Empty without two timed cases at n.
@@ -88,7 +89,7 @@ def throughput_vs_memory(records: Sequence[Record], out: Path, n: int | None = N
         rows = [
             [r.n, r.strategy, r.peak_over_baseline_bytes, r.tokens_per_s, int(i in front)] for i, r in enumerate(shown)
         ]
-        return save(drawing, out, "throughput-vs-memory", write_rows(columns, rows))
+        return save(drawing, out, "throughput-vs-memory", write_rows(columns, rows), png=png)
 
 
 def family(spec: str) -> str:
