@@ -42,7 +42,7 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str = "", root: ty
     root = root or cls
     hints = type_hints(typing.cast(Any, cls))
     fields = _fields(typing.cast(Any, cls))
-    as_they_are, words = _types_as_they_are(typing.cast(Any, cls)), _words(typing.cast(Any, cls))
+    as_they_are = _as_they_are(typing.cast(Any, cls))
     values = {}
     for key, value in table.items():
         if key not in fields:
@@ -50,7 +50,8 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str = "", root: ty
                 if dataclasses.is_dataclass(inner) and key in (f.name for f in dataclasses.fields(inner)):
                     raise BadInput(f"key {where}{key} stands in the wrong table: it belongs to [{name}]")
             raise unknown("key", f"{where}{key}", [where + name for name in fields])
-        taken = type(value) in as_they_are[key] or (type(value) is str and value in words[key])
+        kinds, words = as_they_are[key]
+        taken = type(value) in kinds or (type(value) is str and value in words)
         values[key] = value if taken else convert(hints[key], value, f"{where}{key}", root)
     for name, f in fields.items():
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
@@ -70,7 +71,7 @@ def convert(hint: Any, value: Any, where: str, root: type | None = None) -> Any:
     Raises:
         BadInput: it is of another type.
     """
-    if hint is Any or type(value) in taken_as_they_are(hint):  # not isinstance: true is no whole number
+    if hint is Any or type(value) in _taken_as_they_are(hint):  # not isinstance: true is no whole number
         return value
     origin, args = _parts(hint)
     if origin in (types.UnionType, typing.Union):
@@ -84,13 +85,13 @@ def convert(hint: Any, value: Any, where: str, root: type | None = None) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_table(typing.cast(type, hint), value, f"{where}.", root)
     if origin is tuple and isinstance(value, (list, tuple)):
-        taken = taken_as_they_are(args[0])
+        taken = _taken_as_they_are(args[0])
         return tuple(
             item if type(item) in taken else convert(args[0], item, f"{where}[{i}]", root)
             for i, item in enumerate(value)
         )
     if origin is dict and isinstance(value, dict):
-        taken = taken_as_they_are(args[1])
+        taken = _taken_as_they_are(args[1])
         return {
             key: item if type(item) in taken else convert(args[1], item, f"{where}.{key}", root)
             for key, item in value.items()
@@ -101,23 +102,21 @@ def convert(hint: Any, value: Any, where: str, root: type | None = None) -> Any:
 
 
 @cache
-def _types_as_they_are(cls: Any) -> dict[str, frozenset[type]]:
-    return {name: taken_as_they_are(hint) for name, hint in type_hints(cls).items()}
+def _as_they_are(cls: Any) -> dict[str, tuple[frozenset[type], frozenset[Any]]]:
+    """Of each field the types whose values `convert` leaves as they are, and the words that a Literal lists."""
+    parts = {name: (hint, *_parts(hint)) for name, hint in type_hints(cls).items()}
+    return {
+        name: (_taken_as_they_are(hint), frozenset(args if origin is Literal else ()))
+        for name, (hint, origin, args) in parts.items()
+    }
 
 
 @cache
-def _words(cls: Any) -> dict[str, frozenset[Any]]:
-    """Of each field the strings that its type lists one by one."""
-    hints = {name: _parts(hint) for name, hint in type_hints(cls).items()}
-    return {name: frozenset(args) if origin is Literal else frozenset() for name, (origin, args) in hints.items()}
-
-
-@cache
-def taken_as_they_are(hint: Any) -> frozenset[type]:
+def _taken_as_they_are(hint: Any) -> frozenset[type]:
     """Types whose values `convert` leaves as they are, for this type hint."""
     origin, args = _parts(hint)
     if origin in (types.UnionType, typing.Union):
-        each = frozenset[type]().union(*map(taken_as_they_are, args))
+        each = frozenset[type]().union(*map(_taken_as_they_are, args))
         return each - {int} if float in each else each
     if origin is dict and args == (str, Any):
         return frozenset({dict})

@@ -25,6 +25,14 @@ def write(path: Path, *lines: str) -> Path:
     return path
 
 
+def test_equal_facts_are_one_table_and_others_are_not() -> None:
+    wide = {**record().model, "dim": 2 * record().model["dim"]}
+    one, same, other = (Record.from_json(json.loads(text)) for text in (line(), line(), line(model=wide)))
+    assert one.model is same.model
+    assert one.environment is other.environment
+    assert (one, other.model["dim"]) == (record(), 2 * one.model["dim"])
+
+
 def test_damaged_lines_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
     whole = line()
     results = write(tmp_path / "results.jsonl", line(schema=2), whole, "[1]", "", whole[:80])

@@ -33,7 +33,7 @@ def test_bit_identical_to_naive(spec: str, dtype: str, n: int, unembedding: str)
     assert [name for name in expected if not torch.equal(computed[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("n", [1, 8])
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16", "bf16-mixed"])
 @pytest.mark.parametrize("unembedding", UNEMBEDDINGS)
 @pytest.mark.parametrize("kind", KINDS)
