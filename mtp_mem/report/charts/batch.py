@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtp_mem.report.charts.style import End, figure, grid, heads_axis, label_ends, save, styles, write_rows
+from mtp_mem.report.charts.style import End, draw_line, figure, grid, heads_axis, label_ends, save, styles, write_rows
 
 
 def largest_batch(rows: Sequence[tuple[str, int, int]], out: Path, *, under: str = "", foot: str = "") -> list[Path]:
@@ -27,13 +27,15 @@ def largest_batch(rows: Sequence[tuple[str, int, int]], out: Path, *, under: str
         grid(axes, "y", whole=True)
         axes.set_ylabel("sequences")
         ends = []
-        for strategy, (colour, marker, dash) in styles([strategy for strategy, _, _ in rows]).items():
+        for strategy, look in styles([strategy for strategy, _, _ in rows]).items():
             line = sorted((n, batch) for name, n, batch in rows if name == strategy)
             x, y = [n for n, _ in line], [batch for _, batch in line]
-            axes.plot(x, y, color=colour, marker=marker, linestyle=dash, linewidth=2, markersize=6, clip_on=False)
+            draw_line(axes, x, y, look)
             none = [n for n, batch in line if not batch]
             if none:
-                axes.plot(none, [0] * len(none), "x", color=colour, markersize=11, mew=2.5, clip_on=False, zorder=4)
-            ends.append(End(x[-1], y[-1], f"{strategy}  {y[-1] or 'does not fit'}", colour))
+                axes.plot(
+                    none, [0] * len(none), "x", color=look.colour, markersize=11, mew=2.5, clip_on=False, zorder=4
+                )
+            ends.append(End(x[-1], y[-1], f"{strategy}  {y[-1] or 'does not fit'}", look.colour))
         label_ends(axes, ends)
         return save(drawing, out, "largest-batch", write_rows(["strategy", "n", "batch"], sorted(rows)))

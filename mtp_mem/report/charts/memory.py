@@ -13,6 +13,7 @@ from mtp_mem.config.gpus import GPU
 from mtp_mem.report.charts.style import (
     HOW,
     End,
+    draw_line,
     figure,
     foot,
     grid,
@@ -150,19 +151,19 @@ def _lines(axes: Axes, records: Sequence[Record], unit: int, gpu: GPU | None) ->
     low, top = axes.get_ylim()
     ends = []
     labelled = failed = 0
-    for strategy, (colour, marker, dash) in styles([r.strategy for r in records]).items():
+    for strategy, look in styles([r.strategy for r in records]).items():
         line = sorted((r for r in done if r.strategy == strategy), key=lambda r: r.n)
         ooms = sorted(r.n for r in records if r.strategy == strategy and r.status == "oom")
         if line:
             x, y = [r.n for r in line], [_height(r, gpu) / unit for r in line]
-            axes.plot(x, y, color=colour, marker=marker, linestyle=dash, linewidth=2, markersize=6, clip_on=False)
+            draw_line(axes, x, y, look)
             labelled += _draw_formula(axes, line, unit, whole=gpu is not None, label=not labelled)
             if not ooms or ooms[-1] < x[-1]:
-                ends.append(End(x[-1], y[-1], f"{strategy}  {format_bytes(_height(line[-1], gpu))}", colour))
+                ends.append(End(x[-1], y[-1], f"{strategy}  {format_bytes(_height(line[-1], gpu))}", look.colour))
         if ooms:
             at = top - failed * 0.055 * (top - low)
-            axes.plot(ooms, [at] * len(ooms), "x", color=colour, markersize=9, mew=2.5, clip_on=False)
-            ends.append(End(ooms[-1], at, f"{strategy}  out of memory", colour))
+            axes.plot(ooms, [at] * len(ooms), "x", color=look.colour, markersize=9, mew=2.5, clip_on=False)
+            ends.append(End(ooms[-1], at, f"{strategy}  out of memory", look.colour))
             failed += 1
     floors = {r.n: f for r in done if (f := _floor(r, gpu is not None)) is not None}
     if floors:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -31,6 +31,7 @@ STYLES: tuple[tuple[str, str, Any], ...] = (
 )
 MORE_MARKERS = (("X", "<", ">", "p", "h", "*"), ("d", "8", "1", "2", "3", "4"))
 """Markers of strategies that have to share a colour with an earlier one; their dash is the next colour's."""
+MOST_MARKERS = 24  # to twice as many on one line
 
 # Light to dark and hatched in turn, so that neighbouring bands differ without colour too.
 COLOURS: dict[Category, tuple[str, str]] = {
@@ -69,8 +70,16 @@ class End:
     colour: str
 
 
-def styles(strategies: Sequence[str]) -> dict[str, tuple[str, str, Any]]:
-    """Colour, marker and dash of each strategy: the built-in ones keep theirs whatever else is drawn."""
+class Look(NamedTuple):
+    """How a strategy is told from the others."""
+
+    colour: str
+    marker: str
+    dash: Any
+
+
+def styles(strategies: Sequence[str]) -> dict[str, Look]:
+    """The look of each strategy: the built-in ones keep theirs whatever else is drawn."""
     order = [s for s in BUILTIN if s in strategies] + [s for s in dict.fromkeys(strategies) if s not in BUILTIN]
     fixed = list(BUILTIN)
     taken = len(fixed)
@@ -84,10 +93,10 @@ def styles(strategies: Sequence[str]) -> dict[str, tuple[str, str, Any]]:
     return looks
 
 
-def _style(place: int) -> tuple[str, str, Any]:
+def _style(place: int) -> Look:
     rounds, i = divmod(place, len(STYLES))
     colour, marker, _ = STYLES[i]
-    return colour, MORE_MARKERS[(rounds - 1) % 2][i] if rounds else marker, STYLES[(i + rounds) % len(STYLES)][2]
+    return Look(colour, MORE_MARKERS[(rounds - 1) % 2][i] if rounds else marker, STYLES[(i + rounds) % len(STYLES)][2])
 
 
 @contextmanager
@@ -151,6 +160,15 @@ def _apart(ns: Sequence[int]) -> list[int]:
         if not ticks or ticks[-1] - n >= room:
             ticks.append(n)
     return ticks[::-1]
+
+
+def draw_line(axes: Axes, x: Sequence[float], y: Sequence[float], look: Look) -> None:
+    """A strategy's line; of many points as many get a marker as stand apart."""
+    colour, marker, dash = look
+    every = max(1, len(x) // MOST_MARKERS)
+    axes.plot(
+        *(x, y), color=colour, marker=marker, linestyle=dash, linewidth=2, markersize=6, markevery=every, clip_on=False
+    )
 
 
 def grid(axes: Axes, which: Literal["x", "y"], unit: str = "", *, whole: bool = False) -> None:

@@ -13,6 +13,7 @@ from mtp_mem.model.shape import Shape
 from mtp_mem.prediction.formulas import step_flops
 from mtp_mem.report.charts.style import (
     End,
+    draw_line,
     figure,
     foot,
     grid,
@@ -113,16 +114,16 @@ def _panel(
     if flops and len(flops) > 1:
         axes.plot(list(flops), list(flops.values()), color="#333333", linewidth=0.9, linestyle=(0, (5, 4)), zorder=4)
         ends.append(End(max(flops), flops[max(flops)], f"naive's FLOPs  {flops[max(flops)]:.2f}x", "#333333"))
-    for strategy, (colour, marker, dash) in styles([r.strategy for r in timed]).items():
+    for strategy, look in styles([r.strategy for r in timed]).items():
         line = sorted((r for r in timed if r.strategy == strategy and r.n in reference), key=lambda r: r.n)
         if not line:
             continue
         x, y = [r.n for r in line], [(r.step_ms or 0) / reference[r.n] for r in line]
         low = [(r.step_ms_p20 or r.step_ms or 0) / reference[r.n] for r in line]
         high = [(r.step_ms_p80 or r.step_ms or 0) / reference[r.n] for r in line]
-        axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-        axes.plot(x, y, color=colour, marker=marker, linestyle=dash, linewidth=2, markersize=6, clip_on=False)
-        ends.append(End(x[-1], y[-1], f"{strategy}  {y[-1]:.2f}x", colour))
+        axes.fill_between(x, low, high, color=look.colour, alpha=0.12, linewidth=0)
+        draw_line(axes, x, y, look)
+        ends.append(End(x[-1], y[-1], f"{strategy}  {y[-1]:.2f}x", look.colour))
         top = max(top, *high)
     if paper:
         last = max(paper)

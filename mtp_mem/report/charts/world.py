@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtp_mem._util import format_bytes
-from mtp_mem.report.charts.style import End, figure, grid, label_ends, save, styles, unit_for, write_rows
+from mtp_mem.report.charts.style import End, draw_line, figure, grid, label_ends, save, styles, unit_for, write_rows
 
 
 def peak_of_a_rank(
@@ -38,11 +38,11 @@ def peak_of_a_rank(
         axes.set_ylim(0, 1.08 * top / unit)
         grid(axes, "y", f" {unit_name}")
         ends = []
-        for strategy, (colour, marker, dash) in styles([strategy for strategy, _, _ in rows]).items():
+        for strategy, look in styles([strategy for strategy, _, _ in rows]).items():
             line = sorted((world, nbytes) for name, world, nbytes in rows if name == strategy)
             x, y = [world for world, _ in line], [nbytes / unit for _, nbytes in line]
-            axes.plot(x, y, color=colour, marker=marker, linestyle=dash, linewidth=2, markersize=6, clip_on=False)
-            ends.append(End(x[-1], y[-1], f"{strategy}  {format_bytes(line[-1][1])}", colour))
+            draw_line(axes, x, y, look)
+            ends.append(End(x[-1], y[-1], f"{strategy}  {format_bytes(line[-1][1])}", look.colour))
         axes.axhline(total_bytes / unit, color="#666666", linewidth=1.2)
         where = (worlds[0], total_bytes / unit)
         capacity = f"{gpu}: {format_bytes(total_bytes)}"
