@@ -31,8 +31,8 @@ AXES: tuple[Axis, ...] = ("batch", "sequence", "n")
 SEQUENCE_STEP = 128
 """Sequences are searched in multiples of flash attention's tile: its backward pads to it (flash_api.cpp, mha_bwd)."""
 
-GUESSES = 6  # probes of one search until guessing by the closed form gives way to halving
-FARTHEST = 2**20
+GUESSES = 6  # probes of one search until guessing by the closed form gives way to a line, and as many until to halving
+FARTHEST, FARTHER = 2**20, 16  # the largest k that is tried, and how many times as large as the last one at most
 KEPT = 6  # simulations; strategies are often asked for at the same points
 
 
@@ -247,7 +247,8 @@ def search(
     """Probe until the largest k that fits and the next one, which does not, are both known.
 
     It begins at the answer of the closed form. Each next k is the closed form's answer under a limit that is corrected
-    by the closed form's error at the last probe. Without a closed form it doubles, then halves the interval.
+    by the closed form's error at the last probe. Without a closed form it follows the line through two probes, and if
+    that does not end, it doubles, then halves the interval.
 
     Args:
         probe: the peaks at k = 1, 2, ...
@@ -274,7 +275,16 @@ def search(
             # What fits by this guess may be known already: then the next one is the question.
             k = max(low + 1, min(guess if guess not in known else guess + 1, (high or end + 1) - 1))
         else:
-            k = (low + high) // 2 if high else min(2 * low, end)
+            middle = (low + high) // 2 if high else 2 * low
+            guess = _on_a_line(known, limit) if 2 <= len(known) < 2 * GUESSES else middle
+            k = max(low + 1, min(guess, (high or min(FARTHER * low, end) + 1) - 1))
+
+
+def _on_a_line(known: Mapping[int, ProbedBytes], limit: int) -> int:
+    """Where the straight line through the two points nearest to the limit reaches it; the first one if it is level."""
+    one, other = sorted(known, key=lambda k: abs(known[k].allocated - limit))[:2]
+    rise = known[other].allocated - known[one].allocated
+    return one + (limit - known[one].allocated) * (other - one) // rise if rise else one
 
 
 def _ends(known: Mapping[int, ProbedBytes], limit: int) -> tuple[int, int | None]:

@@ -163,6 +163,16 @@ def test_a_closed_form_that_is_off_everywhere_costs_probes_but_no_answer() -> No
     assert len(known) < 25
 
 
+@pytest.mark.parametrize(("fixed", "slope"), [(0, 1), (10**6, 7), (10**5, 3 * 10**4), (10**5, 9 * 10**5)])
+def test_without_a_closed_form_a_search_follows_the_line_through_what_it_knows(fixed: int, slope: int) -> None:
+    known = search(
+        lambda k: ProbedBytes(allocated=fixed + slope * k, reserved=0), lambda _: None, 1_040_000, top=None, start=3
+    )
+    largest = (1_040_000 - fixed) // slope
+    assert {largest, largest + 1} <= set(known)
+    assert len(known) <= 9
+
+
 def test_a_search_begins_where_the_closed_forms_end() -> None:
     asked: list[str] = []
     plan(Prober(PROFILE, GPU, {"sequential": load_strategy("sequential")}, asked.append), BASE, LIMIT)
