@@ -99,7 +99,7 @@ def console() -> Console:
     asked = os.environ.get("COLUMNS", "")
     usual = Console().width if sys.stdout.isatty() else 120
     width = int(asked) if re.fullmatch("0*[1-9][0-9]{0,3}", asked) else usual
-    return Console(highlight=False, width=max(width, NARROWEST))
+    return Console(highlight=False, markup=False, emoji=False, width=max(width, NARROWEST))
 
 
 def show_records(table: Table, records: "list[Record]", path: Path, screen: Console) -> None:
@@ -112,8 +112,8 @@ def show_records(table: Table, records: "list[Record]", path: Path, screen: Cons
             screen.print()
             screen.print(further)
     for line in tables.remarks(records):
-        screen.print(line, markup=False)
-    screen.print(f"\nrecords {path}, chart {path.with_name('memory-vs-n.png')} (.svg, .csv)", markup=False)
+        screen.print(line)
+    screen.print(f"\nrecords {path}, chart {path.with_name('memory-vs-n.png')} (.svg, .csv)")
 
 
 def show_assumptions(gpu: "GPU") -> None:
@@ -121,7 +121,7 @@ def show_assumptions(gpu: "GPU") -> None:
     from mtp_mem.prediction.peaks import assumptions
 
     for line in assumptions(gpu):
-        console().print(f"Assumed: {line}.", markup=False)
+        console().print(f"Assumed: {line}.")
 
 
 @contextlib.contextmanager

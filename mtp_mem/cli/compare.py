@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         screen = console()
         show_records(tables.comparison(records, screen), records, results.path, screen)
-        screen.print(sentence, markup=False)
+        screen.print(sentence)
     wrong = any(record.status == "error" or record.gradient == "differs" for record in records)
     ran = [record for record in records if record.status == "ok"]
     unchecked = [record for record in ran if record.gradient == "unchecked"]

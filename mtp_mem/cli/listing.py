@@ -4,7 +4,6 @@ import argparse
 import json
 
 from rich.table import Table
-from rich.text import Text
 
 from mtp_mem.cli.common import AddCommand, console
 from mtp_mem.errors import MtpMemError
@@ -39,7 +38,7 @@ def list_(args: argparse.Namespace) -> int:
         table = Table.grid(padding=(0, 2, 0, 0))
         table.add_column(no_wrap=True)
         for name, line in entries.items():
-            table.add_row(f"  {name}", Text(line))
+            table.add_row(f"  {name}", line)
         screen.print(table)
     return 0
 

@@ -129,18 +129,17 @@ def plan_setups(
     screen, sequences = console(), profile.workload.batch * profile.training.micro_batches
     screen.print(
         f"{profile.name}, n = {n}, {sequences} x {profile.workload.sequence} tokens a step, on {gpu.name}:"
-        f" a step may allocate {format_bytes(limit)}.\n",
-        markup=False,
+        f" a step may allocate {format_bytes(limit)}.\n"
     )
     screen.print(setups_table(rows, limit, wide=screen.width >= 110))
     screen.print()
     for spec, reason in left_out.items():
-        screen.print(f"{spec} is left out: {reason}", markup=False)
-    screen.print(setup_advice(rows, limit), markup=False)
-    screen.print(f"Predicted for {gpu.name}, not measured on one. FLOPs are the products' alone.", markup=False)
+        screen.print(f"{spec} is left out: {reason}")
+    screen.print(setup_advice(rows, limit))
+    screen.print(f"Predicted for {gpu.name}, not measured on one. FLOPs are the products' alone.")
     show_assumptions(gpu)
     if len(files) > 1:
-        screen.print(f"plan {files[0]}, chart {files[1]} (.svg, .csv)", markup=False)
+        screen.print(f"plan {files[0]}, chart {files[1]} (.svg, .csv)")
     return code
 
 
@@ -217,8 +216,7 @@ def show(result: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None
     screen.print(
         f"{profile.name} on {gpu.name}: a step may allocate {format_bytes(result.limit)}"
         f" of {format_bytes(gpu.total_bytes)}, headroom {percent:g}%."
-        f" A column varies one of batch {base.batch}, sequence {base.sequence}, n = {base.n}.\n",
-        markup=False,
+        f" A column varies one of batch {base.batch}, sequence {base.sequence}, n = {base.n}.\n"
     )
     if result.answers:
         screen.print(plan_table(result, screen))
@@ -226,21 +224,19 @@ def show(result: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None
     for axis in AXES:
         if misses := [answer for answer in result.of(axis) if not answer.fits]:
             over = ", ".join(f"{a.strategy} is {format_bytes(-result.left(a))} over at {a.value}" for a in misses)
-            screen.print(f"No {axis} fits: {over}.", markup=False)
+            screen.print(f"No {axis} fits: {over}.")
     if any(answer.fits and answer.next_point is None for answer in result.of("n")):
-        screen.print(f"n = {profile.model.largest_n}: every layer is a head, the model's own limit.", markup=False)
+        screen.print(f"n = {profile.model.largest_n}: every layer is a head, the model's own limit.")
     if any(result.fit(answer.figures) == "tight" for answer in result.answers):
         screen.print(
             f"{TIGHT} tight: with the unused parts of its segments it reserves more than that, and the allocator may"
-            " have to give segments back and try again.",
-            markup=False,
+            " have to give segments back and try again."
         )
     for spec, reason in result.left_out.reasons.items():
-        screen.print(f"{spec} is left out: {reason}", markup=False)
-    screen.print(advice(result), markup=False)
+        screen.print(f"{spec} is left out: {reason}")
+    screen.print(advice(result))
     screen.print(
         f"Predicted for {gpu.name}, not measured on one. The CUDA context and libraries come on top: the headroom is"
-        " for them. No time is predicted.",
-        markup=False,
+        " for them. No time is predicted."
     )
     show_assumptions(gpu)

@@ -128,8 +128,7 @@ def _show(records: "list[Record]", path: Path, gpu: "GPU") -> None:
     show_records(tables.prediction(records, screen, gpu), records, path, screen)
     screen.print(
         f"Predicted for {gpu.name} ({format_bytes(gpu.total_bytes)}), not measured on one; CUDA context and"
-        " libraries come on top.",
-        markup=False,
+        " libraries come on top."
     )
     show_assumptions(gpu)
     screen.print()

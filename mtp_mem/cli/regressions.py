@@ -50,17 +50,16 @@ def run(args: argparse.Namespace) -> int:
             share = "" if change.share is None else f" ({change.share:+.1%})"
             figures = f"{change.old:.4g} -> {'none' if change.new is None else f'{change.new:.4g}'}{share}"
         mark = "WORSE" if change.worse else "     "
-        screen.print(f"{mark} {change.kind:8} {change.case}: {figures}", markup=False)
+        screen.print(f"{mark} {change.kind:8} {change.case}: {figures}")
     for mark, word, cases in (
         ("     " if args.allow_missing else "WORSE", "only in the old results", missing),
         ("     ", "only in the new results", added),
     ):
         for case in cases:
-            screen.print(f"{mark} {word}: {case}", markup=False)
+            screen.print(f"{mark} {word}: {case}")
     common = len(new.cases) - len(added)
     gone = f", {len(missing)} gone" if missing else ""
-    counts = f"{common} cases compared, {len(differing)} figures changed, {len(worse)} got worse{gone}"
-    screen.print(counts, markup=False)
+    screen.print(f"{common} cases compared, {len(differing)} figures changed, {len(worse)} got worse{gone}")
     return int(failed)
 
 

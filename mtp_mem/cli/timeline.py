@@ -147,7 +147,7 @@ def replay(args: argparse.Namespace) -> int:
                 report.show(screen, path.name, recording, held, blocks, args.vocab)
                 for file in files:
                     if file.suffix in (".png", ".gz"):
-                        screen.print(f"  {file}", markup=False)
+                        screen.print(f"  {file}")
     if args.json:
         print(json.dumps({"snapshots": documents}, indent=1, allow_nan=False))
     elif len(rows) > 1:

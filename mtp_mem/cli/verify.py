@@ -98,13 +98,13 @@ def _show(args: argparse.Namespace, result: "Verification") -> None:
     screen = console()
     screen.print(tables.verification(result, specs, screen))
     for line in result.remarks:
-        screen.print(line, markup=False)
+        screen.print(line)
     not_right = [*result.failures, *result.unchecked]
     for check in not_right[:SHOWN]:
-        screen.print(check.explain(), markup=False)
+        screen.print(check.explain())
     if len(not_right) > SHOWN:
-        screen.print(f"... and {len(not_right) - SHOWN} more; --json has them all", markup=False)
-    screen.print(_sentence(result, specs), markup=False)
+        screen.print(f"... and {len(not_right) - SHOWN} more; --json has them all")
+    screen.print(_sentence(result, specs))
 
 
 def _asked(args: argparse.Namespace) -> list[str] | None:
@@ -228,7 +228,7 @@ def _prove(args: argparse.Namespace, device: "torch.device") -> int:
         screen = console()
         screen.print(tables.proof(BROKEN, caught, screen))
         said = f"NOT caught: {', '.join(missed)}." if missed else f"All {len(BROKEN)} broken strategies were caught."
-        screen.print(said, markup=False)
+        screen.print(said)
     return 1 if missed else 0
 
 

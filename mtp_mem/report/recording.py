@@ -175,10 +175,10 @@ def show(screen: Console, name: str, recording: Recording, held: Held, blocks: l
             f"  out of memory {len(numbers)} times, first at event {numbers[0][0]:,} for {format_bytes(numbers[0][1])}"
         )
     for line in lines:
-        screen.print(line, markup=False)
+        screen.print(line)
     screen.print(_peaks(recording, held))
     if where := reached_in(recording, held.peak("requested")):
-        screen.print(f"  most bytes are requested in {where}", markup=False)
+        screen.print(f"  most bytes are requested in {where}")
     peak = held.totals[held.peak("reserved")]
     other = held.other_reserved_peak
     word = "default segments" if tape.expandable else "expandable_segments:True"
@@ -197,7 +197,7 @@ def show(screen: Console, name: str, recording: Recording, held: Held, blocks: l
         if alike := _logits(blocks, stays=True):
             lines.append(f"  whole rows of V too, but of a size that stays live, as weights do: {format_bytes(alike)}")
     for line in lines:
-        screen.print(line, markup=False)
+        screen.print(line)
     screen.print(_largest(blocks, vocab))
     screen.print()
 
@@ -213,7 +213,7 @@ def summary(rows: list[tuple[str, Recording, Held]]) -> Table:
         peak = held.totals[held.peak("reserved")]
         sizes = (format_bytes(n) for n in (peak.reserved, held.unused, held.other_reserved_peak))
         word = "exact" if held.exact else "DIFFERENT"
-        table.add_row(_plain(title(name, recording)), word, f"{held.counts['alloc']:,}", *sizes)
+        table.add_row(title(name, recording), word, f"{held.counts['alloc']:,}", *sizes)
     return table
 
 
@@ -288,7 +288,7 @@ def _largest(blocks: list[Blocks], vocab: int | None) -> Table:
         table.add_column(column[0], justify=side, no_wrap=True, min_width=max(map(len, column)))  # type: ignore[arg-type]
     table.add_column("made by", no_wrap=True, overflow="ellipsis")
     for row, b in zip(rows, blocks, strict=False):
-        table.add_row(*row, _plain(b.where))
+        table.add_row(*row, b.where)
     return table
 
 
@@ -300,7 +300,3 @@ def _short(frame: str) -> str:
     """The frame without the folders of its file."""
     path, colon, rest = frame.rpartition(":")
     return re.split(r"[/\\]", path)[-1] + colon + rest
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -170,8 +170,11 @@ def test_fresh_starts_over(work: Path) -> None:
 
 
 THIRD_PARTY = """
+from dataclasses import dataclass
+
 import torch
 from mtp_mem.model.losses import full
+from mtp_mem.strategies.sequential import Sequential
 
 class Forward:
     '''Sequential with the first head first.'''
@@ -187,6 +190,11 @@ class Doubled(Forward):
     '''Wrong on purpose.'''
     def backward(self, cut, heads, targets, weights):
         return super().backward(cut, heads, targets, 2 * weights)
+
+@dataclass(frozen=True, kw_only=True)
+class Rocket(Sequential):
+    '''Sequential under a name that is also an emoji's.'''
+    word: str = ""
 
 class Broken:
     '''Raises.'''
@@ -216,6 +224,16 @@ def test_third_party_strategies(work: Path) -> None:
         "theirs:Broken": ("error", "unchecked"),
     }
     assert "ValueError: not today" in records["theirs:Broken"]["error"]
+
+
+def test_a_spec_is_printed_as_it_is(work: Path) -> None:
+    """It is neither the terminal library's markup nor one of its emoji."""
+    (work / "theirs.py").write_text(THIRD_PARTY)
+    specs = ("theirs:Rocket:word=x", "theirs:Rocket:word=[red]")
+    args = ("--profile", "small.toml", "--n", "1", "--strategies", ",".join(("naive", *specs)))
+    for command in ("compare", "predict", "plan", "verify"):
+        printed = mtp_mem(work, command, *args).stdout
+        assert all(spec in printed for spec in specs), printed
 
 
 @pytest.mark.parametrize(
