@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import operator
 import os
 import re
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 
 from mtp_mem._util import importing_from_here
 from mtp_mem.config.foreign import read_json
-from mtp_mem.config.schema import LARGEST_SIZE, MOST_MODULES, Dtype, HeadKind, ModelConfig, Profile, Sweep, Workload
+from mtp_mem.config.schema import MOST_MODULES, Dtype, HeadKind, ModelConfig, Profile, Sweep, Workload
 from mtp_mem.config.toml import short
 from mtp_mem.errors import BadInput, Missing, one_line
 
@@ -40,7 +41,7 @@ class HuggingFaceConfig(ModelConfig):
     settings: str
 
     def __post_init__(self) -> None:
-        check_sizes(self)
+        self.check_sizes()
 
     def facts(self) -> dict[str, Any]:
         """The fields as a record keeps them: a digest in the place of the settings."""
@@ -61,15 +62,7 @@ class FactoryConfig(ModelConfig):
     source: str
 
     def __post_init__(self) -> None:
-        check_sizes(self)
-
-
-def check_sizes(config: ModelConfig) -> None:
-    """Raises BadInput for sizes below one, or that no model has."""
-    for name in ("vocab_size", "dim", "n_layers", "n_attention_heads", "n_future"):
-        most = MOST_MODULES if name in ("n_layers", "n_future") else LARGEST_SIZE
-        if not 1 <= getattr(config, name) <= most:
-            raise BadInput(f"model.{name} = {getattr(config, name)}: must be from 1 to {most}")
+        self.check_sizes()
 
 
 def huggingface_profile(path: Path, kind: HeadKind | None = None) -> Profile:
@@ -89,15 +82,15 @@ def huggingface_profile(path: Path, kind: HeadKind | None = None) -> Profile:
     depths = getattr(config, "num_nextn_predict_layers", None) or 0
     if type(depths) is not int or not 0 <= depths < MOST_MODULES:
         raise BadInput(f"{path}: num_nextn_predict_layers = {short(depths)}: expected 0 to {MOST_MODULES - 1}")
-    heads, width = getattr(config, "num_attention_heads", 1), getattr(config, "intermediate_size", None)
-    try:
+    try:  # a config's fields may be methods of transformers, which raise what they like
+        heads, width = getattr(config, "num_attention_heads", 1), getattr(config, "intermediate_size", None)
         model = HuggingFaceConfig(
             vocab_size=config.vocab_size,
             dim=config.hidden_size,
             n_layers=config.num_hidden_layers,
             n_attention_heads=heads,
             n_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            ffn_dim=width if type(width) is int else None,
+            ffn_dim=width if type(width) is int and width else None,
             head=kind or ("deepseek" if depths else "parallel"),
             unembedding="tied" if getattr(config, "tie_word_embeddings", False) else "shared",
             match_layers=False,
@@ -105,8 +98,8 @@ def huggingface_profile(path: Path, kind: HeadKind | None = None) -> Profile:
             architecture=architecture,
             settings=json.dumps(config.to_dict(), sort_keys=True, default=str),
         )
-    except (BadInput, TypeError) as e:
-        raise BadInput(f"{path}: {e}") from None
+    except Exception as e:
+        raise BadInput(f"{path}: {one_line(e)}") from None
     positions = getattr(config, "max_position_embeddings", None)
     positions = positions if type(positions) is int and positions >= 1 else CONTEXT
     dtype: Dtype = "fp32" if "float32" in str(table.get("torch_dtype", table.get("dtype"))) else "bf16"
@@ -141,12 +134,21 @@ def factory_profile(spec: str, load: Any) -> Profile:
         raise BadInput(f"--model {spec}: importing {module_name!r}: {one_line(e)}") from None
     if not callable(getattr(module, name, None)):
         raise BadInput(f"--model {spec}: module {module_name!r} has no function {name!r}")
-    source = hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:16]
+    try:
+        source = hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:16]
+    except (OSError, TypeError):
+        raise BadInput(
+            f"--model {spec}: module {module_name!r} has no source, of which records keep a digest"
+        ) from None
     unknown = FactoryConfig(
         vocab_size=1, dim=1, n_layers=1, n_attention_heads=1, match_layers=False, factory=spec, source=source
     )
     model = load(unknown, device="meta")
-    known = dataclasses.replace(unknown, vocab_size=model.vocab_size, dim=model.dim)
+    try:
+        known = dataclasses.replace(unknown, vocab_size=operator.index(model.vocab_size), dim=operator.index(model.dim))
+    except TypeError:
+        sizes = f"vocab_size = {short(model.vocab_size)}, dim = {short(model.dim)}"
+        raise BadInput(f"--model {spec}: {sizes}: expected whole numbers") from None
     workload = Workload(batch=1, sequence=CONTEXT, dtype="bf16", tokenizer="uniform")
     return Profile(
         name=f"{module_name.rpartition('.')[2]}-{name}", model=known, workload=workload, sweep=Sweep(n=(1, 2, 4))

@@ -71,14 +71,7 @@ class ModelConfig:
     logit_softcap: float | None = None  # c of c tanh(logits / c); None: logits as they are
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "dim", "n_layers", "n_attention_heads", "n_kv_heads", "ffn_dim", "n_future")
-        for name in (*sizes, "medusa_blocks", "head_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise BadInput(f"model.{name} = {value}: must be at least 1")
-            most = MOST_MODULES if name in ("n_layers", "n_future", "medusa_blocks") else LARGEST_SIZE
-            if value is not None and value > most:
-                raise BadInput(f"model.{name} = {value}: no machine has a model with more than {most}")
+        self.check_sizes()
         if not 0 < self.rope_theta < math.inf:
             raise BadInput(f"model.rope_theta = {self.rope_theta}: must be positive and finite")
         if not 0 <= self.norm_eps < math.inf:
@@ -103,6 +96,17 @@ class ModelConfig:
                 f"n = {self.n_future} heads need {self.n_future} of the model's layers, but n_layers = {self.n_layers}"
                 f" (trunk and heads together); valid: n from 1 to {self.n_layers}, or match_layers = false"
             )
+
+    def check_sizes(self) -> None:
+        """Raises BadInput for sizes below one, or that no model has."""
+        optional = [name for name in ("n_kv_heads", "ffn_dim", "head_dim") if getattr(self, name) is not None]
+        for name in ("vocab_size", "dim", "n_layers", "n_attention_heads", "n_future", "medusa_blocks", *optional):
+            value = getattr(self, name)
+            if value < 1:
+                raise BadInput(f"model.{name} = {value}: must be at least 1")
+            most = MOST_MODULES if name in ("n_layers", "n_future", "medusa_blocks") else LARGEST_SIZE
+            if value > most:
+                raise BadInput(f"model.{name} = {value}: no machine has a model with more than {most}")
 
     def facts(self) -> dict[str, Any]:
         """The fields as a record keeps them."""

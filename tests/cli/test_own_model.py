@@ -39,6 +39,11 @@ def no_model(n):
 def another_n(n):
     return Mine(7)
 
+def no_width(n):
+    model = Mine(n)
+    model.dim = None
+    return model
+
 def raises(n):
     raise ValueError("no such size")
 """
@@ -92,6 +97,8 @@ def test_timeline_plan_and_verify(folder: Path) -> None:
         (("--model", "mine:no_model"), "returns a Linear without n_future, vocab_size, dim, trunk, heads"),
         (("--model", "mine:another_n"), "returns a model with n_future = 7"),
         (("--model", "mine:raises"), "mine:raises(1): ValueError: no such size"),
+        (("--model", "mine:no_width"), "--model mine:no_width: vocab_size = 301, dim = None: expected whole numbers"),
+        (("--model", "math:sqrt"), "--model math:sqrt: module 'math' has no source"),
         (("--model", "mine:none"), "module 'mine' has no function 'none'"),
         (("--model", "nowhere:build"), "no module 'nowhere'"),
         (("--model", "mine"), "expected package.module:function"),

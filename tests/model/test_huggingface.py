@@ -237,6 +237,8 @@ def test_what_is_no_decoder(name: str, words: str) -> None:
         ("{}", "has no model_type"),
         ('{"model_type": "llama", "num_hidden_layers": 1000000000000}', "num_hidden_layers = 1000000000000: no mach"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "cannot read it|must be"),
+        ('{"model_type": "llama", "intermediate_size": -5}', "model.ffn_dim = -5: must be at least 1"),
+        ('{"model_type": "blt"}', "'BltConfig' object has no attribute 'hidden_size'"),
     ],
 )
 def test_what_is_no_config(tmp_path: Path, text: str, words: str) -> None:
