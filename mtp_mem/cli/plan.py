@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping
-from fractions import Fraction
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,19 +157,19 @@ def nothing(failed: bool, left_out: "Mapping[str, str]") -> MtpMemError:
     return (BrokenContract if failed else BadInput)("no strategy can be predicted: " + "; ".join(left_out.values()))
 
 
-def headroom(text: str) -> Fraction:
+def headroom(text: str) -> Decimal:
     """`5%` or `5` as a number of per cent.
 
     Raises:
         BadInput: no number, or none from 0 to 90.
     """
-    try:
-        value = Fraction(text.strip().removesuffix("%"))
-    except (ValueError, ZeroDivisionError):
-        value = Fraction(-1)
-    if not 0 <= value <= LARGEST_HEADROOM:
-        raise BadInput(f"--headroom {text}: expected a percentage from 0% to {LARGEST_HEADROOM}%, like 5%")
-    return value
+    try:  # a fraction of 1e999999999 would take hours and gigabytes
+        value = Decimal(text.strip().removesuffix("%"))
+        if 0 <= value <= LARGEST_HEADROOM:
+            return value
+    except InvalidOperation:  # no number, or nan
+        pass
+    raise BadInput(f"--headroom {text}: expected a percentage from 0% to {LARGEST_HEADROOM}%, like 5%")
 
 
 def one_n(text: str | None, profile: "Profile") -> int:

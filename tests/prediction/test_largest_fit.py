@@ -286,6 +286,7 @@ def test_says_by_how_much_nothing_fits(folder: Path) -> None:
         (["--headroom", "95%"], "--headroom 95%: expected a percentage from 0% to 90%"),
         (["--headroom=-1"], "--headroom -1: expected a percentage"),
         (["--headroom", "nan"], "--headroom nan: expected a percentage"),
+        (["--headroom", "1e999999999"], "--headroom 1e999999999: expected a percentage"),
         (["--headroom", "4GiB"], "--headroom 4GiB: expected a percentage"),
         (["--dtype", "fp64"], "cannot be predicted: no fused attention"),
         (["--n", "1,4"], "--n 1,4: expected one number of heads"),
