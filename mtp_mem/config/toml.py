@@ -50,8 +50,7 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str = "", root: ty
                 if dataclasses.is_dataclass(inner) and key in (f.name for f in dataclasses.fields(inner)):
                     raise BadInput(f"key {where}{key} stands in the wrong table: it belongs to [{name}]")
             raise unknown("key", f"{where}{key}", [where + name for name in fields])
-        kinds, words = as_they_are[key]
-        taken = type(value) in kinds or (type(value) is str and value in words)
+        taken = type(value) in as_they_are[key]
         values[key] = value if taken else convert(hints[key], value, f"{where}{key}", root)
     for name, f in fields.items():
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
@@ -85,30 +84,18 @@ def convert(hint: Any, value: Any, where: str, root: type | None = None) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_table(typing.cast(type, hint), value, f"{where}.", root)
     if origin is tuple and isinstance(value, (list, tuple)):
-        taken = _taken_as_they_are(args[0])
-        return tuple(
-            item if type(item) in taken else convert(args[0], item, f"{where}[{i}]", root)
-            for i, item in enumerate(value)
-        )
+        return tuple(convert(args[0], item, f"{where}[{i}]", root) for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
-        taken = _taken_as_they_are(args[1])
-        return {
-            key: item if type(item) in taken else convert(args[1], item, f"{where}.{key}", root)
-            for key, item in value.items()
-        }
+        return {key: convert(args[1], item, f"{where}.{key}", root) for key, item in value.items()}
     if hint is float and type(value) is int and abs(value) < 2**1000:
         return float(value)
     raise BadInput(f"{where} = {short(value)}: expected {describe(hint)}")
 
 
 @cache
-def _as_they_are(cls: Any) -> dict[str, tuple[frozenset[type], frozenset[Any]]]:
-    """Of each field the types whose values `convert` leaves as they are, and the words that a Literal lists."""
-    parts = {name: (hint, *_parts(hint)) for name, hint in type_hints(cls).items()}
-    return {
-        name: (_taken_as_they_are(hint), frozenset(args if origin is Literal else ()))
-        for name, (hint, origin, args) in parts.items()
-    }
+def _as_they_are(cls: Any) -> dict[str, frozenset[type]]:
+    """Of each field the types whose values `convert` leaves as they are."""
+    return {name: _taken_as_they_are(hint) for name, hint in type_hints(cls).items()}
 
 
 @cache
