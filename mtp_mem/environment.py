@@ -139,14 +139,14 @@ def _nvml_session() -> Iterator[Any]:
     """Yields NVML's handle of torch's current device, or None; by UUID, as CUDA_VISIBLE_DEVICES and MIG renumber."""
     import pynvml
 
-    pynvml.nvmlInit()
+    _ask(pynvml.nvmlInit)
     try:
         uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
         names = (prefix + uuid.removeprefix(prefix) for prefix in NVML_PREFIXES)
         handles = (_ask(pynvml.nvmlDeviceGetHandleByUUID, name) for name in names)
         yield next((handle for handle in handles if handle is not None), None)
     finally:
-        pynvml.nvmlShutdown()
+        _ask(pynvml.nvmlShutdown)
 
 
 def device_facts() -> dict[str, Any]:
@@ -157,42 +157,37 @@ def device_facts() -> dict[str, Any]:
     """
     import pynvml
 
-    try:
-        with _nvml_session() as handle:
-            if handle is None:
-                return {"driver": pynvml.nvmlSystemGetDriverVersion()}
-            processes = _ask(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
-            return {
-                "driver": pynvml.nvmlSystemGetDriverVersion(),
-                "uuid": _ask(pynvml.nvmlDeviceGetUUID, handle),
-                "mig_slice": bool(_ask(pynvml.nvmlDeviceIsMigDeviceHandle, handle)),
-                "power_limit_mw": _ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle),
-                "sm_clock_mhz": _ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
-                "memory_clock_mhz": _ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
-                "temperature_c": _ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
-                "throttle_reasons": _ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle),
-                "other_process_bytes": sum(p.usedGpuMemory or 0 for p in processes if p.pid != os.getpid()),
-            }
-    except pynvml.NVMLError:
-        return {"driver": None}
+    with _nvml_session() as handle:
+        facts = {"driver": _ask(pynvml.nvmlSystemGetDriverVersion)}
+        if handle is None:
+            return facts
+        return facts | {
+            "uuid": _ask(pynvml.nvmlDeviceGetUUID, handle),
+            "mig_slice": bool(_ask(pynvml.nvmlDeviceIsMigDeviceHandle, handle)),
+            "power_limit_mw": _ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle),
+            "sm_clock_mhz": _ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": _ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
+            "temperature_c": _ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
+            "throttle_reasons": _ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle),
+            "other_process_bytes": sum(p.usedGpuMemory or 0 for p in _processes(handle) if p.pid != os.getpid()),
+        }
 
 
 def process_bytes() -> int | None:
     """Bytes the driver counts for this process now: segments and CUDA context. None where it does not tell."""
+    with _nvml_session() as handle:
+        processes = [] if handle is None else _processes(handle)
+        return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
+
+
+def _processes(handle: Any) -> list[Any]:
     import pynvml
 
-    try:
-        with _nvml_session() as handle:
-            processes = [] if handle is None else _ask(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
-            for process in processes:
-                if process.pid == os.getpid():
-                    return process.usedGpuMemory  # type: ignore[no-any-return]
-    except pynvml.NVMLError:
-        pass
-    return None
+    return _ask(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
 
 
 def _ask(question: Any, *args: Any) -> Any:
+    """NVML's answer; None where it has none: no driver, no such device, not supported."""
     import pynvml
 
     try:

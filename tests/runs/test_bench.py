@@ -6,6 +6,7 @@ torch's own checks of them.
 
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pynvml
@@ -300,4 +301,15 @@ def test_the_driver_s_handle_is_found_by_uuid(monkeypatch: pytest.MonkeyPatch, n
     facts = device_facts()
     assert facts["driver"] == "580.1"
     assert ("mig_slice" in facts) == (named is not None)
+    assert process_bytes() is None
+
+
+def test_without_a_driver_its_facts_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", absent)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1234"))
+    assert device_facts() == {"driver": None}
     assert process_bytes() is None
