@@ -165,11 +165,13 @@ def importing_from_here() -> Iterator[None]:
     """A block in which modules of the current folder can be imported; installed ones come first.
 
     Only for loading a module that the user named: a folder of somebody's results may hold code, which must not run.
+    What it prints goes to stderr.
     """
     path = os.getcwd()
     sys.path.append(path)
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         with contextlib.suppress(ValueError):
             sys.path.reverse()  # `remove` takes the first: the last is ours

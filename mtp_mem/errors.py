@@ -8,9 +8,10 @@ import difflib
 import dis
 import os
 import re
+import sys
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 LONGEST_TEXT = 1000
@@ -68,7 +69,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """A block that runs code that is not ours: it may raise, but it cannot end the process.
+    """A block that runs code that is not ours: it may raise, but not end the process; what it prints goes to stderr.
 
     Raises:
         BrokenContract: the code tried to end the process, `os._exit` included, or raised what no `except Exception`
@@ -83,7 +84,8 @@ def contained() -> Iterator[None]:
 
     os._exit = refuse  # type: ignore[assignment]
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     except Exception:
         raise
     except BaseException as e:

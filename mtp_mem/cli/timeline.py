@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -163,7 +162,7 @@ def _blamed(spec: str, strategy: object) -> Iterator[None]:
         BrokenContract: names the strategy, what it raised, and where.
     """
     try:
-        with contextlib.redirect_stdout(sys.stderr), contained():
+        with contained():
             yield
     except (BadInput, Missing):
         raise

@@ -176,8 +176,13 @@ import torch
 from mtp_mem.model.losses import full
 from mtp_mem.strategies.sequential import Sequential
 
+print("theirs is loaded")
+
 class Forward:
     '''Sequential with the first head first.'''
+    def __init__(self):
+        print("Forward is made")
+
     def backward(self, cut, heads, targets, weights):
         losses = []
         for head in heads.roots:

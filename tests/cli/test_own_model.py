@@ -15,6 +15,8 @@ MINE = """
 import mtp_mem
 from torch import nn
 
+print("mine is loaded")
+
 class Mine(nn.Module):
     def __init__(self, n):
         super().__init__()
@@ -31,6 +33,7 @@ class Mine(nn.Module):
         return mtp_mem.heads(layers=list(self.mtp), norm=self.norm, unembedding=self.lm_head, phase=phase)
 
 def build(n):
+    print("the model is made")
     return Mine(n)
 
 def no_model(n):
