@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         if own or args.strategies or args.strategy:
             raise BadInput("--prove runs the shipped broken strategies on the scenarios: no --profile, no --strategies")
         return _prove(args, device)
-    asked = _asked(args)
+    asked = list(dict.fromkeys([*(args.strategies or ()), *(args.strategy or ())])) or None  # None: all there are
     checks: list[Check] = []
     remarks: tuple[str, ...] | None = None
     with contextlib.suppress(KeyboardInterrupt):
@@ -105,16 +105,6 @@ def _show(args: argparse.Namespace, result: "Verification") -> None:
     if len(not_right) > SHOWN:
         screen.print(f"... and {len(not_right) - SHOWN} more; --json has them all")
     screen.print(_sentence(result, specs))
-
-
-def _asked(args: argparse.Namespace) -> list[str] | None:
-    """The strategies asked for, by spec, each loaded once as a test; None: all that can be loaded."""
-    from mtp_mem.strategy import load_strategy
-
-    specs = [*(args.strategies or ()), *(args.strategy or ())]
-    for spec in specs:
-        load_strategy(spec)
-    return list(dict.fromkeys(specs)) or None
 
 
 def _on_profile(
