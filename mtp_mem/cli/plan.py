@@ -209,6 +209,7 @@ def loaded(specs: tuple[str, ...]) -> "tuple[dict[str, Strategy], dict[str, str]
 def show(result: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None:
     """Print the plan; `percent` is the headroom."""
     from mtp_mem._util import format_bytes
+    from mtp_mem.config.schema import MOST_MODULES
     from mtp_mem.prediction.largest_fit import AXES, advice
     from mtp_mem.report.plan import TIGHT, plan_table
 
@@ -226,7 +227,9 @@ def show(result: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None
             over = ", ".join(f"{a.strategy} is {format_bytes(-result.left(a))} over at {a.value}" for a in misses)
             screen.print(f"No {axis} fits: {over}.")
     if any(answer.fits and answer.next_point is None for answer in result.of("n")):
-        screen.print(f"n = {profile.model.largest_n}: every layer is a head, the model's own limit.")
+        largest = profile.model.largest_n
+        why = "every layer is a head, the model's own limit" if largest else "more heads are not tried"
+        screen.print(f"n = {largest or MOST_MODULES}: {why}.")
     if any(result.fit(answer.figures) == "tight" for answer in result.answers):
         screen.print(
             f"{TIGHT} tight: with the unused parts of its segments it reserves more than that, and the allocator may"

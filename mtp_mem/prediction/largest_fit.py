@@ -15,7 +15,7 @@ from typing import Literal
 
 from mtp_mem._util import Progress, format_bytes
 from mtp_mem.config.gpus import GPU
-from mtp_mem.config.schema import ModelConfig, Profile, Workload
+from mtp_mem.config.schema import LARGEST_SIZE, MOST_MODULES, ModelConfig, Profile, Workload
 from mtp_mem.errors import BadInput, Missing, contained, one_line
 from mtp_mem.prediction.auto import resolve_auto
 from mtp_mem.prediction.caching_allocator import Fit, fit
@@ -32,7 +32,7 @@ SEQUENCE_STEP = 128
 """Sequences are searched in multiples of flash attention's tile: its backward pads to it (flash_api.cpp, mha_bwd)."""
 
 GUESSES = 6  # probes of one search until guessing by the closed form gives way to a line, and as many until to halving
-FARTHEST, FARTHER = 2**20, 16  # the largest k that is tried, and how many times as large as the last one at most
+FARTHER = 16  # a guess is at most so many times as large as what is known to fit
 KEPT = 6  # simulations; strategies are often asked for at the same points
 
 
@@ -220,12 +220,15 @@ def _answer(prober: Prober, spec: str, axis: Axis, base: Point, limit: int) -> A
     def at(k: int) -> Point:
         return dataclasses.replace(base, **{axis: k * unit})
 
+    tokens = LARGEST_SIZE // unit
+    most = {"batch": tokens // base.sequence, "sequence": tokens // base.batch, "n": MOST_MODULES}[axis]
     known = search(
         lambda k: prober.probe(spec, at(k)),
         lambda k: prober.formula(spec, at(k)),
         limit,
         top=prober.profile.model.largest_n if axis == "n" else None,
         start=max(1, getattr(base, axis) // unit),
+        end=most,
     )
     low, high = _ends(known, limit)
     best = low or min(known, key=lambda k: known[k].allocated)
@@ -242,7 +245,12 @@ def _answer(prober: Prober, spec: str, axis: Axis, base: Point, limit: int) -> A
 
 
 def search(
-    probe: Callable[[int], ProbedBytes], formula: Callable[[int], int | None], limit: int, top: int | None, start: int
+    probe: Callable[[int], ProbedBytes],
+    formula: Callable[[int], int | None],
+    limit: int,
+    top: int | None,
+    start: int,
+    end: int,
 ) -> dict[int, ProbedBytes]:
     """Probe until the largest k that fits and the next one, which does not, are both known.
 
@@ -256,14 +264,15 @@ def search(
         limit: bytes that the allocated peak may not exceed.
         top: the largest k there is, if there is one.
         start: where to begin without a closed form.
+        end: the largest k to try where there is no `top`.
 
     Returns:
         All that was probed.
     """
     known: dict[int, ProbedBytes] = {}
-    end = top or FARTHEST
+    end = top or end
     # More heads may need less, for the trunk has then fewer layers: look at the end first.
-    k = top or (start if formula(1) is None else _largest(formula, limit, end))
+    k = top or (min(start, end) if formula(1) is None else _largest(formula, limit, end))
     while True:
         known[k] = probe(k)
         low, high = _ends(known, limit)

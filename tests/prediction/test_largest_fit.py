@@ -14,11 +14,13 @@ from small import tiny
 from mtp_mem import Workload, load_strategy
 from mtp_mem._util import GiB, MiB
 from mtp_mem.cli import main
+from mtp_mem.cli.plan import show
+from mtp_mem.config import schema
 from mtp_mem.config.gpus import load_gpu
 from mtp_mem.config.schema import Profile, Sweep
+from mtp_mem.prediction import largest_fit
 from mtp_mem.prediction.largest_fit import (
     AXES,
-    FARTHEST,
     SEQUENCE_STEP,
     Axis,
     Plan,
@@ -41,6 +43,7 @@ PROFILE = Profile(
     sweep=Sweep(n=(3,)),
 )
 BASE = Point(batch=2, sequence=256, n=3)
+FARTHEST = 2**20
 LIMIT = 64 * MiB  # two cuBLAS workspaces, 16.2 MiB, are in it
 
 
@@ -146,6 +149,7 @@ def test_the_search_finds_the_largest(
         limit,
         top,
         start,
+        end=FARTHEST,
     )
     assert len(known) <= (4 if off is not None else 45)
     fitting = [k for k in known if needs(k) <= limit]
@@ -158,16 +162,20 @@ def test_the_search_finds_the_largest(
 
 
 def test_a_closed_form_that_is_off_everywhere_costs_probes_but_no_answer() -> None:
-    known = search(lambda k: ProbedBytes(allocated=k * k, reserved=k * k), lambda k: 40 * k, 10_000, top=None, start=1)
+    def needs(k: int) -> ProbedBytes:
+        return ProbedBytes(allocated=k * k, reserved=k * k)
+
+    known = search(needs, lambda k: 40 * k, 10_000, top=None, start=1, end=FARTHEST)
     assert {100, 101} <= set(known)
     assert len(known) < 25
 
 
 @pytest.mark.parametrize(("fixed", "slope"), [(0, 1), (10**6, 7), (10**5, 3 * 10**4), (10**5, 9 * 10**5)])
 def test_without_a_closed_form_a_search_follows_the_line_through_what_it_knows(fixed: int, slope: int) -> None:
-    known = search(
-        lambda k: ProbedBytes(allocated=fixed + slope * k, reserved=0), lambda _: None, 1_040_000, top=None, start=3
-    )
+    def needs(k: int) -> ProbedBytes:
+        return ProbedBytes(allocated=fixed + slope * k, reserved=0)
+
+    known = search(needs, lambda _: None, 1_040_000, top=None, start=3, end=FARTHEST)
     largest = (1_040_000 - fixed) // slope
     assert {largest, largest + 1} <= set(known)
     assert len(known) <= 9
@@ -181,8 +189,24 @@ def test_a_search_begins_where_the_closed_forms_end() -> None:
 
 def test_more_heads_may_need_less() -> None:
     # With a trunk that gives its layers to the heads, the largest n can fit where smaller ones do not.
-    known = search(lambda n: ProbedBytes(allocated=1000 - 10 * n, reserved=0), lambda _: None, 700, top=32, start=8)
+    def needs(n: int) -> ProbedBytes:
+        return ProbedBytes(allocated=1000 - 10 * n, reserved=0)
+
+    known = search(needs, lambda _: None, 700, top=32, start=8, end=FARTHEST)
     assert list(known) == [32]
+
+
+def test_n_ends_where_more_heads_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(schema, "MOST_MODULES", 6)
+    monkeypatch.setattr(largest_fit, "MOST_MODULES", 6, raising=False)
+    profile = dataclasses.replace(PROFILE, model=tiny(vocab_size=301, n_layers=4, head="linear"))
+    result = plan(Prober(profile, GPU, {"sequential": load_strategy("sequential")}, lambda _: None), BASE, LIMIT, ["n"])
+    (answer,) = result.answers
+    assert (answer.fits, answer.value, answer.next_point) == (True, 6, None)
+    show(result, profile, GPU, 5.0)
+    assert "n = 6: more heads are not tried." in capsys.readouterr().out
 
 
 SHAPE = """
