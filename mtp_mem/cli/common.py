@@ -10,19 +10,19 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mtp_mem.cli.setup import chosen_profile, model_options, names, training_options
+from mtp_mem.config.gpus import GPU
+from mtp_mem.config.schema import Profile
+from mtp_mem.environment import require_deterministic
 from mtp_mem.errors import printable
-
-if TYPE_CHECKING:
-    from mtp_mem.config.gpus import GPU
-    from mtp_mem.config.schema import Profile
-    from mtp_mem.runs.record import Record
+from mtp_mem.runs.record import Record
+from mtp_mem.strategy import load_strategy
 
 NARROWEST = 80
 
@@ -67,16 +67,12 @@ def budget_option(sub: argparse.ArgumentParser, what: str) -> None:
 
 def settle_numerics(args: argparse.Namespace) -> None:
     """Act on `--require-deterministic`; to be called before the first work on a device."""
-    from mtp_mem.environment import require_deterministic
-
     if args.require_deterministic:
         require_deterministic()
 
 
-def profile_of(args: argparse.Namespace) -> "Profile":
+def profile_of(args: argparse.Namespace) -> Profile:
     """The profile with the command line's changes; raises where one of its strategies cannot be loaded."""
-    from mtp_mem.strategy import load_strategy
-
     profile = chosen_profile(args)
     changes = {key: value for key in ("n", "rounds") if (value := getattr(args, key, None)) is not None}
     specs = tuple(args.strategies or profile.sweep.strategies) + tuple(args.strategy or ())
@@ -102,7 +98,7 @@ def console() -> Console:
     return Console(highlight=False, markup=False, emoji=False, width=max(width, NARROWEST))
 
 
-def show_records(table: Table, records: "list[Record]", path: Path, screen: Console) -> None:
+def show_records(table: Table, records: list[Record], path: Path, screen: Console) -> None:
     """Print a table of records, bytes per further head, the ranks' collectives, remarks, and the files written."""
     from mtp_mem.report import tables
 
@@ -116,7 +112,7 @@ def show_records(table: Table, records: "list[Record]", path: Path, screen: Cons
     screen.print(f"\nrecords {path}, chart {path.with_name('memory-vs-n.png')} (.svg, .csv)")
 
 
-def show_assumptions(gpu: "GPU") -> None:
+def show_assumptions(gpu: GPU) -> None:
     """Print what predictions for this GPU assume, a line each."""
     from mtp_mem.prediction.peaks import assumptions
 

@@ -22,6 +22,7 @@ from mtp_mem.cli.common import (
     show_records,
 )
 from mtp_mem.cli.setup import ranks_option
+from mtp_mem.data import load_corpus
 from mtp_mem.errors import BadInput
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ def add(command: AddCommand) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the profile's cases that are still missing, then show them all."""
     # Imported here, so that other commands need not wait for matplotlib.
-    from mtp_mem.data import load_corpus
     from mtp_mem.report import charts, recommend, tables
     from mtp_mem.runs import bench, sweep
     from mtp_mem.runs.results_file import ResultsFile

@@ -3,10 +3,15 @@
 import argparse
 import json
 
+import torch
 from rich.table import Table
 
 from mtp_mem.cli.common import AddCommand, console
+from mtp_mem.config.gpus import load_gpus
+from mtp_mem.config.profiles import builtin_profiles, load_profile
+from mtp_mem.environment import environment
 from mtp_mem.errors import MtpMemError
+from mtp_mem.strategy import available, summary
 
 
 def add(command: AddCommand) -> None:
@@ -17,10 +22,6 @@ def add(command: AddCommand) -> None:
 
 def list_(args: argparse.Namespace) -> int:
     """Print strategies, profiles and GPUs, a line each."""
-    from mtp_mem.config.gpus import load_gpus
-    from mtp_mem.config.profiles import builtin_profiles, load_profile
-    from mtp_mem.strategy import available, summary
-
     strategies: dict[str, str] = {}
     for name in available():
         try:
@@ -45,10 +46,6 @@ def list_(args: argparse.Namespace) -> int:
 
 def env(args: argparse.Namespace) -> int:
     """Print the machine, as every record describes it."""
-    import torch
-
-    from mtp_mem.environment import environment
-
     facts = environment("cuda" if torch.cuda.is_available() else "cpu")
     if args.json:
         print(json.dumps(facts, indent=1))

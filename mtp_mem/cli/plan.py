@@ -8,15 +8,16 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtp_mem._util import atomic_write, format_bytes, without_collections, writable
 from mtp_mem.cli.common import AddCommand, console, progress, show_assumptions
 from mtp_mem.cli.setup import chosen_profile, gpu_of, gpu_options, model_options, names, training_options
+from mtp_mem.config.gpus import GPU
+from mtp_mem.config.schema import MOST_MODULES, Profile
 from mtp_mem.errors import BadInput, BrokenContract, Missing, MtpMemError
+from mtp_mem.strategy import Strategy, load_strategy
 
 if TYPE_CHECKING:
-    from mtp_mem.config.gpus import GPU
-    from mtp_mem.config.schema import Profile
     from mtp_mem.prediction.largest_fit import Answer, Plan
-    from mtp_mem.strategy import Strategy
 
 LARGEST_HEADROOM = 90  # per cent; beyond that no model is left to plan for
 
@@ -45,14 +46,11 @@ def add(command: AddCommand) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Show how much of the profile fits on the GPU, strategy by strategy."""
-    from mtp_mem._util import without_collections
-
     with without_collections():
         return _plan(args)
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from mtp_mem._util import writable
     from mtp_mem.prediction.largest_fit import LeftOut, Point, Prober, plan
     from mtp_mem.prediction.peaks import check_predictable
     from mtp_mem.report.plan import plan_document
@@ -98,15 +96,14 @@ def _plan(args: argparse.Namespace) -> int:
 
 def plan_setups(
     args: argparse.Namespace,
-    profile: "Profile",
-    gpu: "GPU",
+    profile: Profile,
+    gpu: GPU,
     n: int,
-    strategies: "dict[str, Strategy]",
+    strategies: dict[str, Strategy],
     left_out: dict[str, str],
     limit: int,
 ) -> int:
     """Show training setups side by side, and the cheapest whose allocated peak is within `limit` bytes."""
-    from mtp_mem._util import format_bytes, writable
     from mtp_mem.prediction.setups import setup_advice, try_setups
     from mtp_mem.report.plan import setups_document, setups_table
 
@@ -145,14 +142,12 @@ def plan_setups(
 
 def keep(content: dict[str, Any], path: Path) -> Path:
     """Write the plan as JSON, whole or not at all; returns the path."""
-    from mtp_mem._util import atomic_write
-
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 
-def nothing(failed: bool, left_out: "Mapping[str, str]") -> MtpMemError:
+def nothing(failed: bool, left_out: Mapping[str, str]) -> MtpMemError:
     """The error where no strategy is left to plan with; `failed`: one of them raised an error of its own."""
     return (BrokenContract if failed else BadInput)("no strategy can be predicted: " + "; ".join(left_out.values()))
 
@@ -172,7 +167,7 @@ def headroom(text: str) -> Decimal:
     raise BadInput(f"--headroom {text}: expected a percentage from 0% to {LARGEST_HEADROOM}%, like 5%")
 
 
-def one_n(text: str | None, profile: "Profile") -> int:
+def one_n(text: str | None, profile: Profile) -> int:
     """The number of heads at which batch and sequence vary, by default the profile's largest.
 
     Raises:
@@ -186,15 +181,13 @@ def one_n(text: str | None, profile: "Profile") -> int:
         raise BadInput(f"--n {text}: expected one number of heads, like 4") from None
 
 
-def loaded(specs: tuple[str, ...]) -> "tuple[dict[str, Strategy], dict[str, str]]":
+def loaded(specs: tuple[str, ...]) -> tuple[dict[str, Strategy], dict[str, str]]:
     """The strategies that can be loaded here, and why the others cannot.
 
     Raises:
         BadInput: an unknown strategy or option.
         Missing: none of them can be loaded.
     """
-    from mtp_mem.strategy import load_strategy
-
     strategies, left_out = {}, {}
     for spec in specs:
         try:
@@ -206,10 +199,8 @@ def loaded(specs: tuple[str, ...]) -> "tuple[dict[str, Strategy], dict[str, str]
     return strategies, left_out
 
 
-def show(result: "Plan", profile: "Profile", gpu: "GPU", percent: float) -> None:
+def show(result: "Plan", profile: Profile, gpu: GPU, percent: float) -> None:
     """Print the plan; `percent` is the headroom."""
-    from mtp_mem._util import format_bytes
-    from mtp_mem.config.schema import MOST_MODULES
     from mtp_mem.prediction.largest_fit import AXES, advice
     from mtp_mem.report.plan import TIGHT, plan_table
 

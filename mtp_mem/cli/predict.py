@@ -4,8 +4,8 @@ import argparse
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from mtp_mem._util import format_bytes, without_collections
 from mtp_mem.cli.common import (
     AddCommand,
     budget_option,
@@ -18,11 +18,10 @@ from mtp_mem.cli.common import (
     show_records,
 )
 from mtp_mem.cli.setup import changes_given, gpu_of, gpu_options, part_option
+from mtp_mem.config.gpus import GPU
 from mtp_mem.errors import BadInput
-
-if TYPE_CHECKING:
-    from mtp_mem.config.gpus import GPU
-    from mtp_mem.runs.record import Record
+from mtp_mem.runs.record import Record
+from mtp_mem.strategy import load_strategy, require
 
 PROFILE = "llama3-8b"
 
@@ -45,8 +44,6 @@ def add(command: AddCommand) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict the profile's peaks on GPUs that need not be here, one after the other."""
-    from mtp_mem._util import without_collections
-
     if args.check:
         return _check(args)
     if args.quick or args.budget_minutes:
@@ -80,7 +77,6 @@ def _predict(args: argparse.Namespace) -> int:
     from mtp_mem.report import charts
     from mtp_mem.runs.predicted import predict
     from mtp_mem.runs.results_file import ResultsFile
-    from mtp_mem.strategy import load_strategy, require
 
     profile = profile_of(args)
     gpus = {gpu_folder(name): gpu_of(name, args) for name in args.gpu or profile.gpus}
@@ -120,8 +116,7 @@ def gpu_folder(name: str) -> str:
     return name.rpartition(":")[2].lower()
 
 
-def _show(records: "list[Record]", path: Path, gpu: "GPU") -> None:
-    from mtp_mem._util import format_bytes
+def _show(records: list[Record], path: Path, gpu: GPU) -> None:
     from mtp_mem.report import tables
 
     screen = console()

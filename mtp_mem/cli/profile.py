@@ -3,12 +3,18 @@
 import argparse
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mtp_mem._util import format_bytes
 from mtp_mem.cli.common import AddCommand, note
-
-if TYPE_CHECKING:
-    from mtp_mem.config.schema import Profile
+from mtp_mem.config.profiles import load_profile
+from mtp_mem.config.schema import Profile
+from mtp_mem.data import check_vocabulary
+from mtp_mem.errors import Missing
+from mtp_mem.model.build import parameters, weight_bytes
+from mtp_mem.model.layers import FLASH_CHANNELS, PARAMETER_DTYPES
+from mtp_mem.model.losses import loss_dtype
+from mtp_mem.strategy import load_strategy
 
 
 def add(command: AddCommand) -> None:
@@ -23,12 +29,6 @@ def add(command: AddCommand) -> None:
 
 def check(args: argparse.Namespace) -> int:
     """Is the profile valid, what shape is its model, how many parameters and logits has it, which n are possible?"""
-    from mtp_mem.config.profiles import load_profile
-    from mtp_mem.data import check_vocabulary
-    from mtp_mem.errors import Missing
-    from mtp_mem.model.layers import FLASH_CHANNELS
-    from mtp_mem.strategy import load_strategy
-
     profile = load_profile(args.profile)
     check_vocabulary(profile.workload, profile.model.vocab_size)
     notes = []
@@ -55,11 +55,7 @@ def check(args: argparse.Namespace) -> int:
     return 0
 
 
-def _facts(profile: "Profile") -> dict[str, Any]:
-    from mtp_mem.model.build import parameters, weight_bytes
-    from mtp_mem.model.layers import PARAMETER_DTYPES
-    from mtp_mem.model.losses import loss_dtype
-
+def _facts(profile: Profile) -> dict[str, Any]:
     dtype, values = profile.workload.dtype, profile.workload.tokens * profile.model.vocab_size
     rows = []
     for n in profile.sweep.n:
@@ -77,9 +73,7 @@ def _facts(profile: "Profile") -> dict[str, Any]:
     }
 
 
-def _show(profile: "Profile", facts: dict[str, Any]) -> None:
-    from mtp_mem._util import format_bytes
-
+def _show(profile: Profile, facts: dict[str, Any]) -> None:
     model, work, logits = profile.model, profile.workload, facts["logits"]
     largest = facts["largest_n"]
     shape = (

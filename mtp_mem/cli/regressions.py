@@ -5,6 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from mtp_mem._util import format_bytes
 from mtp_mem.cli.common import AddCommand, console, note
 
 
@@ -25,7 +26,6 @@ def add(command: AddCommand) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a line for each change; returns 1 if a figure got worse, or a case is gone and that is not allowed."""
-    from mtp_mem._util import format_bytes
     from mtp_mem.report.diff import changes, load
 
     notes: list[str] = []

@@ -5,13 +5,16 @@ import dataclasses
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mtp_mem._util import format_bytes
+from mtp_mem.config.gpus import GPU, load_gpu
+from mtp_mem.config.other_models import factory_profile, huggingface_profile
+from mtp_mem.config.profiles import load_profile, with_precision
+from mtp_mem.config.schema import Profile, Training
+from mtp_mem.config.toml import parse, type_hints
 from mtp_mem.errors import BadInput
-
-if TYPE_CHECKING:
-    from mtp_mem.config.gpus import GPU
-    from mtp_mem.config.schema import Profile
+from mtp_mem.model.build import make_model
 
 HF_KINDS = ("parallel", "causal", "anticausal", "deepseek", "medusa", "linear")
 UNITS = {"": 1, "b": 1, "mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -35,18 +38,13 @@ def model_options(sub: argparse.ArgumentParser, profile: str | None) -> None:
     sub.set_defaults(default_profile=profile)
 
 
-def chosen_profile(args: argparse.Namespace) -> "Profile":
+def chosen_profile(args: argparse.Namespace) -> Profile:
     """The profile of `--profile`, `--hf` or `--model`, with the command line's changes."""
-    from mtp_mem.config.other_models import factory_profile, huggingface_profile
-    from mtp_mem.config.profiles import load_profile
-
     if args.kind and not args.hf:
         raise BadInput("--kind is an option of --hf; profiles have model.head, and your own function decides")
     if args.hf:
         profile = huggingface_profile(args.hf, args.kind)
     elif args.model:
-        from mtp_mem.model.build import make_model
-
         profile = factory_profile(args.model, make_model)
     else:
         profile = load_profile(args.profile or args.default_profile)
@@ -123,18 +121,13 @@ def gpu_options(sub: argparse.ArgumentParser, *, several: bool) -> None:
 
 def changes_given(args: argparse.Namespace) -> list[str]:
     """The given options that would change a profile's model, step or GPU, in the order of `--help`."""
-    from mtp_mem.config.schema import Training
-
     fields = (field.name for field in dataclasses.fields(Training))
     names = ("kind", "n", "dtype", "batch", "sequence", "layers", "vocab", *fields, "gpu_memory")
     return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name, None) is not None]
 
 
-def with_setup(profile: "Profile", args: argparse.Namespace) -> "Profile":
+def with_setup(profile: Profile, args: argparse.Namespace) -> Profile:
     """The profile with the command line's changes of model, step and training."""
-    from mtp_mem.config.profiles import with_precision
-    from mtp_mem.config.schema import Training
-    from mtp_mem.config.toml import parse, type_hints
 
     def given(**options: str) -> dict[str, Any]:
         return {name: value for name, option in options.items() if (value := getattr(args, option, None)) is not None}
@@ -160,10 +153,8 @@ def with_setup(profile: "Profile", args: argparse.Namespace) -> "Profile":
     )
 
 
-def gpu_of(name: str, args: argparse.Namespace) -> "GPU":
+def gpu_of(name: str, args: argparse.Namespace) -> GPU:
     """The GPU of this name; `--gpu-memory` replaces its bytes, PYTORCH_ALLOC_CONF its allocator settings."""
-    from mtp_mem._util import format_bytes
-    from mtp_mem.config.gpus import load_gpu
     from mtp_mem.prediction.cuda.allocator_settings import allocator_settings, from_environment
 
     gpu = load_gpu(name)

@@ -8,9 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mtp_mem._util import format_bytes, writable
 from mtp_mem.cli.common import AddCommand, console, device_option, note
 from mtp_mem.cli.setup import chosen_profile, count, gpu_of, gpu_options, model_options, part_option, training_options
+from mtp_mem.data import load_corpus
+from mtp_mem.environment import environment, footer
 from mtp_mem.errors import BadInput, BrokenContract, Missing, contained, one_line
+from mtp_mem.strategy import load_strategy
 
 
 def add(command: AddCommand) -> None:
@@ -41,16 +47,11 @@ def add(command: AddCommand) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Show one step's live bytes, tracked here or predicted for a GPU."""
-    import torch
-
-    from mtp_mem._util import format_bytes, writable
-    from mtp_mem.environment import environment, footer
     from mtp_mem.memory import cpu, cuda_history
     from mtp_mem.prediction import peaks, simulated_step
     from mtp_mem.prediction.auto import resolve_auto
     from mtp_mem.report.charts import timeline as chart
     from mtp_mem.runs import bench
-    from mtp_mem.strategy import load_strategy
 
     profile, strategy = chosen_profile(args), load_strategy(args.strategy)
     config = profile.model.with_n(args.n or max(profile.sweep.n))
@@ -65,8 +66,6 @@ def run(args: argparse.Namespace) -> int:
             trace = simulated_step.simulate(config, profile.workload, strategy, profile.training, gpu=gpu)
         how, assumed = f"predicted for {gpu.name}", peaks.assumptions(gpu)
     else:
-        from mtp_mem.data import load_corpus
-
         device = bench.resolve_device(args.device)
         corpus = load_corpus(profile.workload, config.vocab_size)
         step = bench.Bench(profile, config, corpus, device).step(strategy)
@@ -106,7 +105,6 @@ def run(args: argparse.Namespace) -> int:
 
 def replay(args: argparse.Namespace) -> int:
     """Replay each snapshot in the model of the allocator, and show its peaks; returns the worst file's exit code."""
-    from mtp_mem._util import writable
     from mtp_mem.memory import snapshot
     from mtp_mem.prediction.recording import hold
     from mtp_mem.report import recording as report

@@ -5,7 +5,10 @@ import contextlib
 import dataclasses
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
+
+import torch
 
 from mtp_mem.cli.common import (
     AddCommand,
@@ -17,14 +20,15 @@ from mtp_mem.cli.common import (
     settle_numerics,
 )
 from mtp_mem.cli.setup import changes_given, chosen_profile, model_options, names, ranks_option, training_options
-from mtp_mem.errors import BadInput
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import torch
-
-    from mtp_mem.verification.checks import Check, Verification
+from mtp_mem.config.schema import ALL_DTYPES, Dtype
+from mtp_mem.data import load_corpus
+from mtp_mem.errors import BadInput, unknown
+from mtp_mem.model.own import moved
+from mtp_mem.strategy import kernel_limits, load_strategy, loadable, refusal, require
+from mtp_mem.verification.checks import Check, Verification
+from mtp_mem.verification.problem import Problem
+from mtp_mem.verification.scenarios import REAL_SIZES, SCENARIOS, Scenario
+from mtp_mem.verification.verify import verify, verify_problem
 
 SHOWN = 20  # failures in the terminal; --json has all
 
@@ -45,11 +49,7 @@ def add(command: AddCommand) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0: all checks passed (--prove: all bugs were caught); 1: not; 130: stopped, what it had is shown."""
-    from mtp_mem.config.schema import ALL_DTYPES, Dtype
-    from mtp_mem.errors import unknown
     from mtp_mem.runs.bench import resolve_device
-    from mtp_mem.verification.checks import Verification
-    from mtp_mem.verification.verify import verify
 
     settle_numerics(args)
     device = resolve_device(args.device)
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if result.passed else 1
 
 
-def _show(args: argparse.Namespace, result: "Verification") -> None:
+def _show(args: argparse.Namespace, result: Verification) -> None:
     from mtp_mem.report import tables
 
     specs = list(dict.fromkeys(check.strategy for check in result.checks))
@@ -108,18 +108,10 @@ def _show(args: argparse.Namespace, result: "Verification") -> None:
 
 
 def _on_profile(
-    args: argparse.Namespace, asked: list[str] | None, device: "torch.device", each: "Callable[[Check], None]"
+    args: argparse.Namespace, asked: list[str] | None, device: torch.device, each: Callable[[Check], None]
 ) -> tuple[str, ...]:
     """Check the profile's own model, each check passed to `each`; returns a line for every strategy left out."""
-    import torch
-
-    from mtp_mem.data import load_corpus
-    from mtp_mem.model.own import moved
     from mtp_mem.runs.bench import Bench
-    from mtp_mem.strategy import load_strategy, loadable, refusal, require
-    from mtp_mem.verification.problem import Problem
-    from mtp_mem.verification.scenarios import Scenario
-    from mtp_mem.verification.verify import verify_problem
 
     profile = chosen_profile(args)
     if args.n:
@@ -151,14 +143,11 @@ def _on_profile(
 
 
 def _on_ranks(
-    args: argparse.Namespace, asked: list[str] | None, device: "torch.device", each: "Callable[[Check], None]"
+    args: argparse.Namespace, asked: list[str] | None, device: torch.device, each: Callable[[Check], None]
 ) -> tuple[str, ...]:
     """Run scenarios of several ranks, each check passed to `each`; returns a line for every strategy left out."""
-    from mtp_mem.config.schema import Dtype
     from mtp_mem.runs.ranks import Group
-    from mtp_mem.strategy import kernel_limits, load_strategy, loadable
     from mtp_mem.verification import on_ranks
-    from mtp_mem.verification.checks import Check
 
     dtype: Dtype = args.dtype or "fp32"
     if dtype not in ("fp32", "fp64"):
@@ -187,11 +176,9 @@ def _on_ranks(
     return tuple(f"{spec} is left out: {why}" for spec, why in unable.items())
 
 
-def _prove(args: argparse.Namespace, device: "torch.device") -> int:
+def _prove(args: argparse.Namespace, device: torch.device) -> int:
     from mtp_mem.report import tables
     from mtp_mem.verification.broken_conduct import ALL_BROKEN as BROKEN
-    from mtp_mem.verification.scenarios import REAL_SIZES, SCENARIOS
-    from mtp_mem.verification.verify import verify
 
     caught: dict[str, list[Check]] = {}
     with progress(len(BROKEN)) as begin:
@@ -222,7 +209,7 @@ def _prove(args: argparse.Namespace, device: "torch.device") -> int:
     return 1 if missed else 0
 
 
-def _sentence(result: "Verification", specs: list[str]) -> str:
+def _sentence(result: Verification, specs: list[str]) -> str:
     wrong = sorted({check.strategy for check in result.failures})
     if wrong and not result.complete:
         return f"WRONG: {', '.join(wrong)}. Stopped before the end: the others were not checked to the end."
@@ -246,7 +233,7 @@ def _sentence(result: "Verification", specs: list[str]) -> str:
     return sentence
 
 
-def _json(check: "Check") -> dict[str, Any]:
+def _json(check: Check) -> dict[str, Any]:
     def number(value: float | None) -> float | str | None:
         return value if value is None or math.isfinite(value) else "inf"
 

@@ -304,7 +304,7 @@ def test_anything_unexpected_is_not_a_failed_check(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("mtp_mem.environment.environment", broken)
+    monkeypatch.setattr("mtp_mem.cli.listing.environment", broken)
     assert main(["env"]) == 70
     assert "ZeroDivisionError: a bug" in capsys.readouterr().err
 

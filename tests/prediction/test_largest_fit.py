@@ -14,7 +14,7 @@ from small import tiny
 from mtp_mem import Workload, load_strategy
 from mtp_mem._util import GiB, MiB
 from mtp_mem.cli import main
-from mtp_mem.cli.plan import show
+from mtp_mem.cli import plan as cli_plan
 from mtp_mem.config import schema
 from mtp_mem.config.gpus import load_gpu
 from mtp_mem.config.schema import Profile, Sweep
@@ -199,13 +199,13 @@ def test_more_heads_may_need_less() -> None:
 def test_n_ends_where_more_heads_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(schema, "MOST_MODULES", 6)
-    monkeypatch.setattr(largest_fit, "MOST_MODULES", 6, raising=False)
+    for module in (schema, largest_fit, cli_plan):
+        monkeypatch.setattr(module, "MOST_MODULES", 6, raising=False)
     profile = dataclasses.replace(PROFILE, model=tiny(vocab_size=301, n_layers=4, head="linear"))
     result = plan(Prober(profile, GPU, {"sequential": load_strategy("sequential")}, lambda _: None), BASE, LIMIT, ["n"])
     (answer,) = result.answers
     assert (answer.fits, answer.value, answer.next_point) == (True, 6, None)
-    show(result, profile, GPU, 5.0)
+    cli_plan.show(result, profile, GPU, 5.0)
     assert "n = 6: more heads are not tried." in capsys.readouterr().out
 
 
