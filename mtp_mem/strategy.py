@@ -6,7 +6,7 @@ A spec is `name`, `name:option=value:option=value` or, for a class that is not r
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -76,16 +76,24 @@ def available() -> dict[str, str]:
     return {**BUILTIN, **registered}
 
 
-def loadable() -> list[str]:
-    """Names of the strategies that can be loaded here: installed, and with the device they need."""
-    names = []
-    for name in available():
+def load_present(specs: Iterable[str]) -> tuple[dict[str, Strategy], dict[str, str]]:
+    """The strategies that can be loaded here, by spec: installed, and with the device they need; why others cannot.
+
+    Raises:
+        BadInput: an unknown strategy or option.
+    """
+    strategies, missing = {}, {}
+    for spec in specs:
         try:
-            load_strategy(name)
-        except Missing:
-            continue
-        names.append(name)
-    return names
+            strategies[spec] = load_strategy(spec)
+        except Missing as e:
+            missing[spec] = str(e)
+    return strategies, missing
+
+
+def loadable() -> list[str]:
+    """Names of the strategies that can be loaded here."""
+    return list(load_present(available())[0])
 
 
 def load_strategy(spec: str) -> Strategy:

@@ -14,7 +14,7 @@ from mtp_mem.cli.setup import chosen_profile, gpu_of, gpu_options, model_options
 from mtp_mem.config.gpus import GPU
 from mtp_mem.config.schema import MOST_MODULES, Profile
 from mtp_mem.errors import BadInput, BrokenContract, Missing, MtpMemError
-from mtp_mem.strategy import Strategy, load_strategy
+from mtp_mem.strategy import Strategy, load_present
 
 if TYPE_CHECKING:
     from mtp_mem.prediction.largest_fit import Answer, Plan
@@ -65,7 +65,9 @@ def _plan(args: argparse.Namespace) -> int:
     base = Point(batch=workload.batch, sequence=workload.sequence, n=one_n(args.n, profile))
     profile.model.with_n(base.n)  # raises where the model has too few layers
     specs = tuple(dict.fromkeys((*(args.strategies or profile.sweep.strategies), *(args.strategy or ()))))
-    strategies, left_out = loaded(specs)
+    strategies, left_out = load_present(specs)
+    if not strategies:
+        raise Missing("no strategy can be predicted here: " + "; ".join(left_out.values()))
     if args.vary:
         return plan_setups(args, profile, gpu, base.n, strategies, left_out, limit)
     out = writable(args.out) if args.out else None
@@ -179,24 +181,6 @@ def one_n(text: str | None, profile: Profile) -> int:
         return int(text)
     except ValueError:
         raise BadInput(f"--n {text}: expected one number of heads, like 4") from None
-
-
-def loaded(specs: tuple[str, ...]) -> tuple[dict[str, Strategy], dict[str, str]]:
-    """The strategies that can be loaded here, and why the others cannot.
-
-    Raises:
-        BadInput: an unknown strategy or option.
-        Missing: none of them can be loaded.
-    """
-    strategies, left_out = {}, {}
-    for spec in specs:
-        try:
-            strategies[spec] = load_strategy(spec)
-        except Missing as e:
-            left_out[spec] = str(e)
-    if not strategies:
-        raise Missing("no strategy can be predicted here: " + "; ".join(left_out.values()))
-    return strategies, left_out
 
 
 def show(result: "Plan", profile: Profile, gpu: GPU, percent: float) -> None:

@@ -10,11 +10,10 @@ from mtp_mem.cli.common import AddCommand, note
 from mtp_mem.config.profiles import load_profile
 from mtp_mem.config.schema import Profile
 from mtp_mem.data import check_vocabulary
-from mtp_mem.errors import Missing
 from mtp_mem.model.build import parameters, weight_bytes
 from mtp_mem.model.layers import FLASH_CHANNELS, PARAMETER_DTYPES
 from mtp_mem.model.losses import loss_dtype
-from mtp_mem.strategy import load_strategy
+from mtp_mem.strategy import load_present
 
 
 def add(command: AddCommand) -> None:
@@ -35,11 +34,8 @@ def check(args: argparse.Namespace) -> int:
     channels = profile.model.head_channels
     if profile.workload.dtype in ("bf16", "bf16-mixed", "fp16") and channels > FLASH_CHANNELS:
         notes.append(f"D / heads = {channels}: flash attention on CUDA takes at most {FLASH_CHANNELS}")
-    for spec in profile.sweep.strategies:
-        try:
-            load_strategy(spec)
-        except Missing as e:  # valid, only not here
-            notes.append(f"{spec} cannot run here: {e}")
+    _, missing = load_present(profile.sweep.strategies)
+    notes += [f"{spec} cannot run here: {why}" for spec, why in missing.items()]  # valid, only not here
     facts = _facts(profile)
     for text in notes:
         note(f"note: {text}")
