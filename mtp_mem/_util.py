@@ -87,6 +87,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
                 partial.unlink()
 
 
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON document to `path`, whole or not at all; raises as `atomic_write` does."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(document, indent=1) + "\n")
+
+
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
     """Yields a folder for temporary files, removed after the block; the next call removes one of a killed process.

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mtp_mem._util import atomic_write, format_bytes, without_collections, writable
+from mtp_mem._util import format_bytes, without_collections, writable, write_json
 from mtp_mem.cli.common import AddCommand, console, progress, show_assumptions
 from mtp_mem.cli.setup import chosen_profile, gpu_of, gpu_options, model_options, names, training_options
 from mtp_mem.config.gpus import GPU
@@ -64,8 +64,7 @@ def _plan(args: argparse.Namespace) -> int:
     workload = profile.workload
     base = Point(batch=workload.batch, sequence=workload.sequence, n=one_n(args.n, profile))
     profile.model.with_n(base.n)  # raises where the model has too few layers
-    specs = tuple(dict.fromkeys((*(args.strategies or profile.sweep.strategies), *(args.strategy or ()))))
-    strategies, left_out = load_present(specs)
+    strategies, left_out = load_present([*(args.strategies or profile.sweep.strategies), *(args.strategy or ())])
     if not strategies:
         raise Missing("no strategy can be predicted here: " + "; ".join(left_out.values()))
     if args.vary:
@@ -86,7 +85,8 @@ def _plan(args: argparse.Namespace) -> int:
     if out:
         from mtp_mem.report.draw_files import plan_chart
 
-        files = [keep(content, out / "plan.json"), *plan_chart(content, out)]
+        write_json(out / "plan.json", content)
+        files = [out / "plan.json", *plan_chart(content, out)]
     if args.json:
         print(json.dumps({**content, "files": [str(path) for path in files]}, indent=1))
     else:
@@ -121,7 +121,8 @@ def plan_setups(
         from mtp_mem.report.draw_files import ranks_chart
 
         out = writable(args.out)
-        files = [keep(content, out / "plan-setups.json"), *ranks_chart(content, out)]
+        write_json(out / "plan-setups.json", content)
+        files = [out / "plan-setups.json", *ranks_chart(content, out)]
     if args.json:
         print(json.dumps({**content, "files": [str(path) for path in files]}, indent=1))
         return code
@@ -140,13 +141,6 @@ def plan_setups(
     if len(files) > 1:
         screen.print(f"plan {files[0]}, chart {files[1]} (.svg, .csv)")
     return code
-
-
-def keep(content: dict[str, Any], path: Path) -> Path:
-    """Write the plan as JSON, whole or not at all; returns the path."""
-    with atomic_write(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-    return path
 
 
 def nothing(failed: bool, left_out: Mapping[str, str]) -> MtpMemError:

@@ -5,7 +5,6 @@ with the cuBLAS workspaces that were found live there. Then each row of the kern
 device the command says so and prints the predictions.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from mtp_mem._util import atomic_write, writable
+from mtp_mem._util import writable, write_json
 from mtp_mem.config.foreign import read_json
 from mtp_mem.config.gpus import GPU, load_gpu
 from mtp_mem.config.schema import ModelConfig, Profile, Sweep, Workload
@@ -102,7 +101,7 @@ def run(
         show(_line(row))
         right = right and (is_right(row) or not measured)
         document["cases"].append(asdict(row))
-        _write(out, document)
+        write_json(out / FILE, document)  # it is whole at any moment
         reached = len(document["cases"])
         if budget_s is not None and time.monotonic() - started >= budget_s and len(before) < reached < total:
             show(
@@ -116,7 +115,7 @@ def run(
             comparison = f", measured {kernel_bytes:,}, difference {table - kernel_bytes:+,}"
         show(f"kernel {name}: table {table:,}{comparison}")
         document["kernels"].append({"kernel": name, "table": table, "measured": kernel_bytes, "seen": seen})
-    _write(out, document)
+    write_json(out / FILE, document)
     if measured:
         show("right: 0 B requested, 1 % allocated" if right else "NOT right: see the differences above")
     return document, right
@@ -265,12 +264,6 @@ def _before(out: Path, about: dict[str, Any]) -> list[Row]:
         return [Row(**row) for row in document["cases"] if not row["error"]]
     except (BadInput, KeyError, TypeError, AttributeError):
         return []
-
-
-def _write(out: Path, document: dict[str, Any]) -> None:
-    """Keep the document so that check.json is whole at any moment."""
-    with atomic_write(out / FILE) as partial:
-        partial.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _line(row: Row) -> str:
