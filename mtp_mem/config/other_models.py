@@ -104,7 +104,7 @@ def huggingface_profile(path: Path, kind: HeadKind | None = None) -> Profile:
     positions = positions if type(positions) is int and positions >= 1 else CONTEXT
     dtype: Dtype = "fp32" if "float32" in str(table.get("torch_dtype", table.get("dtype"))) else "bf16"
     return Profile(
-        name=_name(path, config.model_type),
+        name=_name(path.resolve().parent.name if path.name == "config.json" else path.stem) or config.model_type,
         description=f"{architecture} of {path}",
         model=model,
         workload=Workload(batch=1, sequence=min(CONTEXT, positions), dtype=dtype, tokenizer="uniform"),
@@ -150,9 +150,8 @@ def factory_profile(spec: str, load: Any) -> Profile:
         sizes = f"vocab_size = {short(model.vocab_size)}, dim = {short(model.dim)}"
         raise BadInput(f"--model {spec}: {sizes}: expected whole numbers") from None
     workload = Workload(batch=1, sequence=CONTEXT, dtype="bf16", tokenizer="uniform")
-    return Profile(
-        name=f"{module_name.rpartition('.')[2]}-{name}", model=known, workload=workload, sweep=Sweep(n=(1, 2, 4))
-    )
+    profile_name = _name(f"{module_name.rpartition('.')[2]}-{name}")
+    return Profile(name=profile_name, model=known, workload=workload, sweep=Sweep(n=(1, 2, 4)))
 
 
 def transformers() -> Any:
@@ -218,7 +217,6 @@ def _decoder_config(table: dict[str, Any], path: Path) -> tuple[Any, str]:
     return text, model_class.__name__
 
 
-def _name(path: Path, model_type: str) -> str:
-    folder = path.resolve().parent.name if path.name == "config.json" else path.stem
-    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in folder).strip(".-")
-    return name or model_type
+def _name(text: str) -> str:
+    """A profile's name, which is a folder's too: the text without what a name may not hold or begin with."""
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text).lstrip("._-").rstrip(".-")[:100]

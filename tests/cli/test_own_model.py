@@ -79,6 +79,17 @@ def test_a_prediction_is_what_the_run_takes(folder: Path, model: tuple[str, ...]
     )
 
 
+def test_a_name_that_no_profile_may_have(folder: Path) -> None:
+    (folder / "_mine.py").write_text(MINE)
+    long = folder / f"_{'x' * 200}"
+    long.mkdir()
+    (folder / "config.json").rename(long / "config.json")
+    for model, name in (("--model=_mine:build", "mine-build"), (f"--hf={long}", 100 * "x")):
+        ended = mtp_mem(folder, "predict", model, *STEP, "--n", "1")
+        assert ended.returncode == 0, ended.stderr
+        assert (folder / "results" / f"predict-{name}-h200").is_dir()
+
+
 def test_timeline_plan_and_verify(folder: Path) -> None:
     shown = mtp_mem(folder, "timeline", "--hf", ".", "--n", "2", "--sequence", "16", "--kind", "deepseek", "--out", "t")
     assert shown.returncode == 0, shown.stderr
