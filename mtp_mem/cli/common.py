@@ -179,7 +179,6 @@ def _minutes(text: str) -> float:
 
 
 def _device(text: str) -> str:
-    kind, _, index = text.partition(":")
-    if (kind, index) not in (("auto", ""), ("cpu", ""), ("cuda", "")) and not (kind == "cuda" and index.isdecimal()):
+    if not re.fullmatch("auto|cpu|cuda(:(0|[1-9][0-9]?))?", text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected auto, cpu, cuda or cuda:N")
     return text

@@ -260,6 +260,8 @@ def test_a_spec_is_printed_as_it_is(work: Path) -> None:
         (["--text", "latin1.txt"], 2, "latin1.txt: not UTF-8"),
         (["--text", "short.txt"], 2, "short.txt: too short"),
         (["--device", "tpu"], 2, "expected auto, cpu, cuda or cuda:N"),
+        (["--device", "cuda:"], 2, "'cuda:': expected auto, cpu, cuda or cuda:N"),
+        (["--device", "cuda:99999999999999999999"], 2, "expected auto, cpu, cuda or cuda:N"),
         (["--out", "/proc/nowhere"], 2, "/proc/nowhere: cannot be written"),
         (["--out", "small.toml"], 2, "small.toml: cannot be written"),
     ],
