@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     if args.nproc and own:
         raise BadInput("--nproc runs scenarios of its own: no --profile, --hf or --model (compare --nproc takes them)")
     if args.prove:
-        if own or args.strategies or args.strategy:
-            raise BadInput("--prove runs the shipped broken strategies on the scenarios: no --profile, no --strategies")
+        if own or args.strategies or args.strategy or args.dtype:
+            raise BadInput("--prove has strategies and scenarios of its own: no --profile, --strategies or --dtype")
         return _prove(args, device)
     asked = list(dict.fromkeys([*(args.strategies or ()), *(args.strategy or ())])) or None  # None: all there are
     checks: list[Check] = []

@@ -169,7 +169,8 @@ def test_on_a_profile(tmp_path: Path) -> None:
         (["--dtype", "fp8"], "unknown dtype 'fp8'"),
         (["--strategies", "sequental"], "did you mean 'sequential'?"),
         (["--profile", "quik"], "did you mean 'quick'?"),
-        (["--prove", "--strategies", "naive"], "--prove runs the shipped broken strategies"),
+        (["--prove", "--strategies", "naive"], "--prove has strategies and scenarios of its own"),
+        (["--prove", "--dtype", "fp32"], "--prove has strategies and scenarios of its own"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, args: list[str], words: str) -> None:
