@@ -52,9 +52,8 @@ def load_gpu(name: str) -> GPU:
     Raises:
         BadInput: no such file or GPU; names the valid ones.
     """
-    file, colon, own = name.rpartition(":")
-    gpus = _gpus_of(Path(file)) if colon and file.endswith(".toml") else load_gpus()
-    wanted = own if colon else name
+    file, _, wanted = name.rpartition(":") if ".toml:" in name else ("", "", name)
+    gpus = _gpus_of(Path(file)) if file else load_gpus()
     if wanted.lower() not in gpus:
         raise unknown("GPU", wanted, gpus, file)
     return gpus[wanted.lower()]

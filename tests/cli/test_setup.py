@@ -112,6 +112,7 @@ def test_a_gpu_that_is_not_in_the_catalogue(folder: Path, options: tuple[str, ..
         (("--set-to-none", "maybe"), "expected true or false"),
         (("--gpu-memory", "much"), "expected a size like 24GiB"),
         (("--gpu", "gpus.toml:yours"), "unknown GPU 'yours'"),
+        (("--gpu", "gpus:h200"), "unknown GPU 'gpus:h200'"),
         (("--gpu", "l4,L4"), "two of these would share a folder"),
         (("--gpu", "none.toml:mine"), "none.toml: cannot be read"),
     ],
