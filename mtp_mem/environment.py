@@ -105,16 +105,13 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-CUBLAS_CONFIG = ":4096:8"
-"""Workspaces with which cuBLAS gives the same bits in every run (its documentation, "Results reproducibility")."""
-
-
 def require_deterministic() -> None:
     """From here on torch takes deterministic kernels only, and raises where an operator has none.
 
     Call it before the first work on a CUDA device: cuBLAS reads its variable once.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_CONFIG)
+    # Workspaces with which cuBLAS gives the same bits in every run (its documentation, "Results reproducibility").
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 
 

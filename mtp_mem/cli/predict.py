@@ -79,9 +79,10 @@ def _predict(args: argparse.Namespace) -> int:
     from mtp_mem.runs.results_file import ResultsFile
 
     profile = profile_of(args)
-    gpus = {gpu_folder(name): gpu_of(name, args) for name in args.gpu or profile.gpus}
-    if len(gpus) < len(args.gpu or profile.gpus):
-        raise BadInput(f"--gpu {','.join(args.gpu or profile.gpus)}: two of these would share a folder; name each once")
+    names = args.gpu or profile.gpus
+    gpus = {gpu_folder(name): gpu_of(name, args) for name in names}
+    if len(gpus) < len(names):
+        raise BadInput(f"--gpu {','.join(names)}: two of these would share a folder; name each once")
     peaks.check_predictable(profile)
     strategies = {spec: load_strategy(spec) for spec in profile.sweep.strategies}
     require(strategies, profile.model, profile.workload, profile.training)
