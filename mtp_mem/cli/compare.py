@@ -91,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     if interrupted or left:
         finished = len(wanted) - len(left)
         why = "stopped" if interrupted else f"the budget of {args.budget_minutes:g} min is spent"
-        note(f"{why}: {finished} of {len(wanted)} cases are in {results.path}; the same command runs the others")
+        again = "with --fresh the same command begins again" if args.fresh else "the same command runs the others"
+        note(f"{why}: {finished} of {len(wanted)} cases are in {results.path}; {again}")
         return 130 if interrupted else 1
     records = [records_by_case[case.id] for case in wanted]
     if args.fresh:

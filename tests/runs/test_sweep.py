@@ -76,6 +76,8 @@ def test_a_spent_budget_keeps_what_is_finished(tmp_path: Path, capsys: pytest.Ca
         last_line = printed.err.splitlines()[-1]
         assert last_line.startswith(f"the budget of 1e-09 min is spent: {finished} of 3 cases are in {out}")
         assert last_line.endswith("the same command runs the others")
+    assert main([*command, "--budget-minutes", "1e-9", "--fresh"]) == 1
+    assert capsys.readouterr().err.endswith("with --fresh the same command begins again\n")
     assert main([*command, "--budget-minutes", "1e-9"]) == 0
     assert [record["n"] for record in json.loads(capsys.readouterr().out)["records"]] == [1, 2, 3]
     for minutes in ("0", "-1", "nan", "inf", "soon"):
