@@ -4,7 +4,6 @@
 reported, and which scenario is made for it. The issue numbers are those of the projects named.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,43 +12,55 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_mem.model.head_tree import Head, Heads
-from mtp_mem.model.losses import IGNORE, Loss, full, loss_dtype
+from mtp_mem.model.losses import IGNORE, full, loss_dtype
 from mtp_mem.strategies.sequential import Sequential
 from mtp_mem.strategy import load_strategy
 
 
-class Broken:
-    """A strategy with a known bug."""
+class Broken(Sequential):
+    """A strategy with a known bug: Sequential, but for the method that a subclass overrides."""
 
-    origin: ClassVar[str]
+    origin: ClassVar[str] = "no report known to us"
     caught_by: ClassVar[str]
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
-        """As a strategy, with a bug."""
-        raise NotImplementedError
-
-
-def _each_head(
-    cut: Tensor,
-    heads: Heads,
-    targets: Tensor,
-    weights: Tensor,
-    loss: Loss,
-    upstream: Callable[[Tensor], Tensor] = lambda w: w,
-) -> Tensor:
-    """The right sequential order, with the loss and the upstream gradient that a bug replaces."""
-
-    return _EachHead(loss, upstream).backward(cut, heads, targets, weights)
-
-
-class _EachHead(Sequential):
-    def __init__(self, loss: Loss, upstream: Callable[[Tensor], Tensor]) -> None:
-        self.loss, self.upstream = loss, upstream
+        """As Sequential, with the bug."""
+        losses = super().backward(cut, heads, targets, self._weights(cut, targets, weights))
+        self._after(cut, heads, losses)
+        return losses
 
     def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        loss = heads.loss(head, hidden, targets, self.loss)
-        heads.backward([loss], [self.upstream(weight)])
+        """As Sequential, with the bug."""
+        loss = heads.loss(head, hidden, targets, self._loss)
+        heads.backward([loss], [weight])
         return loss.detach()
+
+    def _weights(self, cut: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """The loss weights (n,) to use."""
+        return weights
+
+    def _loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+        """One head's loss, 0-dim."""
+        return full(hidden, unembedding, targets)
+
+    def _after(self, cut: Tensor, heads: Heads, losses: Tensor) -> None:
+        """What is done at the end to what the step leaves."""
+
+
+def flat_logits(hidden: Tensor, unembedding: Tensor) -> Tensor:
+    """Logits (N, V) in the loss dtype."""
+    return F.linear(hidden, unembedding).flatten(0, -2).to(loss_dtype(hidden.dtype))
+
+
+def masked_mean(each: Tensor, targets: Tensor) -> Tensor:
+    """The mean of each token's loss (N,) over those that have a target."""
+    valid = targets.flatten() != IGNORE
+    return torch.where(valid, each, 0).sum() / valid.sum().clamp(min=1)
+
+
+def target_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """The target's logit of each token (N,)."""
+    return logits.gather(1, targets.flatten().clamp(min=0)[:, None])[:, 0]
 
 
 class RetainGraph(Broken):
@@ -72,9 +83,8 @@ class ScaleIgnored(Broken):
     origin = "Fast-LLM and torchtitan's loss bridge; DeepSpeed tiled loss; Liger #968"
     caught_by = "upstream scale 0.37"
 
-    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
-        """Every weight becomes one."""
-        return _each_head(cut, heads, targets, weights, full, torch.ones_like)
+    def _weights(self, cut: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        return torch.ones_like(weights)
 
 
 class HeadSkipped(Broken):
@@ -103,7 +113,7 @@ class LastHeadOffByOne(Broken):
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
         """Repeats the last but one row of targets."""
         wrong = torch.cat([targets[:-1], targets[-2:-1]]) if heads.n > 1 else targets
-        return load_strategy("sequential").backward(cut, heads, wrong, weights)
+        return super().backward(cut, heads, wrong, weights)
 
 
 class ShiftedTargets(Broken):
@@ -114,7 +124,7 @@ class ShiftedTargets(Broken):
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
         """Rolls the targets along the sequence."""
-        return load_strategy("sequential").backward(cut, heads, targets.roll(1, dims=-1), weights)
+        return super().backward(cut, heads, targets.roll(1, dims=-1), weights)
 
 
 class RolledMaskDenominator(Broken):
@@ -123,13 +133,8 @@ class RolledMaskDenominator(Broken):
     origin = "Megatron-LM #2417, PR #3159"
     caught_by = "n = 3"
 
-    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
-        """The denominator counts the ignored tail."""
-
-        def loss(hidden: Tensor, unembedding: Tensor, target: Tensor) -> Tensor:
-            return full(hidden, unembedding, target) * (target != IGNORE).sum() / target.numel()
-
-        return _each_head(cut, heads, targets, weights, loss)
+    def _loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+        return full(hidden, unembedding, targets) * (targets != IGNORE).sum() / targets.numel()
 
 
 class AllIgnoredIsNaN(Broken):
@@ -138,15 +143,10 @@ class AllIgnoredIsNaN(Broken):
     origin = "Megatron-LM #3396; mcore-bridge #104"
     caught_by = "a whole head ignored"
 
-    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
-        """The count is not clamped to one."""
-
-        def loss(hidden: Tensor, unembedding: Tensor, target: Tensor) -> Tensor:
-            logits = F.linear(hidden, unembedding).flatten(0, -2).to(loss_dtype(hidden.dtype))
-            each = F.cross_entropy(logits, target.flatten(), ignore_index=IGNORE, reduction="sum")
-            return each / (target != IGNORE).sum()
-
-        return _each_head(cut, heads, targets, weights, loss)
+    def _loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+        logits = flat_logits(hidden, unembedding)
+        each = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        return each / (targets != IGNORE).sum()
 
 
 class UnembeddingDoubled(Broken):
@@ -159,7 +159,7 @@ class UnembeddingDoubled(Broken):
         """Adds what this step added once more."""
         own = {head.unembedding for head in _all(heads.roots)}
         before = {weight: None if weight.grad is None else weight.grad.clone() for weight in own}
-        losses = load_strategy("sequential").backward(cut, heads, targets, weights)
+        losses = super().backward(cut, heads, targets, weights)
         for weight, old in before.items():
             if weight.grad is not None:
                 weight.grad += weight.grad if old is None else weight.grad - old
@@ -197,21 +197,14 @@ class ChunkTailDropped(Broken):
     caught_by = "n = 3"
     chunk: int = 13
 
-    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
-        """The number of chunks is rounded down."""
-
-        def loss(hidden: Tensor, unembedding: Tensor, target: Tensor) -> Tensor:
-            count = (target != IGNORE).sum().clamp(min=1)
-            rows, wanted = hidden.flatten(0, -2), target.flatten()
-            total = rows.new_zeros((), dtype=loss_dtype(rows.dtype)) + 0 * rows.sum()
-            for start in range(0, len(wanted) // self.chunk * self.chunk, self.chunk):
-                part = slice(start, start + self.chunk)
-                total = total + full(rows[part][None], unembedding, wanted[part][None]) * (
-                    wanted[part] != IGNORE
-                ).sum().clamp(min=1)
-            return total.to(loss_dtype(rows.dtype)) / count
-
-        return _each_head(cut, heads, targets, weights, loss)
+    def _loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+        rows, labels = hidden.flatten(0, -2), targets.flatten()
+        total = rows.new_zeros((), dtype=loss_dtype(rows.dtype)) + 0 * rows.sum()
+        for start in range(0, len(labels) // self.chunk * self.chunk, self.chunk):
+            part = slice(start, start + self.chunk)
+            count = (labels[part] != IGNORE).sum().clamp(min=1)
+            total = total + full(rows[part][None], unembedding, labels[part][None]) * count
+        return total / (labels != IGNORE).sum().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -222,18 +215,10 @@ class OneSlabLogsumexp(Broken):
     caught_by = "n = 1"
     chunk: int = 13
 
-    def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
-        """Slabs overwrite the normaliser instead of joining it."""
-
-        def loss(hidden: Tensor, unembedding: Tensor, target: Tensor) -> Tensor:
-            logits = F.linear(hidden, unembedding).flatten(0, -2).to(loss_dtype(hidden.dtype))
-            last = logits[:, -(logits.shape[1] % self.chunk or self.chunk) :]
-            wanted = target.flatten()
-            picked = logits.gather(1, wanted.clamp(min=0)[:, None])[:, 0]
-            each = torch.where(wanted == IGNORE, 0, last.logsumexp(dim=1) - picked)
-            return each.sum() / (wanted != IGNORE).sum().clamp(min=1)
-
-        return _each_head(cut, heads, targets, weights, loss)
+    def _loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+        logits = flat_logits(hidden, unembedding)
+        last = logits[:, -(logits.shape[1] % self.chunk or self.chunk) :]
+        return masked_mean(last.logsumexp(1) - target_logits(logits, targets), targets)
 
 
 class StaleGradOverwritten(Broken):
@@ -246,11 +231,11 @@ class StaleGradOverwritten(Broken):
         """The unembedding's gradient starts from nothing."""
         for head in _all(heads.roots):
             head.unembedding.grad = None
-        return load_strategy("sequential").backward(cut, heads, targets, weights)
+        return super().backward(cut, heads, targets, weights)
 
 
 @dataclass(frozen=True)
-class LowPrecisionSums(Sequential, Broken):
+class LowPrecisionSums(Broken):
     """The unembedding's gradient is summed over many chunks in bf16"""
 
     origin = "Liger #512, #827; OLMo-core #370; axolotl #1601"
@@ -287,7 +272,7 @@ class FrozenGradients(Broken):
         for weight in frozen:
             weight.requires_grad_(True)
         try:
-            return load_strategy("sequential").backward(cut, heads, targets, weights)
+            return super().backward(cut, heads, targets, weights)
         finally:
             for weight in frozen:
                 weight.requires_grad_(False)
@@ -296,21 +281,3 @@ class FrozenGradients(Broken):
 def _all(roots: tuple[Head, ...]) -> list[Head]:
     """Every head of the tree."""
     return [head for root in roots for head in (root, *_all(root.children))]
-
-
-BROKEN: tuple[type[Broken], ...] = (
-    RetainGraph,
-    ScaleIgnored,
-    HeadSkipped,
-    LastHeadOffByOne,
-    ShiftedTargets,
-    RolledMaskDenominator,
-    AllIgnoredIsNaN,
-    UnembeddingDoubled,
-    DetachedChain,
-    ChunkTailDropped,
-    OneSlabLogsumexp,
-    StaleGradOverwritten,
-    LowPrecisionSums,
-    FrozenGradients,
-)

@@ -17,7 +17,7 @@ from torch.overrides import BaseTorchFunctionMode
 from mtp_mem import load_strategy
 from mtp_mem.testing import check_strategy
 from mtp_mem.verification.behaviour import across_steps, protocol
-from mtp_mem.verification.broken_strategies import BROKEN
+from mtp_mem.verification.broken_strategies import RetainGraph
 from mtp_mem.verification.global_state import restored
 from mtp_mem.verification.scenarios import SCENARIOS, Scenario
 from mtp_mem.verification.verify import verify
@@ -332,7 +332,7 @@ def test_check_strategy_says_what_is_wrong() -> None:
     check_strategy("sequential", scenarios=USUAL)
     check_strategy(load_strategy("chunked_vocab"), scenarios=USUAL)
     with pytest.raises(AssertionError) as caught:
-        check_strategy(BROKEN[0](), scenarios=USUAL)
+        check_strategy(RetainGraph(), scenarios=USUAL)
     assert "5 of 6 checks failed" in str(caught.value)
     # Embedding and trunk are equally wrong, up to rounding.
     assert re.search(
@@ -357,7 +357,7 @@ def test_check_strategy_says_once_what_is_broken_everywhere() -> None:
 
 def test_check_strategy_shows_ten_failures_and_counts_the_rest() -> None:
     with pytest.raises(AssertionError) as caught:
-        check_strategy(BROKEN[0](), scenarios=[replace(USUAL[0], name=f"usual {i}") for i in range(3)])
+        check_strategy(RetainGraph(), scenarios=[replace(USUAL[0], name=f"usual {i}") for i in range(3)])
     lines = str(caught.value).splitlines()
     assert lines[0] == "13 of 14 checks failed:"
     assert len(lines) == 12
