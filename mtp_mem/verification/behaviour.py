@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mtp_mem.config.schema import Dtype
-from mtp_mem.errors import BrokenContract, contained, one_line
+from mtp_mem.errors import BrokenContract, one_line
 from mtp_mem.memory.cpu import held_arrays, held_tensors
 from mtp_mem.memory.tracker import Tracker
 from mtp_mem.memory.unseen import eager
@@ -19,6 +19,7 @@ from mtp_mem.step import forward_backward
 from mtp_mem.strategy import Strategy, kernel_limits, load_strategy
 from mtp_mem.verification.checks import Check
 from mtp_mem.verification.contract import Watched, counted_hooks, unchanged
+from mtp_mem.verification.global_state import restored
 from mtp_mem.verification.gradient_error import Part, identical, judge
 from mtp_mem.verification.problem import Outcome, Problem, build, plain_step, run, step_with, with_options
 from mtp_mem.verification.scenarios import Scenario
@@ -46,7 +47,7 @@ def protocol(name: str, strategy: Strategy, scenario: Scenario, dtype: Dtype, de
 
     def hooks_run() -> None:
         problem.model.zero_grad(set_to_none=True)
-        with contained(), counted_hooks(parameters), model_kept(problem.model) as changed:
+        with restored(), counted_hooks(parameters), model_kept(problem.model) as changed:
             forward_backward(problem.model, problem.batches[0], strategy)
         if changed:
             raise BrokenContract(f"leaves {changed[0]} changed")
@@ -54,7 +55,7 @@ def protocol(name: str, strategy: Strategy, scenario: Scenario, dtype: Dtype, de
     def errors_get_out() -> None:
         failing = _Failing(strategy)
         try:
-            with contained():
+            with restored():
                 forward_backward(problem.model, problem.batches[0], failing)
         except BrokenContract:
             raise

@@ -244,6 +244,21 @@ def test_a_setting_that_is_put_back_is_none_of_its_own_business() -> None:
     assert check.status == "right", check.explain()
 
 
+def test_a_setting_that_an_error_left_changed_is_put_back_before_the_next_one() -> None:
+    class Unsafe:
+        def backward(self, *args):  # type: ignore[no-untyped-def]
+            torch.set_default_dtype(torch.float64)
+            losses = load_strategy("sequential").backward(*args)
+            torch.set_default_dtype(torch.float32)
+            return losses
+
+    try:
+        assert verify([Unsafe()], dtypes=["fp32"], scenarios=[]).passed
+        assert torch.get_default_dtype() == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_losses_of_an_earlier_step_are_no_losses() -> None:
     class Stale:
         losses: torch.Tensor | None = None
