@@ -167,13 +167,13 @@ class Bench:
             }
         return facts | explained(track(step, self._buckets))
 
-    def time(self, strategies: dict[str, Strategy], progress: Progress) -> dict[str, list[float] | BaseException]:
+    def time(self, strategies: dict[str, Strategy], progress: Progress) -> dict[str, list[float] | dict[str, Any]]:
         """Seconds of untracked steps by spec; the strategies take turns, a different one first in each round.
 
-        A strategy that fails here, out of memory for example, runs no further, and its entry is the exception.
+        A strategy that fails here, out of memory for example, runs no further, and its entry is `failure`'s.
         """
         seconds: dict[str, list[float]] = {spec: [] for spec in strategies}
-        failed: dict[str, list[float] | BaseException] = {}
+        failed: dict[str, list[float] | dict[str, Any]] = {}
         specs = list(strategies)
         # On CUDA the bytes were measured in other processes: here a strategy's first step comes first, untimed.
         warm_up = int(self.device.type == "cuda")
@@ -187,12 +187,12 @@ class Bench:
                 try:
                     with self.guarded(trains=True):
                         took = self._seconds(self.step(strategies[spec]))
-                except Exception as e:
-                    failed[spec] = e.with_traceback(None)  # its frames would keep the step's tensors
+                except Exception as e:  # not kept: its frames, and those of its cause, hold the step's tensors
+                    failed[spec] = failure(e)
+                if spec in failed:
                     self.recover()
-                else:
-                    if turn >= 0:
-                        seconds[spec].append(took)
+                elif turn >= 0:
+                    seconds[spec].append(took)
         return {**seconds, **failed}
 
     def _seconds(self, step: TrainingStep) -> float:

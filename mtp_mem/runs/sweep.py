@@ -227,9 +227,8 @@ def _run_n(
     timed = bench.time(running, lambda spec: progress(f"n={n} {spec}: timing"))
     others = watch.others()
     for spec, seconds in timed.items():
-        if isinstance(seconds, BaseException):
-            failed = failure(seconds)
-            facts_by_spec[spec] |= failed | {"error": f"not timed: {failed['error']}"}
+        if isinstance(seconds, dict):
+            facts_by_spec[spec] |= seconds | {"error": f"not timed: {seconds['error']}"}
         else:
             times = speed(seconds, workload.tokens * profile.training.micro_batches)
             noisy = disturbed(others, times["step_ms"], times["step_ms_p20"], times["step_ms_p80"])
