@@ -1,16 +1,16 @@
 """One case's bytes in a process of its own: nothing an earlier case left in the allocator can bend its peak.
 
-The parent sends the case as JSON on stdin; the child answers with one line on stdout. The line begins with a mark that
-the parent chose, so that nothing else that a strategy prints is taken for the answer. A child that dies, hangs or gives
-no answer is a result, not the end of the run. A child and the processes that it starts end with the parent, however the
-parent ends.
+The parent sends the case pickled on stdin; the child answers with one line of JSON on stdout. The line begins with a
+mark that the parent chose, so that nothing else that a strategy prints is taken for the answer. A child that dies,
+hangs or gives no answer is a result, not the end of the run. A child and the processes that it starts end with the
+parent, however the parent ends.
 """
 
 import contextlib
-import dataclasses
 import gc
 import json
 import os
+import pickle
 import secrets
 import signal
 import subprocess
@@ -21,9 +21,7 @@ from typing import Any
 
 import torch
 
-from mtp_mem.config.other_models import FactoryConfig, HuggingFaceConfig
-from mtp_mem.config.schema import ModelConfig, Profile
-from mtp_mem.config.toml import from_table
+from mtp_mem.config.schema import Profile
 from mtp_mem.errors import clean_text
 
 TIMEOUT_S = 600
@@ -65,11 +63,11 @@ def measure(
     """
     request = {
         "mark": secrets.token_hex(8),
-        "profile": _without_none(dataclasses.asdict(profile)),
+        "profile": profile,
         "n": n,
         "spec": spec,
         "device": device,
-        "text": None if text is None else str(text.resolve()),
+        "text": text,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
     try:
@@ -96,7 +94,7 @@ def _answered(request: dict[str, Any], timeout_s: float, environment: dict[str, 
             process_group=0,
         )
         try:
-            child.communicate(json.dumps(request).encode(), timeout=timeout_s)
+            child.communicate(pickle.dumps(request), timeout=timeout_s)
         except subprocess.TimeoutExpired:
             return {"status": "error", "error": f"no answer within {timeout_s:g} s; the process was killed"}
         finally:
@@ -135,33 +133,19 @@ def main() -> None:
     # Ctrl-C reaches the whole group of processes; the parent decides what becomes of a half-measured case.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.freeze()  # what was imported is no garbage, and the traced step collects
-    request = json.load(sys.stdin)
+    request = pickle.load(sys.stdin.buffer)
     if request["deterministic"]:
         require_deterministic()
-    profile = _profile(request["profile"])
+    profile: Profile = request["profile"]
     device: torch.device = resolve_device(request["device"])
     config = profile.model.with_n(request["n"])
-    text = request["text"] and Path(request["text"])
     try:
-        bench = Bench(profile, config, load_corpus(profile.workload, config.vocab_size, text), device)
+        bench = Bench(profile, config, load_corpus(profile.workload, config.vocab_size, request["text"]), device)
         facts = bench.measure(load_strategy(request["spec"]) if request["spec"] else NoLogits())
     except Exception as e:
         facts = failure(e)
     print(f"\n{request['mark']}{json.dumps(facts)}", flush=True)
     os._exit(0)  # no thread or exit handler of the strategy goes on
-
-
-def _profile(table: dict[str, Any]) -> Profile:
-    model = table["model"]
-    other = HuggingFaceConfig if "architecture" in model else FactoryConfig if "factory" in model else ModelConfig
-    return from_table(Profile, table | {"model": from_table(other, model)})
-
-
-def _without_none(value: Any) -> Any:
-    """The value without fields that are None: `from_table` expects TOML, which has no null."""
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _last_words(code: int, said: bytes) -> str:
