@@ -46,6 +46,8 @@ class Bench:
         self.model = self._model()
         self.batch = self._batch(corpus)
         training = profile.training
+        self._scale = training.scale(profile.workload.dtype)
+        self._loss: dict[str, Any] = {"label_smoothing": training.label_smoothing, "z_loss": training.z_loss}
         self.optimizer = make_optimizer(self.model, name=training.optimizer, master=training.master_weights)
         self._start = [local(parameter).detach().to("cpu", copy=True) for parameter in self.model.parameters()]
         # In host memory like the weights: on the device a second batch would be counted in every peak.
@@ -93,8 +95,7 @@ class Bench:
         verdict = max(verdicts, key=lambda verdict: (verdict.verdict == "differs", verdict.error))
         reference = self.reference_name
         if verdict.overflows:
-            scale = self.profile.training.scale(dtype)
-            reference += f"'s gradient of {verdict.group} is not finite, in {dtype} at a loss scale of {scale:g}"
+            reference += f"'s gradient of {verdict.group} is not finite, in {dtype} at a loss scale of {self._scale:g}"
         return facts | {
             "gradient": verdict.verdict,
             "gradient_error": verdict.error,
@@ -233,15 +234,7 @@ class Bench:
         return {**take(groups(self.model)), "losses": [losses]}
 
     def _backward(self, strategy: Strategy) -> Tensor:
-        training = self.profile.training
-        return forward_backward(
-            self.model,
-            self.batch,
-            strategy,
-            scale=training.scale(self.profile.workload.dtype),
-            label_smoothing=training.label_smoothing,
-            z_loss=training.z_loss,
-        )
+        return forward_backward(self.model, self.batch, strategy, scale=self._scale, **self._loss)
 
     def step(self, strategy: Strategy) -> TrainingStep:
         """The training step with this strategy."""

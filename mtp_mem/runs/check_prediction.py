@@ -32,15 +32,14 @@ from mtp_mem.strategy import load_strategy
 
 STRATEGIES = ("naive", "sequential", "chunked_vocab")
 N = (1, 4)
-_BF16 = {"dtype": "bf16", "tokenizer": "uniform"}
 SHAPES = {
     "narrow": (
         ModelConfig(vocab_size=32000, dim=512, n_layers=8, n_attention_heads=8, n_kv_heads=2),
-        Workload(batch=1, sequence=4096, **_BF16),  # type: ignore[arg-type]
+        Workload(batch=1, sequence=4096, dtype="bf16", tokenizer="uniform"),
     ),
     "wide": (
         ModelConfig(vocab_size=128256, dim=2048, n_layers=8, n_attention_heads=16, n_kv_heads=8),
-        Workload(batch=2, sequence=2048, **_BF16),  # type: ignore[arg-type]
+        Workload(batch=2, sequence=2048, dtype="bf16", tokenizer="uniform"),
     ),
 }
 ALLOCATORS = {"default": "expandable_segments:False", "expandable": "expandable_segments:True"}
@@ -145,27 +144,25 @@ def compare(
     shape: str, spec: str, n: int, allocator: str, profile: Profile, gpu: GPU, facts: dict[str, Any] | None
 ) -> Row:
     """Predict one case and set it beside `facts`, which `isolated.measure` returned, or None."""
-    measured, resident = facts is not None and facts["status"] == "ok", None
-    if facts is not None and measured:
+    resident, error = None, None
+    if facts is not None and facts["status"] != "ok":
+        facts, error = None, facts["error"]
+    if facts is not None:
         nbytes = workspaces(gpu).nbytes
         count, rest = divmod(facts["live_unnamed_bytes"], nbytes) if nbytes else (0, facts["live_unnamed_bytes"])
         resident = (nbytes,) * count + ((rest,) if rest else ())
         gpu = replace(gpu, workspaces_kept=count > 0)
     trace = simulated_step.simulate(profile.model.with_n(n), profile.workload, load_strategy(spec), gpu=gpu)
     peaks = predicted(trace, gpu, resident)
-    if facts is None or not measured:
-        error = None if facts is None else facts["error"]
-        return Row(shape, n, spec, allocator, {key: peaks[f"peak_{key}_bytes"] for key in FIELDS}, error=error)
-    return Row(
-        shape,
-        n,
-        spec,
-        allocator,
-        {key: peaks[f"peak_{key}_bytes"] for key in FIELDS},
-        {key: facts[f"peak_{key}_bytes"] for key in FIELDS},
-        facts["live_unnamed_bytes"],
-        facts["alloc_retries"],
-        facts["peak_spread_bytes"],
+    row = Row(shape, n, spec, allocator, {key: peaks[f"peak_{key}_bytes"] for key in FIELDS}, error=error)
+    if facts is None:
+        return row
+    return replace(
+        row,
+        measured={key: facts[f"peak_{key}_bytes"] for key in FIELDS},
+        unnamed=facts["live_unnamed_bytes"],
+        retries=facts["alloc_retries"],
+        spread=facts["peak_spread_bytes"],
     )
 
 

@@ -95,11 +95,6 @@ class RankBench(Bench):
     ) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self._corpus, self._asked = corpus, reference
-        self._scale = profile.training.scale(profile.workload.dtype)
-        self._loss: dict[str, Any] = {
-            "label_smoothing": profile.training.label_smoothing,
-            "z_loss": profile.training.z_loss,
-        }
         self._ddp: DistributedDataParallel | None = None
         self._ddp_buckets: dict[int, Tensor] = {}
         super().__init__(profile, config, corpus, device)

@@ -231,7 +231,8 @@ def _rank(
     try:
         if group.device_type == "cuda":
             torch.cuda.set_device(rank)
-        join(group.device_type, init_method=f"file://{store}", rank=rank, world=group.world, timeout_s=group.timeout_s)
+        where: dict[str, Any] = {"init_method": f"file://{store}", "rank": rank, "world_size": group.world}
+        join(group.device_type, timeout_s=group.timeout_s, **where)
         work = make()
         for job in jobs:
             answer = work(job, doing)
@@ -252,10 +253,8 @@ def join(device_type: str, *, timeout_s: float = TIMEOUT_S, **where: Any) -> Non
     Args:
         device_type: "cpu" or "cuda".
         timeout_s: seconds; a collective may take 60 s longer.
-        where: `init_method`, `rank` and `world`; without them torchrun's environment variables count.
+        where: `init_method`, `rank` and `world_size`; without them torchrun's environment variables count.
     """
-    if "world" in where:
-        where["world_size"] = where.pop("world")
     backend = "gloo" if device_type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s + 60), **where)
 
