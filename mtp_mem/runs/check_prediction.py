@@ -20,6 +20,7 @@ from mtp_mem._util import writable, write_json
 from mtp_mem.config.foreign import read_json
 from mtp_mem.config.gpus import GPU, load_gpu
 from mtp_mem.config.schema import ModelConfig, Profile, Sweep, Workload
+from mtp_mem.config.toml import from_table
 from mtp_mem.environment import code_digest
 from mtp_mem.errors import BadInput
 from mtp_mem.prediction import simulated_step
@@ -258,7 +259,10 @@ def _before(out: Path, about: dict[str, Any]) -> list[Row]:
         document = read_json(out / FILE)
         if any(document.get(key) != value for key, value in about.items()):
             return []
-        return [Row(**row) for row in document["cases"] if not row["error"]]
+        rows = [from_table(Row, row) for row in document["cases"] if not row["error"]]
+        for row in rows:
+            _line(row)  # raises where a figure is missing
+        return rows
     except (BadInput, KeyError, TypeError, AttributeError):
         return []
 

@@ -66,6 +66,20 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(predicted) == 2 * len(whole["cases"])
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"predicted": "many"}, {"predicted": {"requested": 1}}, {"measured": {"requested": 1}}, {"n": None}, {"more": 1}],
+)
+def test_damaged_cases_are_run_again(tmp_path: Path, damage: dict[str, Any]) -> None:
+    args = ["predict", "--check", "--quick", "--gpu", "h200", "--out", str(tmp_path)]
+    assert main(args) == 0
+    whole = json.loads((tmp_path / "check.json").read_text())
+    damaged = whole | {"cases": [whole["cases"][0] | damage, *whole["cases"][1:]]}
+    (tmp_path / "check.json").write_text(json.dumps(damaged))
+    assert main(args) == 0
+    assert json.loads((tmp_path / "check.json").read_text()) == whole
+
+
 def test_a_spent_budget_keeps_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["predict", "--check", "--quick", "--gpu", "h200", "--budget-minutes", "1e-9", "--out", str(tmp_path)]
     for reached in (1, 2):
