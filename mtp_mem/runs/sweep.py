@@ -94,12 +94,12 @@ def run(
     Raises:
         BadInput: a strategy cannot be loaded, or cannot run this model.
     """
+    strategies = {case.strategy: load_strategy(case.strategy) for case in todo}  # bad specs fail before any work
+    require(strategies, profile.model, profile.workload, profile.training)
     if profile.training.sharding != "none":
         yield from _on_ranks(profile, corpus, device, todo, progress, budget_s, joined)
         return
     started = time.monotonic()
-    strategies = {case.strategy: load_strategy(case.strategy) for case in todo}  # bad specs fail before any work
-    require(strategies, profile.model, profile.workload, profile.training)
     for n in dict.fromkeys(case.n for case in todo):
         if n != todo[0].n and budget_s is not None and time.monotonic() - started >= budget_s:
             return
@@ -114,7 +114,7 @@ def run(
                 runnable.append(case)
             else:
                 progress(f"n={n} {case.strategy}: refused")
-                yield _record(case, profile, config, corpus, device, {"status": "oom", "error": reason})
+                yield _record(profile, corpus, device, case, {"status": "oom", "error": reason}, floor={})
         if runnable:
             chosen = {case.strategy: strategies[case.strategy] for case in runnable}
             with nullcontext() if on_cuda else bounded_memory():
@@ -135,12 +135,6 @@ def _on_ranks(
     from mtp_mem.runs.rank_bench import RANK_REFERENCES, DoesNotFit, RankWork
     from mtp_mem.runs.ranks import Group
 
-    require(
-        {case.strategy: load_strategy(case.strategy) for case in todo},
-        profile.model,
-        profile.workload,
-        profile.training,
-    )
     group = joined or Group(profile.training.world, device.type)
     by_job = {(case.strategy, case.n): case for case in todo}
     jobs = [job for n in dict.fromkeys(case.n for case in todo) for job in [("", n), *(j for j in by_job if j[1] == n)]]
@@ -152,8 +146,7 @@ def _on_ranks(
                 break
             jobs = jobs[1:]
             if job in by_job:
-                config = profile.model.with_n(job[1])
-                yield _record(by_job[job], profile, config, corpus, device, facts, floor=floors[job[1]])
+                yield _record(profile, corpus, device, by_job[job], facts, floors[job[1]])
             else:
                 floors[job[1]] = facts if facts["status"] == "ok" else {}
             last_of_its_n = not jobs or jobs[0][1] != job[1]
@@ -196,56 +189,46 @@ def _run_n(
     strategies: dict[str, Strategy],
     progress: Progress,
 ) -> Iterator[Record]:
-    n, workload = config.n_future, profile.workload
-    bytes_alone: dict[str, Facts] = {}
-    if device.type == "cuda":
-        for spec in ("", *strategies):
+    n, on_cuda = config.n_future, device.type == "cuda"
+    facts: dict[str, Facts] = {spec: {} for spec in ("", *strategies)}  # "" is the floor
+    if on_cuda:
+        for spec in facts:
             progress(f"n={n} {spec or 'floor'}: bytes")
-            bytes_alone[spec] = isolated.measure(profile, n, spec, str(device), text=corpus.path)
+            facts[spec] = isolated.measure(profile, n, spec, str(device), text=corpus.path)
     try:
         bench = Bench(profile, config, corpus, device)
     except (RuntimeError, MemoryError) as e:
-        if (facts := failure(e))["status"] != "oom":
+        if (failed := failure(e))["status"] != "oom":
             raise
         for case in todo:
-            yield _record(case, profile, config, corpus, device, bytes_alone.get(case.strategy, {}) | facts)
+            yield _record(profile, corpus, device, case, facts[case.strategy] | failed, floor={})
         return
-    facts_by_spec = {spec: bytes_alone.get(spec, {}) for spec in strategies}
-    for spec, facts in facts_by_spec.items():  # all of them before the first step, which changes the weights
-        if "error" not in facts:
+    for spec, strategy in strategies.items():  # all of them before the first step, which changes the weights
+        if "error" not in facts[spec]:
             progress(f"n={n} {spec}: gradients")
-            facts |= _tried(bench, partial(bench.check, strategies[spec]))
-    if device.type != "cuda":
-        progress(f"n={n} floor: bytes")
-        bytes_alone[""] = _tried(bench, partial(bench.measure, NoLogits()))
-        for spec, facts in facts_by_spec.items():
-            if "error" not in facts:
-                progress(f"n={n} {spec}: bytes")
-                facts |= _tried(bench, partial(bench.measure, strategies[spec]))
-    running = {spec: strategies[spec] for spec, facts in facts_by_spec.items() if "error" not in facts}
+            facts[spec] |= _tried(bench, partial(bench.check, strategy))
+    if not on_cuda:
+        for spec in facts:
+            if "error" not in facts[spec]:
+                progress(f"n={n} {spec or 'floor'}: bytes")
+                facts[spec] |= _tried(bench, partial(bench.measure, strategies.get(spec, NoLogits())))
+    running = {spec: strategy for spec, strategy in strategies.items() if "error" not in facts[spec]}
     watch = CpuWatch()
     timed = bench.time(running, lambda spec: progress(f"n={n} {spec}: timing"))
     others = watch.others()
     for spec, seconds in timed.items():
         if isinstance(seconds, dict):
-            facts_by_spec[spec] |= seconds | {"error": f"not timed: {seconds['error']}"}
+            facts[spec] |= seconds | {"error": f"not timed: {seconds['error']}"}
         else:
-            times = speed(seconds, workload.tokens * profile.training.micro_batches)
+            times = speed(seconds, profile.workload.tokens * profile.training.micro_batches)
             noisy = disturbed(others, times["step_ms"], times["step_ms_p20"], times["step_ms_p80"])
-            facts_by_spec[spec] |= {**times, "others_cpu": others, "disturbed": noisy}
+            facts[spec] |= {**times, "others_cpu": others, "disturbed": noisy}
     for case in todo:
-        yield _record(case, profile, config, corpus, device, facts_by_spec[case.strategy], floor=bytes_alone[""])
+        yield _record(profile, corpus, device, case, facts[case.strategy], facts[""])
 
 
-def _record(
-    case: Case,
-    profile: Profile,
-    config: ModelConfig,
-    corpus: Corpus,
-    device: torch.device,
-    facts: Facts,
-    floor: Facts | None = None,
-) -> Record:
+def _record(profile: Profile, corpus: Corpus, device: torch.device, case: Case, facts: Facts, floor: Facts) -> Record:
+    config = profile.model.with_n(case.n)
     return new_record(
         case.id,
         case.strategy,
@@ -256,7 +239,7 @@ def _record(
         backend="cuda" if device.type == "cuda" else "cpu",
         environment=environment(device.type),
         parameters=sum(parameters(config).values()),
-        floor=floor or {},
+        floor=floor,
         facts=facts,
     )
 
