@@ -121,11 +121,8 @@ class RankChecks:
             targets = torch.cat([batch.targets for batch in batches], dim=1)  # (n, world B, S)
             everything = Batch(torch.cat([batch.tokens for batch in batches]), targets)
             problems = [dataclasses.replace(problems[0], batches=(everything,))]
-        naive = load_strategy("naive")
-        return Truth(
-            _mean([oracle(problem) for problem in problems]),
-            _mean([run(problem, step_with(naive, scenario)) for problem in problems]),
-        )
+        naive = step_with(load_strategy("naive"), scenario)
+        return Truth(_mean(list(map(oracle, problems))), _mean([run(problem, naive) for problem in problems]))
 
 
 def checks(specs: Sequence[str], hows: Sequence[How]) -> list[RankCheck]:
@@ -147,43 +144,29 @@ def _sharded(problem: Problem, strategy: Strategy, how: How) -> Outcome:
         mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
         shard(model, mesh=mesh, reshard_after_forward=not scenario.stays_whole)
     last = len(problem.batches) - 1
+    shares: Tensor | None = None  # (n,): weights that turn a rank's mean into one over all ranks' targets
+    if scenario.over_all:
+        targets = problem.batches[0].targets
+        shares = (targets != IGNORE).flatten(1).sum(1) / mean_items(targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         for i, batch in enumerate(problem.batches):
-            weights = _weights(batch, scenario)
+            weights = scenario.weights if shares is None else shares
             options: dict[str, Any] = {"scale": scenario.scale, "sync": i == last, "weights": weights}
             if how == "ddp":
                 losses = loss_backward(ddp, batch, strategy, **options)
             else:
                 losses = forward_backward(model, batch, strategy, **options)
     gradients = {name: None if p.grad is None else whole(p.grad) for name, p in model.named_parameters()}
-    shares = mean_items(batch.targets) if scenario.over_all else torch.ones_like(losses)
-    counts = (batch.targets != IGNORE).flatten(1).sum(1) if scenario.over_all else torch.ones_like(losses)
-    mean = losses * counts / shares / world
+    mean = (losses if shares is None else losses * shares) / world
     dist.all_reduce(mean)
     return Outcome(gradients, mean)
 
 
-def _weights(batch: Batch, scenario: RankScenario) -> Tensor | tuple[float, ...] | None:
-    """The scenario's loss weights; with `over_all` those (n,) that turn a rank's mean into one over all ranks."""
-    if not scenario.over_all:
-        return scenario.weights
-    counts = (batch.targets != IGNORE).flatten(1).sum(1)  # (n,)
-    return counts / mean_items(batch.targets)
-
-
 def _mean(outcomes: Sequence[Outcome]) -> Outcome:
     """The mean over ranks of gradients and losses; a gradient that is absent on one rank is absent on all."""
-    first = outcomes[0]
-    gradients = {
-        name: None
-        if own is None
-        else torch.stack([_present(o.gradients[name]) for o in outcomes]).sum(0) / len(outcomes)
-        for name, own in first.gradients.items()
-    }
+    gradients: dict[str, Tensor | None] = {}
+    for name in outcomes[0].gradients:
+        present = [own for outcome in outcomes if (own := outcome.gradients[name]) is not None]
+        gradients[name] = torch.stack(present).sum(0) / len(outcomes) if present else None
     return Outcome(gradients, torch.stack([outcome.losses for outcome in outcomes]).sum(0) / len(outcomes))
-
-
-def _present(gradient: Tensor | None) -> Tensor:
-    assert gradient is not None
-    return gradient

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -80,20 +81,20 @@ def build(scenario: Scenario, dtype: Dtype, device: torch.device) -> Problem:
         if scenario.offset:
             _offset(drawn, scenario.offset)
         prefilled = {name: torch.randn_like(p) * 0.01 for name, p in drawn.named_parameters() if scenario.prefilled}
-        batches = {seed: _batch(scenario, seed) for seed in dict.fromkeys(scenario.batches)}
+    batches = tuple(_batch(scenario, seed, device) for seed in scenario.batches)
     model = drawn.moved(dtype, device)
     if scenario.steps:
-        _train(model, batches[scenario.batches[0]], scenario.steps)
+        step = TrainingStep(model, make_optimizer(model, lr=0.01), batches[0], load_strategy("naive"))
+        for _ in range(scenario.steps):
+            step()
+        model.zero_grad(set_to_none=True)
     if scenario.not_a_number:
         with torch.no_grad():
             model.get_parameter(scenario.not_a_number).view(-1)[5] = torch.nan
     for parameter in _frozen(model, scenario):
         parameter.requires_grad_(False)
-    before = {}
-    if scenario.prefilled:
-        before = {name: grad.to(device, PARAMETER_DTYPES[dtype]) for name, grad in prefilled.items()}
-    on_device = tuple(Batch(batches[s].tokens.to(device), batches[s].targets.to(device)) for s in scenario.batches)
-    return Problem(scenario, model, drawn, on_device, before)
+    before = {name: grad.to(device, PARAMETER_DTYPES[dtype]) for name, grad in prefilled.items()}
+    return Problem(scenario, model, drawn, batches, before)
 
 
 def run(problem: Problem, step: Callable[[Model, Batch], Tensor]) -> Outcome:
@@ -179,7 +180,7 @@ def with_options(strategy: Strategy, size: int | None) -> Strategy:
     return strategy
 
 
-def _batch(scenario: Scenario, seed: int) -> Batch:
+def _batch(scenario: Scenario, seed: int, device: torch.device) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     shape = (scenario.batch, scenario.sequence)
     tokens = torch.randint(scenario.vocab_size, shape, generator=generator)
@@ -202,7 +203,7 @@ def _batch(scenario: Scenario, seed: int) -> Batch:
         targets[:, 0, :3] = torch.tensor([0, scenario.vocab_size - 1, scenario.vocab_size - 2])
     if scenario.trunk == "transposed":
         targets = targets.transpose(1, 2).contiguous().transpose(1, 2)
-    return Batch(tokens, targets)
+    return Batch(tokens.to(device), targets.to(device))
 
 
 def _frozen(model: MTPModel, scenario: Scenario) -> list[torch.nn.Parameter]:
@@ -217,9 +218,8 @@ class _Constant(torch.nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(dim, dtype=torch.float64))
-        with torch.no_grad():
-            self.weight[:2] = 1
+        ones = torch.ones(2, dtype=torch.float64)
+        self.weight = torch.nn.Parameter(F.pad(ones, (0, dim - 2)), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight.to(x.dtype).expand_as(x)
@@ -230,18 +230,8 @@ def _offset(model: MTPModel, offset: float) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.norm = _Constant(model.dim)  # type: ignore[assignment]
-    model.norm.weight.requires_grad_(False)
     with torch.no_grad():
         for unembedding in model.unembeddings():
             unembedding.weight.zero_()
             unembedding.weight[:, 0] = offset
             unembedding.weight.requires_grad_(True)
-
-
-def _train(model: MTPModel, batch: Batch, steps: int) -> None:
-    device = next(model.parameters()).device
-    on_device = Batch(batch.tokens.to(device), batch.targets.to(device))
-    step = TrainingStep(model, make_optimizer(model, lr=0.01), on_device, load_strategy("naive"))
-    for _ in range(steps):
-        step()
-    step.model.zero_grad(set_to_none=True)

@@ -139,10 +139,7 @@ class Truth:
 def verify_problem(problem: Problem, dtype: Dtype, strategies: dict[str, Strategy]) -> Iterator[Check]:
     """One scenario in one dtype: the oracle and naive once, then every strategy."""
     scenario = problem.scenario
-    exact = oracle(problem)
-    plain = load_strategy("naive")
-    naive = run(problem, step_with(plain, scenario))
-    truth = Truth(exact, naive)
+    truth = Truth(oracle(problem), run(problem, step_with(load_strategy("naive"), scenario)))
     for name, strategy in strategies.items():
         try:
             outcome = watched(problem, with_options(strategy, scenario.chunk))
