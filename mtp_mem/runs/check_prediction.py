@@ -147,7 +147,7 @@ def compare(
     """Predict one case and set it beside `facts`, which `isolated.measure` returned, or None."""
     resident, error = None, None
     if facts is not None and facts["status"] != "ok":
-        facts, error = None, facts["error"]
+        error, facts = facts["error"], None
     if facts is not None:
         nbytes = workspaces(gpu).nbytes
         count, rest = divmod(facts["live_unnamed_bytes"], nbytes) if nbytes else (0, facts["live_unnamed_bytes"])
