@@ -95,7 +95,7 @@ def stand_alone(gradients: Mapping[str, Tensor | None], owners: Mapping[str, Ten
     """
     seen = {tensor.untyped_storage().data_ptr(): name for name, tensor in owners.items() if tensor.numel()}
     for name, gradient in gradients.items():
-        if gradient is None:
+        if gradient is None or not gradient.numel():
             continue
         if gradient.requires_grad:
             raise BrokenContract(f"leaves a graph on {name} (create_graph)")

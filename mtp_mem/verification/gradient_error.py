@@ -208,10 +208,10 @@ def identical(candidate: Sequence[Tensor | None], reference: Sequence[Tensor | N
 
 
 def _largest(tensors: Sequence[Tensor | None]) -> list[float]:
-    """Of each tensor the largest absolute value, NaN where it holds one; 0 where there is no tensor."""
-    present = [tensor for tensor in tensors if tensor is not None]
+    """Of each tensor the largest absolute value, NaN where it holds one; 0 where there is no tensor or no value."""
+    present = [tensor for tensor in tensors if tensor is not None and tensor.numel()]
     peaks = iter(torch.stack(list(torch._foreach_norm(present, math.inf))).tolist() if present else ())
-    return [0.0 if tensor is None else next(peaks) for tensor in tensors]
+    return [next(peaks) if tensor is not None and tensor.numel() else 0.0 for tensor in tensors]
 
 
 def relative_error(candidate: Sequence[Tensor | None], reference: Sequence[Tensor | None]) -> float:

@@ -47,7 +47,8 @@ def test_verdicts() -> None:
 
 
 @pytest.mark.parametrize(
-    "nothing", [[None], [torch.zeros(3)], [torch.full((3,), math.nan)], [torch.tensor([math.inf])]]
+    "nothing",
+    [[None], [torch.empty(0)], [torch.zeros(3)], [torch.full((3,), math.nan)], [torch.tensor([math.inf])]],
 )
 def test_nothing_to_check_is_neither_right_nor_identical(nothing: list[torch.Tensor | None]) -> None:
     part = judge("a", nothing, nothing, "fp32")
@@ -61,7 +62,7 @@ def test_nothing_to_check_is_neither_right_nor_identical(nothing: list[torch.Ten
 def test_what_is_not_finite_equals_nothing() -> None:
     for value in (math.nan, math.inf):
         assert not identical([torch.tensor([1.0, value])], [torch.tensor([1.0, value])])
-    assert identical([torch.ones(2), None], [torch.ones(2), None])
+    assert identical([torch.ones(2), None, torch.empty(0)], [torch.ones(2), None, torch.empty(0)])
     assert not identical([None], [torch.ones(2)])
     assert not identical([torch.ones(2)], [None])
 

@@ -129,6 +129,7 @@ def test_gradients_do_not_share_memory() -> None:
         stand_alone({"a.grad": a, "b.grad": a.view(3)}, {})
     with pytest.raises(BrokenContract, match=r"leaves a\.grad sharing memory with the cut"):
         stand_alone({"a.grad": a}, {"the cut": a.view(3)})
+    stand_alone({"a.grad": torch.empty(0), "b.grad": torch.empty(0, 3)}, {})  # memory that none has is not shared
 
 
 def test_nan_is_no_change() -> None:
