@@ -52,7 +52,7 @@ def verify(
     for s in loadable() if strategies is None else strategies:
         name = s if isinstance(s, str) else type(s).__name__
         if name in named and not isinstance(s, str):
-            name = f"{name} {sum(isinstance(other, type(s)) for other in named.values()) + 1}"
+            name = f"{name} {sum(type(other).__name__ == name for other in named.values()) + 1}"
         named[name] = load_strategy(s) if isinstance(s, str) else s
     limits = {name: kernel_limits(strategy) for name, strategy in named.items()}
     unable = [name for name in named if not any(map(limits[name].takes, dtypes))]

@@ -304,6 +304,18 @@ def test_two_strategies_of_one_class_are_both_checked() -> None:
     assert "Changed 2: protocol, fp64: leaves cut.grad empty" in [check.explain() for check in result.failures]
 
 
+def test_strategies_of_classes_of_one_name_are_all_checked() -> None:
+    other = type("Changed", (Changed,), {})
+    unrelated = type("Changed", (), {"backward": lambda _, *args: load_strategy("naive").backward(*args)})
+    strategies = [Changed("cut"), unrelated(), other(""), unrelated(), Changed(""), Changed("dtype")]
+    result = verify(strategies, dtypes=["fp64"], scenarios=USUAL, behaviour=False)
+    assert [(check.strategy, check.status) for check in result.checks] == [
+        ("Changed", "wrong"),
+        *((f"Changed {number}", "right") for number in (2, 3, 4, 5)),
+        ("Changed 6", "wrong"),
+    ]
+
+
 @dataclass(frozen=True)
 class Picky:
     """naive that refuses the scenarios' chunk"""
