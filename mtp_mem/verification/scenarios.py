@@ -89,17 +89,16 @@ class Scenario:
         return LossOptions(softcap=self.softcap, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
 
 
-def _kinds() -> list[Scenario]:
-    kinds: tuple[HeadKind, ...] = ("causal", "anticausal", "linear", "deepseek", "medusa")
-    scenarios = [Scenario(name=f"{kind} heads", head=kind, n=4) for kind in kinds]
-    ways: tuple[Unembedding, ...] = ("tied", "replicated")
-    scenarios += [Scenario(name=f"{u} unembedding", unembedding=u) for u in ways]
-    return [*scenarios, Scenario(name="deepseek heads, tied", head="deepseek", unembedding="tied")]
-
-
 SCENARIOS: tuple[Scenario, ...] = (
     *(Scenario(name=f"n = {n}", n=n) for n in (1, 2, 3, 4, 8)),
-    *_kinds(),
+    Scenario(name="causal heads", head="causal", n=4),
+    Scenario(name="anticausal heads", head="anticausal", n=4),
+    Scenario(name="linear heads", head="linear", n=4),
+    Scenario(name="deepseek heads", head="deepseek", n=4),
+    Scenario(name="medusa heads", head="medusa", n=4),
+    Scenario(name="tied unembedding", unembedding="tied"),
+    Scenario(name="replicated unembedding", unembedding="replicated"),
+    Scenario(name="deepseek heads, tied", head="deepseek", unembedding="tied"),
     Scenario(name="S = 1", sequence=1, expected="zero"),
     Scenario(name="one token a row", sequence=1, ignored="nothing"),
     Scenario(name="one token in all", batch=1, sequence=1, ignored="nothing"),
