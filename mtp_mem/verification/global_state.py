@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -192,13 +193,13 @@ def _settings() -> list[Setting]:
         settings += [
             Setting(
                 f"autocast on {device}",
-                lambda device=device: torch.is_autocast_enabled(device),  # type: ignore[misc]
-                lambda on, device=device: torch.set_autocast_enabled(device, on),  # type: ignore[misc]
+                partial(torch.is_autocast_enabled, device),
+                partial(torch.set_autocast_enabled, device),
             ),
             Setting(
                 f"autocast's dtype on {device}",
-                lambda device=device: torch.get_autocast_dtype(device),  # type: ignore[misc]
-                lambda dtype, device=device: torch.set_autocast_dtype(device, dtype),  # type: ignore[misc]
+                partial(torch.get_autocast_dtype, device),
+                partial(torch.set_autocast_dtype, device),
             ),
         ]
     settings += [
