@@ -52,12 +52,12 @@ def track(step: TrainingStep, buckets: Named = ()) -> Trace:
             step(tracker.phase)
             model.zero_grad(set_to_none=freed)
             gc.collect()
-            tracker.begin_step()
+            begun = len(tracker.trace.events)
             step(tracker.phase)
     finally:
         if enabled:
             gc.enable()
-    return tracker.finish().step()
+    return tracker.step_alone(begun)
 
 
 def _tracker_for(model: Model) -> type[Tracker]:

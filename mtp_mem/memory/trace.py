@@ -115,6 +115,10 @@ class Trace:
 
     def live_after(self, at: int) -> list[Storage]:
         """The storages that are live after event number `at`, in the order in which they were made."""
+        return [self.storages[key] for key in self.keys_after(at)]
+
+    def keys_after(self, at: int) -> list[int]:
+        """The keys of the storages that are live after event number `at`, in the order in which they were made."""
         live = dict.fromkeys(self.resident)
         for event in self.events[: at + 1]:
             if event.kind == "free":
@@ -123,7 +127,7 @@ class Trace:
                 if event.kind == "move":
                     del live[event.old]
                 live[event.key] = None
-        return [self.storages[key] for key in live]
+        return list(live)
 
     def phase_peaks(self) -> dict[str, int]:
         """The most bytes live in each phase, phases in the order of their first allocation."""
@@ -137,13 +141,9 @@ class Trace:
 
     def step(self) -> "Trace":
         """The step alone: what was live before it counts as resident."""
-        before = dict.fromkeys(self.resident)
-        for event in self.events[: self.start]:
-            if event.kind != "alloc":
-                before.pop(event.key if event.kind == "free" else event.old)
-            if event.kind != "free":
-                before[event.key] = None
-        return Trace(self.storages, list(before), self.events[self.start :])
+        before, events = self.keys_after(self.start - 1), self.events[self.start :]
+        products = [(at - self.start, backward) for at, backward in self.products if at >= self.start]
+        return Trace(self.storages, before, events, 0, self.made_by_first_step, products)
 
     def to_json(self) -> dict[str, Any]:
         """The step alone: what was live before it, its events, and the storages of both, renumbered from 0."""

@@ -9,6 +9,7 @@ The recognition compares reference counts with those of a known engine-only buff
 are calibrated with a toy backward before use, and a torch on which that fails is refused.
 """
 
+import dataclasses
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -86,7 +87,6 @@ class Tracker(TorchDispatchMode):
         # whether it is written in Python, whether it is a matrix product.
         self._operators: dict[int, tuple[str, Buffers | None, bool, bool]] = {}
         self._looked_at = 0  # storages of this phase whose makers were looked at
-        self._finished = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -107,15 +107,6 @@ class Tracker(TorchDispatchMode):
             self._parameters.append((name, weakref.ref(parameter)))
             self._parameter_shapes.add(tuple(parameter.shape))
 
-    def begin_step(self) -> None:
-        """The measured step begins; what came before built the model and warmed it up."""
-        self.trace.start = len(self.trace.events)
-
-    def finish(self) -> Trace:
-        """The trace up to here; what is freed later, the model for one, is no part of it."""
-        self._finished = True
-        return self.trace
-
     def step_since(self, begun: int, warmed_up: int) -> Trace:
         """The last step of several; what the steps before it left behind counts as live before it.
 
@@ -132,16 +123,11 @@ class Tracker(TorchDispatchMode):
         return Trace(trace.storages, trace.resident, events, len(before), trace.made_by_first_step, products)
 
     def step_alone(self, begun: int) -> Trace:
-        """One step of several: whatever was live as it began, at event `begun`, counts as live before it."""
-        trace = self.trace
-        live = dict.fromkeys(trace.resident)
-        for event in trace.events[:begun]:
-            if event.kind != "alloc":
-                live.pop(event.key if event.kind == "free" else event.old, None)
-            if event.kind != "free":
-                live[event.key] = None
-        products = [(at - begun, backward) for at, backward in trace.products if at >= begun]
-        return Trace(trace.storages, list(live), trace.events[begun:], 0, trace.made_by_first_step, products)
+        """One step of several: whatever was live as it began, at event `begun`, counts as live before it.
+
+        What is freed later, the model for one, is no part of it.
+        """
+        return dataclasses.replace(self.trace, start=begun).step()
 
     def phase(self, name: str) -> None:
         """A phase of the step begins."""
@@ -222,7 +208,7 @@ class Tracker(TorchDispatchMode):
         del self._endings[key]
         if self._keys.get(address) == key:
             del self._keys[address]
-        if key in self._live and not self._finished:
+        if key in self._live:
             self._live.remove(key)
             self.trace.events.append(Event("free", key))
 
