@@ -15,7 +15,6 @@ one copy of the heads' gradients where gradients are accumulated.
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch.func import functional_call
 from mtp_mem.config.schema import HeadKind
 from mtp_mem.data import IGNORE, Batch, future_targets
 from mtp_mem.errors import BadInput
-from mtp_mem.model.head_tree import Heads, Phase, no_phase
+from mtp_mem.model.head_tree import Phase, no_phase
 from mtp_mem.model.losses import loss_dtype
 from mtp_mem.model.own import Model
 from mtp_mem.strategy import Strategy, load_strategy, require_loss
@@ -78,17 +77,15 @@ def head_loss(
     if num_items is not None:
         upstream = upstream * (targets != IGNORE).flatten(1).sum(1) / num_items
     names, parameters = zip(*model.named_parameters(), strict=True)
-    run = _Run(
-        model=model,
-        strategy=load_strategy(strategy) if isinstance(strategy, str) else strategy,
-        z=z,
-        targets=targets,
-        names=names,
-        train=torch.is_grad_enabled(),
-        loss={"label_smoothing": label_smoothing, "z_loss": z_loss},
-        phase=phase,
-    )
-    loss, losses = _HeadLoss.apply(z, run, upstream, scale, *parameters)  # type: ignore[no-untyped-call]
+    chosen = load_strategy(strategy) if isinstance(strategy, str) else strategy
+
+    def run(cut: Tensor, scaled: Tensor) -> Tensor:
+        heads = model.heads(z, phase).with_loss(label_smoothing=label_smoothing, z_loss=z_loss)
+        require_loss(chosen, heads.options)
+        return chosen.backward(cut, heads, targets, scaled)
+
+    train = torch.is_grad_enabled()
+    loss, losses = _HeadLoss.apply(z, _Above(model, run), names, train, upstream, scale, *parameters)  # type: ignore[no-untyped-call]
     return loss, losses
 
 
@@ -211,57 +208,35 @@ def loss_backward(
     return losses  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """One run of the strategy on shadows of the parameters."""
-
-    model: Model
-    strategy: Strategy
-    z: Tensor
-    targets: Tensor
-    names: tuple[str, ...]
-    train: bool
-    loss: dict[str, float]
-    phase: Phase
-
-    def __call__(self, cut: Tensor, shadows: Sequence[Tensor], upstream: Tensor) -> Tensor:
-        """The losses (n,); fills the `.grad` of the shadows and of the cut."""
-        shadowed = {f"model.{name}": shadow for name, shadow in zip(self.names, shadows, strict=True)}
-        with torch.set_grad_enabled(self.train):
-            return functional_call(_Above(self.model), shadowed, (self._backward, self.z, cut, upstream, self.phase))  # type: ignore[no-any-return]
-
-    def _backward(self, heads: Heads, cut: Tensor, upstream: Tensor) -> Tensor:
-        heads = heads.with_loss(**self.loss)
-        require_loss(self.strategy, heads.options)
-        return self.strategy.backward(cut, heads, self.targets, upstream)
-
-
 class _Above(nn.Module):
     """A module around the model whose call runs the strategy: `functional_call` swaps in the shadows for it."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, run: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.run = model, run
 
-    def forward(
-        self,
-        backward: Callable[[Heads, Tensor, Tensor], Tensor],
-        z: Tensor,
-        cut: Tensor,
-        upstream: Tensor,
-        phase: Phase,
-    ) -> Tensor:
-        return backward(self.model.heads(z, phase), cut, upstream)
+    def forward(self, cut: Tensor, upstream: Tensor) -> Tensor:
+        return self.run(cut, upstream)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, z: Tensor, run: _Run, upstream: Tensor, scale: float | Tensor, *parameters: Tensor
+        ctx: FunctionCtx,
+        z: Tensor,
+        above: _Above,
+        names: Sequence[str],
+        train: bool,
+        upstream: Tensor,
+        scale: float | Tensor,
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        cut = z.detach().requires_grad_(run.train and z.requires_grad)
-        shadows = [p.detach().requires_grad_(run.train and p.requires_grad) for p in parameters]
-        losses = run(cut, shadows, upstream * scale)
+        cut = z.detach().requires_grad_(train and z.requires_grad)
+        shadows = [p.detach().requires_grad_(train and p.requires_grad) for p in parameters]
+        shadowed = {f"model.{name}": shadow for name, shadow in zip(names, shadows, strict=True)}
+        arguments = (cut, upstream * scale)
+        with torch.set_grad_enabled(train):
+            losses: Tensor = functional_call(above, shadowed, arguments)
         ctx.gradients = [cut.grad, *(shadow.grad for shadow in shadows)]  # type: ignore[attr-defined]
         ctx.scale = scale  # type: ignore[attr-defined]
         ctx.mark_non_differentiable(losses)
@@ -276,4 +251,4 @@ class _HeadLoss(torch.autograd.Function):
         ctx.gradients = None  # type: ignore[attr-defined]
         factor = grad / ctx.scale  # type: ignore[attr-defined]
         z, *parameters = [None if g is None else g.mul_(factor) for g in gradients]
-        return z, None, None, None, *parameters
+        return z, None, None, None, None, None, *parameters
