@@ -57,7 +57,9 @@ def forward_backward(
     """
     refuse_wrapped(model)
     phase("trunk forward" if hidden is None else "heads forward")
-    upstream = _upstream(model, batch, weights, scale)
+    upstream = upstream_gradients(
+        batch.targets, (model.n_future, *batch.tokens.shape), weights, next(model.parameters()), scale
+    )
     z = model.trunk(batch.tokens) if hidden is None else hidden  # (B, S, D)
     cut = z.detach().requires_grad_(z.requires_grad) if hidden is None else hidden
     with around_the_heads(model, sync=sync, frozen_trunk=not z.requires_grad) as turn:
@@ -152,16 +154,20 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> None:
         torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
 
 
-def _upstream(model: Model, batch: Batch, weights: Sequence[float] | Tensor | None, scale: float) -> Tensor:
-    parameter = next(model.parameters())
-    n, dtype = model.n_future, loss_dtype(parameter.dtype)
-    if batch.targets.shape != (n, *batch.tokens.shape):
-        raise BadInput(
-            f"targets have shape {tuple(batch.targets.shape)}, expected (n, B, S) = {(n, *batch.tokens.shape)}"
-        )
+def upstream_gradients(
+    targets: Tensor, expected: tuple[int, ...], weights: Sequence[float] | Tensor | None, like: Tensor, scale: float = 1
+) -> Tensor:
+    """What each head's loss is multiplied by, (n,) in the loss dtype for `like` and on its device.
+
+    Raises:
+        BadInput: targets whose shape is not the expected (n, B, S), or weights that are not n.
+    """
+    if targets.shape != expected:
+        raise BadInput(f"targets have shape {tuple(targets.shape)}, expected (n, B, S) = {expected}")
+    n, dtype = expected[0], loss_dtype(like.dtype)
     if weights is None:
-        return torch.full((n,), scale, dtype=dtype, device=parameter.device)
-    upstream = torch.as_tensor(weights, dtype=dtype, device=parameter.device)
+        return torch.full((n,), scale, dtype=dtype, device=like.device)
+    upstream = torch.as_tensor(weights, dtype=dtype, device=like.device)
     if upstream.shape != (n,):
         raise BadInput(f"weights have shape {tuple(upstream.shape)}, expected ({n},), one for each head")
     return upstream * scale

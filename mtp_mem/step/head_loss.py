@@ -24,10 +24,9 @@ from torch.func import functional_call
 
 from mtp_mem.config.schema import HeadKind
 from mtp_mem.data import IGNORE, Batch, future_targets
-from mtp_mem.errors import BadInput
 from mtp_mem.model.head_tree import Phase, no_phase
-from mtp_mem.model.losses import loss_dtype
 from mtp_mem.model.own import Model
+from mtp_mem.step import upstream_gradients
 from mtp_mem.strategy import Strategy, load_strategy, require_loss
 
 
@@ -66,14 +65,7 @@ def head_loss(
         BadInput: targets or weights of the wrong shape, a z that is not the trunk's, an unknown strategy, or one that
             does not take these options of the loss.
     """
-    n, dtype = model.n_future, loss_dtype(z.dtype)
-    if targets.shape != (n, *z.shape[:-1]):
-        raise BadInput(f"targets have shape {tuple(targets.shape)}, expected (n, B, S) = {(n, *z.shape[:-1])}")
-    upstream = torch.ones(n, dtype=dtype, device=z.device)
-    if weights is not None:
-        upstream = torch.as_tensor(weights, dtype=dtype, device=z.device)
-        if upstream.shape != (n,):
-            raise BadInput(f"weights have shape {tuple(upstream.shape)}, expected ({n},), one for each head")
+    upstream = upstream_gradients(targets, (model.n_future, *z.shape[:-1]), weights, z)
     if num_items is not None:
         upstream = upstream * (targets != IGNORE).flatten(1).sum(1) / num_items
     names, parameters = zip(*model.named_parameters(), strict=True)
