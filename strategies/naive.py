@@ -40,7 +40,7 @@ class Naive:
     def head_forward(
         self, heads: Heads, head: Head, parent: Tensor, targets: Tensor, losses: dict[int, Tensor]
     ) -> None:
-        """Run one head's forward and loss, their graph kept, then its children's: parents before children.
+        """Run one head and its loss, their graph kept, then its children: parents before children.
 
         Args:
             heads: all heads.
@@ -49,10 +49,14 @@ class Naive:
             targets: (n, B, S).
             losses: 0-dim, by head index; this head's and its children's are added.
         """
-        hidden = heads.hidden(head, parent)  # (B, S, D)
-        losses[head.index] = heads.loss(head, hidden, targets[head.index], full)
+        hidden, losses[head.index] = self.hidden_and_loss(heads, head, parent, targets[head.index])
         for child in head.children:
             self.head_forward(heads, child, hidden, targets, losses)
+
+    def hidden_and_loss(self, heads: Heads, head: Head, parent: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The head's hidden states (B, S, D) and its 0-dim loss for targets (B, S), from its parent's hidden states."""
+        hidden = heads.hidden(head, parent)
+        return hidden, heads.loss(head, hidden, targets, full)
 
     def peak_bytes(self, shape: Shape) -> int:
         """Bytes above the cut at the heads' worst moment.
