@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -72,8 +72,7 @@ class Strategy(Protocol):
 
 def available() -> dict[str, str]:
     """Names of the built-in and registered strategies, each with the `module:Class` it stands for, in table order."""
-    registered = {e.name: e.value for e in _registered().values()}
-    return {**BUILTIN, **registered}
+    return BUILTIN | {e.name: e.value for e in entry_points(group=GROUP) if e.name not in BUILTIN}
 
 
 def load_present(specs: Iterable[str]) -> tuple[dict[str, Strategy], dict[str, str]]:
@@ -105,14 +104,10 @@ def load_strategy(spec: str) -> Strategy:
         Missing: the strategy is known but what it needs is not installed.
     """
     name, rest = _split(spec)
-    if ":" in name:
-        cls = _load_class(name, name)
-    elif name in BUILTIN:
-        cls = _load_class(BUILTIN[name], name)
-    elif name in (registered := _registered()):
-        cls = _load_class(registered[name].value, name)
-    else:
+    path = name if ":" in name else BUILTIN.get(name) or available().get(name)
+    if path is None:
         raise unknown("strategy", name, [*available(), "package.module:Class"])
+    cls = _load_class(path, name)
     options = _options(cls, name, rest)
     try:
         with contained():
@@ -142,10 +137,6 @@ def _split(spec: str) -> tuple[str, list[str]]:
     if len(parts) > 1 and "=" not in parts[1]:
         return ":".join(parts[:2]), parts[2:]
     return parts[0], parts[1:]
-
-
-def _registered() -> dict[str, EntryPoint]:
-    return {e.name: e for e in entry_points(group=GROUP) if e.name not in BUILTIN}
 
 
 def _load_class(path: str, name: str) -> type[Any]:
@@ -190,9 +181,6 @@ def _options(cls: type[Any], name: str, items: list[str]) -> dict[str, Any]:
     return options
 
 
-LAST_PLACE: dict[Dtype, float] = {"fp64": 2**-52, "fp32": 2**-23, "bf16": 2**-7, "bf16-mixed": 2**-7, "fp16": 2**-10}
-"""A unit in the last place, by the model's dtype; a loss that a kernel rounds may be off by one for each chunk."""
-
 LIBRARY_CHUNK = 256
 """The least number of tokens that a library's kernel is assumed to have in a chunk where no size is asked for."""
 
@@ -230,8 +218,12 @@ class KernelLimits:
         return not self.dtypes or PRODUCT_DTYPES[dtype] in self.dtypes
 
     def loss_rounding(self, dtype: Dtype, tokens: int, chunk: int | None = None) -> float:
-        """The relative error that a loss may have beyond the usual bound; `chunk`: tokens, None for the library's."""
-        return -(-tokens // (chunk or LIBRARY_CHUNK)) * LAST_PLACE[dtype] if self.rounds_loss else 0.0
+        """The relative error that a loss may have beyond the usual bound: a unit in the last place for each chunk.
+
+        `chunk`: tokens in one; None for the library's choice.
+        """
+        chunks = -(-tokens // (chunk or LIBRARY_CHUNK))
+        return chunks * torch.finfo(PRODUCT_DTYPES[dtype]).eps if self.rounds_loss else 0.0
 
     def refusal(self, dtype: torch.dtype, *, N: int, D: int, V: int) -> str:
         """A clause: why the kernel cannot run rows (N, D) of this dtype with a (V, D) unembedding; empty if it can."""
