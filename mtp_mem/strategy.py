@@ -108,10 +108,9 @@ def load_strategy(spec: str) -> Strategy:
     if path is None:
         raise unknown("strategy", name, [*available(), "package.module:Class"])
     cls = _load_class(path, name)
-    options = _options(cls, name, rest)
     try:
         with contained():
-            strategy = cls(**options)
+            strategy = cls(**_options(cls, name, rest))
     except (BadInput, Missing):
         raise
     except Exception as e:
@@ -145,23 +144,23 @@ def _load_class(path: str, name: str) -> type[Any]:
     try:
         with from_here, contained():
             cls: Any = importlib.import_module(module)
+            for part in attribute.split("."):
+                cls = getattr(cls, part, None)
     except ModuleNotFoundError as e:
         if name in BUILTIN and (e.name or "").startswith("mtp_mem.strategies"):
             raise Missing(
                 "mtp_mem.strategies is not importable: mtp_mem runs from a clone without being installed;"
                 " `pip install -e .` in the clone installs it"
             ) from None
-        if e.name and not module.startswith(e.name):
+        if e.name and not f"{module}.".startswith(f"{e.name}."):
             raise Missing(f"strategy {name!r} needs the package {e.name!r}, which is not installed") from None
         raise BadInput(f"strategy {name!r}: no module {module!r} (looked in the installed packages and here)") from None
     except ImportError as e:
         raise Missing(f"strategy {name!r}: {e}") from None
     except Exception as e:
         raise BadInput(f"strategy {name!r}: importing {module!r}: {one_line(e)}") from None
-    for part in attribute.split("."):
-        if not hasattr(cls, part):
-            raise BadInput(f"strategy {name!r}: module {module!r} has no {attribute!r}")
-        cls = getattr(cls, part)
+    if cls is None:
+        raise BadInput(f"strategy {name!r}: module {module!r} has no {attribute!r}")
     if not isinstance(cls, type):
         raise BadInput(f"strategy {name!r}: {attribute!r} is no class")
     return cls
@@ -169,7 +168,7 @@ def _load_class(path: str, name: str) -> type[Any]:
 
 def _options(cls: type[Any], name: str, items: list[str]) -> dict[str, Any]:
     valid = {f.name: f for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
-    hints: dict[str, Any] = type_hints(cls)  # type: ignore[arg-type]
+    hints: dict[str, Any] = type_hints(cls) if items else {}  # type: ignore[arg-type]
     options: dict[str, Any] = {}
     for item in items:
         key, equals, text = item.partition("=")

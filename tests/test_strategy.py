@@ -1,5 +1,6 @@
 """Spec strings: built-in names, options, registered strategies, classes by path, and clear errors."""
 
+import dataclasses
 import re
 from importlib.metadata import EntryPoint
 from typing import Any
@@ -60,6 +61,33 @@ def test_a_strategy_whose_package_is_missing(tmp_path: object, monkeypatch: pyte
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(Missing, match="needs the package 'not_installed_here'"):
         load_strategy("needy:Needy")
+    (tmp_path / "not_installed_here_too.py").write_text("import not_installed_here\n")  # type: ignore[operator]
+    with pytest.raises(Missing, match="needs the package 'not_installed_here'"):
+        load_strategy("not_installed_here_too:Needy")
+
+
+def test_a_module_that_raises_when_asked_for_its_class(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "def __getattr__(name):\n    raise RuntimeError('no GPU')\n"
+    (tmp_path / "asks_late.py").write_text(code)  # type: ignore[operator]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(BadInput, match=r"strategy 'asks_late:Any': importing 'asks_late': RuntimeError: no GPU"):
+        load_strategy("asks_late:Any")
+
+
+@dataclasses.dataclass(frozen=True)
+class OfUnknownType:
+    """A strategy with a field of a type that only a type checker imports."""
+
+    chunk: "KnownToTypeCheckersAlone" = None  # type: ignore[name-defined]  # noqa: F821
+
+    def backward(self, cut: Any, heads: Any, targets: Any, weights: Any) -> Any: ...
+
+
+def test_types_of_options_are_looked_up_for_options_alone() -> None:
+    path = f"{__name__}:OfUnknownType"
+    assert load_strategy(path) == OfUnknownType()
+    with pytest.raises(BadInput, match=r"cannot be made: NameError: name 'KnownToTypeCheckersAlone' is not defined"):
+        load_strategy(f"{path}:chunk=1")
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch before 2.13")
