@@ -15,7 +15,7 @@ one joint backward takes 19 and 8.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,13 +64,15 @@ def shard(
     if isinstance(offload_policy, CPUOffloadPolicy):
         raise BadInput("shard: parameters that are offloaded to the host are not supported; expected no offload_policy")
     policy: dict[str, Any] = {"mesh": mesh, "mp_policy": mp_policy or MixedPrecisionPolicy()}
-    for unit in _trunk_units(model):
-        fully_shard(unit, reshard_after_forward=reshard_after_forward, **policy)
+    root: Any = model
     shared, heads = above_the_cut(model)
+    if not hasattr(root, "trunk_layers"):
+        raise BadInput(f"{type(model).__name__} has no trunk_layers to shard")
+    for unit in root.trunk_layers:
+        fully_shard(unit, reshard_after_forward=reshard_after_forward, **policy)
     for unit in [*heads, *shared]:
         if any(True for _ in unit.parameters()):
             fully_shard(unit, **policy)
-    root = _module(model)
     fully_shard(root, **policy)
     register_fsdp_forward_method(root, "trunk")
     return model
@@ -80,16 +82,19 @@ def above_the_cut(model: Model) -> tuple[list[nn.Module], list[nn.Module]]:
     """The modules that several heads use and nothing below the cut uses; and the heads' own.
 
     Raises:
-        BadInput: a model without `head_layers` and `norm`.
+        BadInput: a model without `head_layers` and `norm`, or without `unembedding` and `embedding` where it has no
+            Hugging Face model `lm` either.
     """
     module: Any = model
-    if not hasattr(model, "head_layers") or not hasattr(model, "norm"):
-        raise BadInput(f"{type(model).__name__} has no head_layers and norm: name its units to sharded_heads yourself")
-    unembedding = getattr(model, "unembedding", None)
-    if unembedding is None:
-        unembedding = module.lm.get_output_embeddings()
+    parts = ("head_layers", "norm") if hasattr(model, "lm") else ("head_layers", "norm", "unembedding", "embedding")
+    if missing := [part for part in parts if not hasattr(model, part)]:
+        raise BadInput(
+            f"{type(model).__name__} has no {' and no '.join(missing)}: name its units to sharded_heads yourself"
+        )
+    unembedding = module.unembedding if hasattr(module, "unembedding") else module.lm.get_output_embeddings()
+    embedding = module.embedding if hasattr(module, "embedding") else module.lm.get_input_embeddings()
     modules = list(unembedding) if isinstance(unembedding, nn.ModuleList) else [unembedding]
-    below = {id(p) for p in _embedding(model).parameters()}
+    below = {id(p) for p in embedding.parameters()}
     own = [one for one in modules if not any(id(p) in below for p in one.parameters())]
     return [module.norm, *own], list(module.head_layers)
 
@@ -98,7 +103,7 @@ def above_the_cut(model: Model) -> tuple[list[nn.Module], list[nn.Module]]:
 def sharded_heads(
     root: FSDPModule,
     shared: Sequence[FSDPModule],
-    heads: Sequence[FSDPModule],
+    heads: Sequence[FSDPModule | None],
     *,
     sync: bool = True,
     frozen_trunk: bool = False,
@@ -110,30 +115,30 @@ def sharded_heads(
     Args:
         root: the model.
         shared: units whose parameters more than one head uses; the root too, if it holds such parameters.
-        heads: units of the heads' own layers.
+        heads: units of the heads' own layers, the first head's first; None for a head without parameters.
         sync: whether to reduce gradients: False for all but the last micro-batch.
         frozen_trunk: whether no trunk backward follows, which would reduce the shared units; the block's end does then.
 
     Yields:
         The `Phase` that the `Heads` must call: it tells when a head's own backward pass begins.
     """
+    own: list[Any] = [unit for unit in heads if unit is not None]
+    turns = {f"head {number} backward": [unit] for number, unit in enumerate(heads, 1) if unit is not None}
+    turns["heads backward"] = own
 
     def phase(name: str) -> None:
-        for unit in _whose_turn(name, heads):
+        for unit in turns.get(name, ()):
             unit.set_requires_gradient_sync(sync)
             unit.set_reshard_after_backward(True)
 
-    def gathered(unit: FSDPModule) -> Callable[..., None]:
-        def note(*_: Any) -> None:
-            if unit not in _GATHERED:
-                _GATHERED.add(unit)
-                unit.set_requires_gradient_sync(False)
-
-        return note
+    def gathered(unit: Any, _: Any) -> None:
+        if unit not in _GATHERED:
+            _GATHERED.add(unit)
+            unit.set_requires_gradient_sync(False)
 
     root.set_is_last_backward(False)
     root.set_requires_gradient_sync(False)  # else each partial pass would end by reducing all units
-    for unit in (*shared, *heads):
+    for unit in (*shared, *own):
         # A list that is not empty replaces the default prefetch, which gathers what has just been freed.
         unit.set_modules_to_backward_prefetch([unit] if unit is not root else [])
     for unit in shared:
@@ -141,12 +146,12 @@ def sharded_heads(
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     hooks = []
-    for unit in heads:
+    for unit in own:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.set_reshard_after_backward(False, recurse=False)  # the backward of its loss comes first
         if unit not in _GATHERED:
             unit.set_requires_gradient_sync(True)
-        hooks.append(_module(unit).register_forward_pre_hook(gathered(unit)))
+        hooks.append(unit.register_forward_pre_hook(gathered))
     try:
         yield phase
     finally:
@@ -161,46 +166,14 @@ def sharded_heads(
         root._get_fsdp_state()._root_post_backward_final_callback()  # torch has no public name for it
 
 
-def units_above_the_cut(model: Model) -> tuple[list[FSDPModule], list[FSDPModule]]:
-    """A sharded model's units that heads share, the root too if it holds such parameters; and the heads' own."""
+def units_above_the_cut(model: Model) -> tuple[list[FSDPModule], list[FSDPModule | None]]:
+    """A sharded model's units as `sharded_heads` takes them; the root is among the shared ones if heads use its own."""
     root: Any = model
     shared, heads = above_the_cut(model)
     units: list[FSDPModule] = [unit for unit in shared if isinstance(unit, FSDPModule)]
     in_root = [unit for unit in shared if not isinstance(unit, FSDPModule) and any(True for _ in unit.parameters())]
     tied = len(shared) < 2  # the unembedding is the embedding's own weight, which the root holds
-    if in_root or tied or _looks_up(model):
-        units.append(root)
-    return units, [unit for unit in heads if isinstance(unit, FSDPModule)]
-
-
-def _whose_turn(phase: str, heads: Sequence[FSDPModule]) -> Sequence[FSDPModule]:
-    if phase == "heads backward":
-        return heads
-    if phase.startswith("head ") and phase.endswith(" backward"):
-        index = int(phase.split()[1]) - 1
-        return heads[index : index + 1]
-    return ()
-
-
-def _looks_up(model: Any) -> bool:
-    """Whether heads look tokens up in the embedding."""
     kind = getattr(model, "kind", None) or getattr(getattr(model, "config", None), "head", None)
-    return bool(kind == "deepseek")
-
-
-def _embedding(model: Any) -> nn.Module:
-    own = getattr(model, "embedding", None)
-    embedding: nn.Module = own if own is not None else model.lm.get_input_embeddings()
-    return embedding
-
-
-def _trunk_units(model: Any) -> list[nn.Module]:
-    own = getattr(model, "trunk_layers", None)
-    if own is None:
-        raise BadInput(f"{type(model).__name__} has no trunk_layers to shard")
-    return list(own)
-
-
-def _module(model: object) -> nn.Module:
-    assert isinstance(model, nn.Module)
-    return model
+    if in_root or tied or kind == "deepseek":  # whose heads look tokens up in the embedding
+        units.append(root)
+    return units, [unit if isinstance(unit, FSDPModule) else None for unit in heads]
