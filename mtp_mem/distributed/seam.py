@@ -3,9 +3,11 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from mtp_mem.errors import BadInput
@@ -21,52 +23,33 @@ def around_the_heads(model: Model, *, sync: bool, frozen_trunk: bool) -> Iterato
         model: sharded by FSDP2, or not.
         sync: whether gradients are reduced: True in the last micro-batch.
         frozen_trunk: whether no backward pass of the trunk follows.
-
-    Raises:
-        BadInput: tensor parallelism shards a parameter.
     """
-    _refuse_parallel(model)
-    if "torch.distributed.fsdp" not in sys.modules:  # importing it takes a second, and without it nothing is sharded
-        yield no_phase
-        return
-    from torch.distributed.fsdp import FSDPModule
-
-    if not isinstance(model, FSDPModule):
+    if not is_sharded(model):
         yield no_phase
         return
     from mtp_mem.distributed.fsdp2 import sharded_heads, units_above_the_cut
 
+    root: Any = model
     shared, heads = units_above_the_cut(model)
-    with sharded_heads(model, shared, heads, sync=sync, frozen_trunk=frozen_trunk) as phase:
+    with sharded_heads(root, shared, heads, sync=sync, frozen_trunk=frozen_trunk) as phase:
         yield phase
 
 
-def _refuse_parallel(model: Model) -> None:
-    """Raises BadInput for a DTensor parameter that FSDP2 did not make: tensor parallelism did."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return
+def is_sharded(model: object) -> bool:
+    """Whether FSDP2 shards the model."""
+    if "torch.distributed.fsdp" not in sys.modules:  # importing it takes a second, and without it nothing is sharded
+        return False
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
 
-    if not isinstance(model, FSDPModule):
-        parallel = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
-        if parallel is not None:
-            raise BadInput(
-                f"{parallel} is sharded by tensor parallelism (parallelize_module), which no strategy supports: each"
-                " expects whole logits; FSDP2 by mtp_mem.distributed.fsdp2.shard shards the parameters alone"
-            )
+    return isinstance(model, FSDPModule)
 
 
 def shards(gradients: list[Tensor]) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
     """This rank's shards of the gradients, and a function from the norm of these to the norm over all ranks' shards."""
-    if "torch.distributed.tensor" not in sys.modules:
+    mesh: DeviceMesh | None = getattr(gradients[0], "device_mesh", None)  # a DTensor's
+    if mesh is None:
         return gradients, lambda norm: norm
-    from torch.distributed.tensor import DTensor
-
-    first = gradients[0]
-    if not isinstance(first, DTensor):
-        return gradients, lambda norm: norm
-    group = first.device_mesh.get_group(first.device_mesh.ndim - 1)  # HSDP: the last dimension is the sharded one
+    group = mesh.get_group(mesh.ndim - 1)  # HSDP: the last dimension is the sharded one
 
     def over_ranks(norm: Tensor) -> Tensor:
         squared = norm.square()
@@ -88,10 +71,21 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
-def refuse_wrapped(model: object) -> None:
-    """Raises BadInput for a model inside DDP, whose hooks a strategy's partial passes would trip ("ready twice")."""
+def refuse_other_parallelism(model: Model) -> None:
+    """Check that a strategy's partial passes over the model can be right.
+
+    Raises:
+        BadInput: it is inside DDP, whose hooks they would trip ("ready twice"), or tensor parallelism shards a
+            parameter.
+    """
     if isinstance(model, DistributedDataParallel):
         raise BadInput(
             "forward_backward: the model is wrapped in DDP, which expects one backward pass; run it inside"
             " `with averaged_gradients(ddp) as model`, or call head_loss in the wrapped module's forward"
+        )
+    parallel = next((name for name, p in model.named_parameters() if hasattr(p, "device_mesh")), None)  # a DTensor
+    if parallel is not None and not is_sharded(model):
+        raise BadInput(
+            f"{parallel} is sharded by tensor parallelism (parallelize_module), which no strategy supports: each"
+            " expects whole logits; FSDP2 by mtp_mem.distributed.fsdp2.shard shards the parameters alone"
         )

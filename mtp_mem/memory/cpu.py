@@ -2,13 +2,13 @@
 
 import functools
 import gc
-import sys
 from collections.abc import Iterator
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor
 
+from mtp_mem.distributed.seam import is_sharded
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Named, Tracker
 from mtp_mem.memory.unseen import all_seen
@@ -62,13 +62,11 @@ def track(step: TrainingStep, buckets: Named = ()) -> Trace:
 
 def _tracker_for(model: Model) -> type[Tracker]:
     """The tracker class: the one that knows FSDP2 if the model is sharded; importing that one takes a second."""
-    if "torch.distributed.fsdp" not in sys.modules:
+    if not is_sharded(model):
         return Tracker
-    from torch.distributed.fsdp import FSDPModule
-
     from mtp_mem.memory.sharded_tracker import ShardedTracker
 
-    return ShardedTracker if isinstance(model, FSDPModule) else Tracker
+    return ShardedTracker
 
 
 def held_tensors(strategy: object) -> list[Tensor]:

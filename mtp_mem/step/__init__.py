@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtp_mem.config.schema import Training
 from mtp_mem.data import Batch
-from mtp_mem.distributed.seam import around_the_heads, refuse_wrapped, shards
+from mtp_mem.distributed.seam import around_the_heads, refuse_other_parallelism, shards
 from mtp_mem.errors import BadInput
 from mtp_mem.model.head_tree import Phase, no_phase
 from mtp_mem.model.losses import loss_dtype
@@ -55,7 +55,7 @@ def forward_backward(
         BadInput: targets or weights of the wrong shape, a strategy without these options of the loss, a model inside
             DDP or sharded by tensor parallelism.
     """
-    refuse_wrapped(model)
+    refuse_other_parallelism(model)
     phase("trunk forward" if hidden is None else "heads forward")
     upstream = upstream_gradients(
         batch.targets, (model.n_future, *batch.tokens.shape), weights, next(model.parameters()), scale
