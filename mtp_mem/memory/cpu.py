@@ -10,9 +10,8 @@ from torch import Tensor
 
 from mtp_mem.distributed.seam import is_sharded
 from mtp_mem.memory.trace import Trace
-from mtp_mem.memory.tracker import Named, Tracker
+from mtp_mem.memory.tracker import Named, Tracker, between_steps
 from mtp_mem.memory.unseen import all_seen
-from mtp_mem.model.optimizers import optimizer_state
 from mtp_mem.model.own import Model
 from mtp_mem.step import TrainingStep
 
@@ -33,15 +32,12 @@ def track(step: TrainingStep, buckets: Named = ()) -> Trace:
     Raises:
         BrokenContract: the strategy computes where the tracker does not see it.
     """
-    model, optimizer, batch = step.model, step.optimizer, step.batch
+    model = step.model
     freed = step.training.set_to_none
     model.zero_grad(set_to_none=freed)
-    parameters = list(model.named_parameters())
-    tracker = _tracker_for(model)(model.vocab_size, model.dim, parameters)
-    tracker.resident("parameters", parameters)
-    tracker.resident("gradients", ((f"{name}.grad", p.grad) for name, p in parameters if p.grad is not None))
-    tracker.resident("optimizer", optimizer_state(model, optimizer))
-    tracker.resident("other", (("tokens", batch.tokens), ("targets", batch.targets), *model.named_buffers()))
+    tracker = _tracker_for(model)(model.vocab_size, model.dim, model.named_parameters())
+    for category, name, tensor in between_steps(step):
+        tracker.resident(category, [(name, tensor)])
     tracker.resident("communication buffers", buckets)
     tracker.resident("other", (("kept by the strategy", tensor) for tensor in held_tensors(step.strategy)))
     gc.collect()

@@ -10,7 +10,7 @@ import torch
 
 from mtp_mem.distributed.seam import local
 from mtp_mem.environment import process_bytes
-from mtp_mem.model.optimizers import optimizer_state
+from mtp_mem.memory.tracker import between_steps
 from mtp_mem.step import TrainingStep
 
 
@@ -65,9 +65,5 @@ def _once(step: TrainingStep) -> CudaPeaks:
 
 def _tensor_bytes(step: TrainingStep) -> int:
     """Bytes of the tensors that live between steps, each storage once."""
-    tensors = [*step.model.parameters(), step.batch.tokens, step.batch.targets]
-    tensors += [buffer for _, buffer in step.model.named_buffers()]
-    tensors += [parameter.grad for parameter in step.model.parameters() if parameter.grad is not None]
-    tensors += [value for _, value in optimizer_state(step.model, step.optimizer)]
-    storages = [tensor.untyped_storage() for tensor in map(local, tensors) if tensor.is_cuda]
+    storages = [local(tensor).untyped_storage() for _, _, tensor in between_steps(step) if tensor.is_cuda]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

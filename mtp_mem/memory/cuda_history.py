@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mtp_mem.distributed.seam import local
 from mtp_mem.memory.trace import Category, Event, Storage, Trace
-from mtp_mem.model.optimizers import optimizer_state
+from mtp_mem.memory.tracker import between_steps
 from mtp_mem.step import TrainingStep
 
 MAX_ENTRIES = 1_000_000
@@ -66,18 +65,11 @@ def record(step: TrainingStep, snapshot: Path | None = None) -> Trace:
         snapshot: where to leave torch's own snapshot (a pickle) for its memory viewer.
     """
     model, batch = step.model, step.batch
-    index = batch.tokens.device.index
-    device = torch.cuda.current_device() if index is None else index
-    step.model.zero_grad(set_to_none=step.training.set_to_none)
+    model.zero_grad(set_to_none=step.training.set_to_none)
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    names: dict[int, tuple[Category, str]] = {}
-    names |= _named("parameters", model.named_parameters())
-    kept = ((f"{name}.grad", p.grad) for name, p in model.named_parameters() if p.grad is not None)
-    names |= _named("gradients", kept)
-    names |= _named("optimizer", optimizer_state(model, step.optimizer))
-    names |= _named("other", (("tokens", batch.tokens), ("targets", batch.targets), *model.named_buffers()))
+    names = _by_address(step)
     before = torch.cuda.memory._snapshot()["segments"]
     marks: list[tuple[int, str]] = []
     begun = _allocations()
@@ -92,12 +84,9 @@ def record(step: TrainingStep, snapshot: Path | None = None) -> Trace:
         torch.cuda.memory._record_memory_history(None)
     N = batch.tokens.numel()
     sizes = Sizes(N, model.vocab_size, model.dim, frozenset(local(p).nbytes for p in model.parameters()))
-    gradients = {
-        local(parameter.grad).untyped_storage().data_ptr(): f"{name}.grad"
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
-    return trace_of(history["device_traces"][device], resident_blocks(before), names, gradients, marks, sizes)
+    gradients = {address: name for address, (category, name) in _by_address(step).items() if category == "gradients"}
+    events = history["device_traces"][batch.tokens.device.index]
+    return trace_of(events, resident_blocks(before), names, gradients, marks, sizes)
 
 
 def resident_blocks(segments: Iterable[Mapping[str, Any]]) -> list[tuple[int, int]]:
@@ -159,9 +148,12 @@ def trace_of(
     return trace
 
 
-def _named(category: Category, tensors: Iterable[tuple[str, Tensor]]) -> dict[int, tuple[Category, str]]:
-    # A DTensor's own storage has no memory; its shard's has.
-    return {local(tensor).untyped_storage().data_ptr(): (category, name) for name, tensor in tensors if tensor.is_cuda}
+def _by_address(step: TrainingStep) -> dict[int, tuple[Category, str]]:
+    return {
+        local(tensor).untyped_storage().data_ptr(): (category, name)  # a DTensor's own storage has no memory
+        for category, name, tensor in between_steps(step)
+        if tensor.is_cuda
+    }
 
 
 def _allocations() -> int:

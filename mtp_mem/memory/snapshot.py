@@ -9,10 +9,11 @@ import base64
 import binascii
 import bisect
 import dataclasses
+import itertools
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def recordings(snapshot: Any) -> list[Recording]:
     if type(snapshot) is not dict or type(snapshot.get("segments")) is not list:
         raise BadInput(f"not a snapshot: no segments; expected {FORMS}")
     parts: dict[tuple[int, int], _Part] = defaultdict(_Part)
-    count = _Count()
+    count = itertools.count(1)
     private = _read_segments(snapshot["segments"], parts, count)
     _read_history(snapshot.get("device_traces"), parts, private, count)
     whole = {key: part for key, part in sorted(parts.items()) if part.events}
@@ -191,18 +192,7 @@ class _Part:
         return Recording(device, stream, tape, inferred, tuple(left_out), self.event_frames, self.block_frames, times)
 
 
-class _Count:
-    """Bounds how many rows are read: in a pickle one list can stand in a million places."""
-
-    rows = 0
-
-    def one(self) -> None:
-        self.rows += 1
-        if self.rows > MOST_ROWS:
-            raise BadInput(f"holds more than {MOST_ROWS:,} events and blocks")
-
-
-def _read_segments(segments: Any, parts: dict[tuple[int, int], _Part], count: _Count) -> list[tuple[int, int]]:
+def _read_segments(segments: Any, parts: dict[tuple[int, int], _Part], count: Iterator[int]) -> list[tuple[int, int]]:
     """Note each segment and its blocks; returns (begin, end) of private pools' segments, which are left out."""
     private: list[tuple[int, int]] = []
     for segment in _rows(segments, "segments", count):
@@ -228,7 +218,7 @@ def _read_segments(segments: Any, parts: dict[tuple[int, int], _Part], count: _C
 
 
 def _read_history(
-    traces: Any, parts: dict[tuple[int, int], _Part], private: Sequence[tuple[int, int]], count: _Count
+    traces: Any, parts: dict[tuple[int, int], _Part], private: Sequence[tuple[int, int]], count: Iterator[int]
 ) -> None:
     """Note the events of each device's history, except those in the segments of private pools."""
     for device, history in enumerate(traces if type(traces) is list else ()):
@@ -257,24 +247,23 @@ def _settings(table: Any) -> str:
     settings = [plain_settings(text)] if type(text) is str and text else []
     split, collected = table.get("max_split_size"), table.get("garbage_collection_threshold")
     divisions = table.get("roundup_power2_divisions")
+    rounds = type(divisions) is dict and any(type(value) is int and value > 1 for value in divisions.values())
     set_by_program = {
         "max_split_size_mb": f"{split // MiB}" if type(split) is int and 0 < split < LARGEST_NUMBER else "",
         "garbage_collection_threshold": f"{collected:.3f}" if type(collected) is float and 0 < collected <= 1 else "",
-        "roundup_power2_divisions": "set" if type(divisions) is dict and _more_than_one(divisions.values()) else "",
+        "roundup_power2_divisions": "set" if rounds else "",
     }
     settings += [f"{name}:{value}" for name, value in set_by_program.items() if value and name not in str(settings)]
     return ",".join(settings)
 
 
-def _more_than_one(values: Iterable[Any]) -> bool:
-    return any(type(value) is int and value > 1 for value in values)
-
-
-def _rows(table: Any, what: str, count: _Count) -> Iterator[dict[str, Any]]:
+def _rows(table: Any, what: str, count: Iterator[int]) -> Iterator[dict[str, Any]]:
+    """The rows of a list; `count` is of all rows: in a pickle one list can stand in a million places."""
     if type(table) is not list:
         raise BadInput(f"not a snapshot: {what} is no list")
     for row in table:
-        count.one()
+        if next(count) > MOST_ROWS:
+            raise BadInput(f"holds more than {MOST_ROWS:,} events and blocks")
         if type(row) is not dict:
             raise BadInput(f"not a snapshot: a row of {what} is no dict")
         yield row

@@ -12,7 +12,7 @@ are calibrated with a toy backward before use, and a torch on which that fails i
 import dataclasses
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -25,6 +25,8 @@ from torch.utils._pytree import tree_leaves
 from mtp_mem.errors import Missing
 from mtp_mem.memory.trace import Buffers, Category, Event, Storage, Trace
 from mtp_mem.memory.unseen import refuse_compiled
+from mtp_mem.model.optimizers import optimizer_state
+from mtp_mem.step import TrainingStep
 
 _ADD = torch.ops.aten.add.Tensor
 # Reading a fake tensor's `.device` calls this operator (another tensor's does not): half of all calls.
@@ -273,6 +275,16 @@ class Tracker(TorchDispatchMode):
 
     def _gradient(self, parameter: Tensor) -> Tensor | None:
         return parameter.grad
+
+
+def between_steps(step: TrainingStep) -> Iterator[tuple[Category, str, Tensor]]:
+    """Category, name and tensor of all that lives between steps: gradients too, where the last step left them."""
+    parameters = list(step.model.named_parameters())
+    yield from (("parameters", name, parameter) for name, parameter in parameters)
+    yield from (("gradients", f"{name}.grad", p.grad) for name, p in parameters if p.grad is not None)
+    yield from (("optimizer", name, tensor) for name, tensor in optimizer_state(step.model, step.optimizer))
+    yield from (("other", "tokens", step.batch.tokens), ("other", "targets", step.batch.targets))
+    yield from (("other", name, buffer) for name, buffer in step.model.named_buffers())
 
 
 def _python_body(func: Any) -> Callable[..., Any]:
