@@ -11,7 +11,6 @@ token chunks cost less; slabs pay off where the unembedding is loaded, or its gr
 
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mtp_mem.errors import BadInput
-from mtp_mem.model.head_tree import Head, Heads
 from mtp_mem.model.losses import IGNORE, LOSS_OPTIONS, PLAIN, LossOptions, compute_dtype, loss_dtype
 from mtp_mem.model.shape import Shape
 from mtp_mem.strategies.sequential import Sequential
@@ -40,11 +38,15 @@ class ChunkedVocab(Sequential):
         if self.chunk < 1:
             raise BadInput(f"chunk = {self.chunk}: expected a whole number of at least 1")
 
-    def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """See `Sequential.loss_backward`."""
-        loss = heads.loss(head, hidden, targets, partial(vocabulary_slabs, chunk=self.chunk))
-        heads.backward([loss], [weight])
-        return loss.detach()
+    def loss(self, hidden: Tensor, unembedding: Tensor, targets: Tensor, *, options: LossOptions = PLAIN) -> Tensor:
+        """One head's loss by an online logsumexp; logits recomputed slab by slab in the backward.
+
+        The normaliser of a row is only known after its last slab, which is why vocabulary chunks cannot do without
+        recomputation.
+        """
+        rows = hidden.flatten(0, -2).to(compute_dtype(hidden))  # (N, D)
+        chunk = min(self.chunk, unembedding.shape[0])
+        return _VocabularySlabs.apply(rows, unembedding, targets.flatten(), chunk, options)  # type: ignore[no-any-return,no-untyped-call]
 
     def loss_bytes(self, shape: Shape) -> int:
         """A slab of the backward and what it fills: d_hidden in the loss dtype, dW, and the weighted rows.
@@ -59,20 +61,6 @@ class ChunkedVocab(Sequential):
         product = (narrow * max(s.N, chunk * trains) + s.autocast * chunk) * s.D * s.product
         gradients = s.N * s.D * s.loss_value + s.unembedding * trains
         return s.rows * (1 + trains) + slab + product + gradients
-
-
-def vocabulary_slabs(
-    hidden: Tensor, unembedding: Tensor, targets: Tensor, *, chunk: int, options: LossOptions = PLAIN
-) -> Tensor:
-    """One head's loss in slabs of `chunk` vocabulary entries; a `Loss`, see mtp_mem/model/losses.py.
-
-    An online logsumexp in the forward; logits recomputed slab by slab in the backward. Holds (N, chunk) instead of
-    (N, V) and runs four projections instead of three (4/3 of the FLOPs). The normaliser of a row is only known after
-    its last slab, which is why vocabulary chunks cannot do without recomputation.
-    """
-    rows = hidden.flatten(0, -2).to(compute_dtype(hidden))  # (N, D)
-    chunk = min(chunk, unembedding.shape[0])
-    return _VocabularySlabs.apply(rows, unembedding, targets.flatten(), chunk, options)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _VocabularySlabs(torch.autograd.Function):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mtp_mem.errors import BadInput, Missing
-from mtp_mem.model.head_tree import Head, Heads
 from mtp_mem.model.losses import IGNORE, PLAIN, LossOptions, compute_dtype, loss_dtype
 from mtp_mem.model.shape import Shape
 from mtp_mem.strategies.sequential import Sequential
@@ -62,12 +61,6 @@ class LibraryKernel(Sequential):
         rows, weight, flat_targets = kernel_arguments(hidden, unembedding, targets, self.limits)
         count = (flat_targets != IGNORE).sum().clamp(min=1)
         return self.kernel_loss(rows, weight, flat_targets, options).to(loss_dtype(hidden.dtype)) / count
-
-    def loss_backward(self, heads: Heads, head: Head, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """See `Sequential.loss_backward`."""
-        loss = heads.loss(head, hidden, targets, self.loss)
-        heads.backward([loss], [weight])
-        return loss.detach()
 
     def loss_bytes(self, shape: Shape) -> None:
         """No closed form: the library decides."""

@@ -11,7 +11,8 @@ deepseek) the layers of a chain all run forward first: still one head's logits, 
 until its own backward (figure S11). FLOPs: 1, no more than the joint backward.
 The gradients are bit-identical to the joint backward's: see mtp_mem/model/head_tree.py.
 
-Strategies that differ only in how one head's loss is computed subclass `Sequential` and override `loss_backward`.
+Strategies that differ only in how one head's loss is computed subclass `Sequential` and override `loss`, or
+`loss_backward` where they compute its gradient themselves.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mtp_mem.model.head_tree import Head, Heads
-from mtp_mem.model.losses import LOSS_OPTIONS, full
+from mtp_mem.model.losses import LOSS_OPTIONS, Loss, full
 from mtp_mem.model.shape import Shape
 
 
@@ -32,6 +33,7 @@ class Sequential:
 
     flops_factor: ClassVar[Fraction] = Fraction(1)
     loss_options: ClassVar[tuple[str, ...]] = LOSS_OPTIONS
+    loss: ClassVar[Loss] = staticmethod(full)
 
     def backward(self, cut: Tensor, heads: Heads, targets: Tensor, weights: Tensor) -> Tensor:
         """See `mtp_mem.strategy.Strategy.backward`."""
@@ -76,7 +78,7 @@ class Sequential:
         Returns:
             The unweighted loss, 0-dim, detached.
         """
-        loss = heads.loss(head, hidden, targets, full)
+        loss = heads.loss(head, hidden, targets, self.loss)
         heads.backward([loss], [weight])
         return loss.detach()
 

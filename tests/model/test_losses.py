@@ -1,6 +1,5 @@
 """The losses' defaults and edges; their gradients are held by test_equivalence.py and test_properties.py."""
 
-from functools import partial
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from mtp_mem import IGNORE
 from mtp_mem._util import MiB
 from mtp_mem.errors import BadInput
 from mtp_mem.model.losses import LossOptions, full
-from mtp_mem.strategies.chunked_vocab import VOCAB_CHUNK, ChunkedVocab, vocabulary_slabs
+from mtp_mem.strategies.chunked_vocab import VOCAB_CHUNK, ChunkedVocab
 
 
 def test_the_default_slab_is_what_the_documentation_says() -> None:
@@ -29,7 +28,7 @@ def test_softmax_and_loss_have_the_precision_that_is_promised(dtype: torch.dtype
     targets = torch.randint(300, (1, 8))
     targets[0, 3] = IGNORE
     right = torch.nn.functional.cross_entropy(unembedding.T.double(), targets[0], ignore_index=IGNORE)
-    for loss in (full, partial(vocabulary_slabs, chunk=7), partial(vocabulary_slabs, chunk=300)):
+    for loss in (full, ChunkedVocab(chunk=7).loss, ChunkedVocab(chunk=300).loss):
         computed = loss(hidden, unembedding, targets)
         assert computed.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(computed.double(), right, rtol=1e-14 if dtype == torch.float64 else 1e-6, atol=0)
@@ -40,7 +39,7 @@ def test_only_the_gradients_that_are_asked_for() -> None:
     for wants in ((True, False), (False, True), (True, True)):
         hidden = torch.randn(1, 5, 4, requires_grad=wants[0])
         unembedding = torch.randn(30, 4, requires_grad=wants[1])
-        vocabulary_slabs(hidden, unembedding, targets, chunk=7).backward()
+        ChunkedVocab(chunk=7).loss(hidden, unembedding, targets).backward()
         assert (hidden.grad is not None, unembedding.grad is not None) == wants
 
 
