@@ -65,9 +65,11 @@ class _Ranges:
         size; else the nearest range's. Without `join` its size alone decides.
         """
         at = bisect.bisect_left(self.starts, address)
+        near = self.starts[max(at - 1, 0) : at + 1]
+        if any(start < address + nbytes and address < start + self.rows[start][0] for start in near):
+            raise BadInput(f"a segment was released at {address:x}, where another one is still there")
         small = nbytes % (20 * MiB) > 0 if join else nbytes == 2 * MiB  # sizes that only the small pool has
         if join:
-            near = self.starts[max(at - 1, 0) : at + 1]
             first = bisect.bisect_left(self.pools, (address,))
             block = self.pools[first : first + 1]
             if block and block[0][0] < address + nbytes:

@@ -237,6 +237,18 @@ def test_expandable_and_other_segments_together() -> None:
         recordings(both)
 
 
+def test_a_segment_that_is_released_where_one_still_is() -> None:
+    recorder = Recorder(expandable=True)
+    recorder.allocate(0, 5 * MiB)
+    whole = snapshot(recorder)
+    start = whole["segments"][0]["address"]
+    for address in (start, start - 2 * MiB, start + 40 * MiB):
+        event = {"action": "segment_unmap", "stream": 0, "addr": address, "size": 2 * MiB}
+        whole["device_traces"][0].append(event)
+    with pytest.raises(BadInput, match=f"stream 0: a segment was released at {start:x}, where another one is"):
+        recordings(whole)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
