@@ -170,7 +170,9 @@ class Trace:
             storages = {i: Storage(**fields) for i, fields in enumerate(document["storages"])}
             trace = Trace(storages, list(document["before"]), [Event(*event) for event in document["events"]])
             trace.live_after(len(trace.events))
-            unknown = {*trace.resident, *(event.key for event in trace.events)} - storages.keys()
+            made = [*trace.resident, *(event.key for event in trace.events if event.kind != "free")]
+            unknown = set(made) - storages.keys()
+            kinds = {event.kind for event in trace.events}
         except (TypeError, KeyError, AttributeError) as e:
             raise ValueError(f"not a step's storages and events: {e!r}") from None
         if unknown:
@@ -181,6 +183,8 @@ class Trace:
             )
             if not right_types or storage.category not in CATEGORIES or not 0 < storage.nbytes < 2**63:
                 raise ValueError(f"not a storage: {storage!r:.200}")
+        if not kinds <= {"alloc", "free", "move"} or len(set(made)) < len(made):
+            raise ValueError("an event of an unknown kind, or a storage that is made twice")
         if not trace.events:
             raise ValueError("no events")
         return trace

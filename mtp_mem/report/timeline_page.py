@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,11 @@ def drawing(trace: Trace) -> dict[str, Any]:
         "made": [origins_of_events[i] for i in kept],
         "tensors": tensors,
     }
-    begun = phases(trace)
-    ends = [*(begin for _, begin in begun[1:]), len(events)]
     return {
         "bands": bands,
         "phases": [
-            {"name": name, "left": x(begin), "right": x(end)} for (name, begin), end in zip(begun, ends, strict=True)
+            {"name": name, "left": x(begin), "right": x(end)}
+            for (name, begin), (_, end) in pairwise([*phases(trace), ("", len(events))])
         ],
         "peak": {
             "x": x(peak),

@@ -24,6 +24,7 @@ from mtp_mem.config.gpus import load_gpu
 from mtp_mem.memory.snapshot import recordings
 from mtp_mem.prediction.simulated_step import simulate
 from mtp_mem.report.recording import logits_rows
+from mtp_mem.report.timeline_page import drawing, read_timeline
 
 TAPES = sorted(Path(folder).glob("*.tape.json.gz")) if (folder := os.environ.get("MTP_MEM_TAPES")) else []
 VOCAB, TOKENS = 8209, 256
@@ -87,6 +88,19 @@ def test_a_training_step(tmp_path: Path, expandable: bool) -> None:
     assert "train.py" not in gzip.decompress((tmp_path / "x.tape.json.gz").read_bytes()).decode()
     report = mtp_mem(tmp_path, "report", str(tmp_path / "nothing"), "--timeline", "drawn/timeline.json", "-o", "r.html")
     assert "Traceback" not in report.stderr
+
+
+def test_a_history_of_frees_alone_is_drawn(tmp_path: Path) -> None:
+    recorder = Recorder()
+    for key in range(3):
+        recorder.allocate(key, 5 * MiB)
+    since = len(recorder.history)
+    recorder.release(1)
+    (tmp_path / "frees.pickle").write_bytes(pickle.dumps(snapshot(recorder, since=since)))
+    code, answer = document(tmp_path, "frees.pickle", "--out", "drawn")
+    assert code == 1
+    assert "nothing was allocated" in answer["snapshots"][0]["recordings"][0]["difference"]
+    assert drawing(read_timeline(tmp_path / "drawn" / "timeline.json"))["phases"] == []
 
 
 @pytest.mark.parametrize("columns", [80, 120])

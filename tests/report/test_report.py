@@ -166,6 +166,8 @@ def test_recorded_results_of_two_kinds(tmp_path: Path, capsys: pytest.CaptureFix
             "huge.json: no timeline.json (cut off?): huge.json: holds a whole number",
         ),
         (["good", "--timeline", "empty.json"], "empty.json: no timeline.json (cut off?): no events"),
+        (["good", "--timeline", "kind.json"], "kind.json: no timeline.json (cut off?): an event of an unknown kind"),
+        (["good", "--timeline", "twice.json"], "an event of an unknown kind, or a storage that is made twice"),
     ],
 )
 def test_bad_input(
@@ -178,6 +180,11 @@ def test_bad_input(
     Path("cut/results.jsonl").write_text('{"schema": 1, "case"')
     Path("t.json").write_text('{"timeline": 1, "storages": [], "before": [], "events": [["free", 3]]}')
     Path("empty.json").write_text('{"timeline": 1, "storages": [], "before": [], "events": []}')
+    one = {0: Storage(5, "logits", "", "", (1,), "x")}
+    kind = Trace(one, [], [Event("made", 0)]).to_json()  # type: ignore[arg-type]
+    Path("kind.json").write_text(json.dumps(kind))
+    twice = Trace(one, [], [Event("alloc", 0)]).to_json()
+    Path("twice.json").write_text(json.dumps(twice | {"events": twice["events"] * 2}))
     huge = Trace({0: Storage(10**400, "logits", "", "", (1,), "x")}, [0], [])
     Path("huge.json").write_text(json.dumps(huge.to_json()))
     before = sorted(map(str, tmp_path.rglob("*")))

@@ -4,6 +4,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib as mpl
@@ -141,7 +142,7 @@ def _line(storage: Storage) -> str:
 
 def _mark_phases(axes: mpl.axes.Axes, begun: list[tuple[str, int]], width: int) -> None:
     """A line where each phase begins, and its name where there is room for it."""
-    for (name, begin), (_, end) in zip(begun, [*begun[1:], ("", width)], strict=True):
+    for (name, begin), (_, end) in pairwise([*begun, ("", width)]):
         if name:
             axes.axvline(begin, color="black", lw=0.5, alpha=0.35)
         if name and end - begin > 0.022 * width:
