@@ -1,6 +1,5 @@
 """The losses' defaults and edges; their gradients are held by test_equivalence.py and test_properties.py."""
 
-
 import pytest
 import torch
 
