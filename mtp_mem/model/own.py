@@ -17,11 +17,13 @@ import copy
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from mtp_mem.config.schema import Dtype, HeadKind, Training
 from mtp_mem.errors import BadInput, unknown
@@ -100,7 +102,7 @@ def heads(
         autocast: context manager in which forward passes run; by default the autocast that is active around the step,
             without its cache of cast weights: with that cache the order of heads would change how gradients are summed.
         draws: whether a layer draws random numbers, so that a strategy that runs it twice must draw them again; by
-            default whether one of the modules is a dropout of more than 0.
+            default whether one of the modules says so by a rate of dropout above 0, or is a function.
         softcap: c where the model's logits are c tanh(logits / c).
 
     Raises:
@@ -136,13 +138,21 @@ def ambient_autocast(device_type: str) -> Callable[[], AbstractContextManager[ob
 
 
 def draws_random_numbers(modules: Iterable[object]) -> bool:
-    """Whether one of the modules holds a dropout of more than 0, as a module or as `attention_dropout`."""
-    every = (inner for module in modules if isinstance(module, nn.Module) for inner in module.modules())
-    rates = (getattr(m, "p", 0.0) if isinstance(m, _DROPOUTS) else getattr(m, "attention_dropout", 0.0) for m in every)
+    """Whether one of the modules drops something at random, or adds noise: one of its rates by that name is above 0.
+
+    A function in a module's place may do anything, so it counts as one that does; a partial one is what it calls.
+    """
+    whole = [module.func if isinstance(module, partial) else module for module in modules]
+    if not all(isinstance(module, nn.Module) for module in whole):
+        return True
+    every = (inner for module in whole if isinstance(module, nn.Module) for inner in module.modules())
+    rates = (
+        rate
+        for module in every
+        for name, rate in vars(module).items()
+        if "drop" in name or "jitter" in name or (name == "p" and isinstance(module, _DropoutNd))
+    )
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
-
-
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def moved(model: M, dtype: Dtype, device: torch.device) -> M:

@@ -1,6 +1,7 @@
 """`head_loss` is an ordinary loss: the gradient of one plain backward, whatever a trainer does around it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import mtp_mem
 from mtp_mem import Batch, MTPForCausalLM, forward_backward, from_hf, future_targets, head_loss, load_strategy
 from mtp_mem.errors import BadInput
 from mtp_mem.model.huggingface import HuggingFaceMTP
+from mtp_mem.model.own import draws_random_numbers
 from mtp_mem.verification.problem import plain_step
 
 N = 3
@@ -181,6 +183,7 @@ class Mine(nn.Module):
     def __init__(self, kind: Any = "parallel") -> None:
         super().__init__()
         self.kind = kind
+        self.head: Callable[[nn.Module], Any] = lambda layer: layer
         self.embedding = nn.Embedding(131, 32)
         self.body = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
         self.mtp = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(N))
@@ -193,7 +196,11 @@ class Mine(nn.Module):
 
     def heads(self, _z: Tensor, phase: Any = mtp_mem.no_phase) -> Any:
         return mtp_mem.heads(
-            layers=list(self.mtp), norm=self.norm, unembedding=self.lm_head, kind=self.kind, phase=phase
+            layers=[self.head(layer) for layer in self.mtp],
+            norm=self.norm,
+            unembedding=self.lm_head,
+            kind=self.kind,
+            phase=phase,
         )
 
 
@@ -222,10 +229,31 @@ def test_heads_from_modules_names_what_is_wrong() -> None:
         mtp_mem.heads(layers=[layer], norm=norm, unembedding=layer.weight, kind="serial")  # type: ignore[arg-type]
 
 
-def test_dropout_in_a_head_is_drawn_again_alike() -> None:
+class Drops(nn.Module):
+    """A layer that drops by a function, at a rate of its own."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.hidden_dropout = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.hidden_dropout)
+
+
+@pytest.mark.parametrize(
+    "dropping",
+    [
+        lambda layer: nn.Sequential(layer, nn.Dropout(0.5)),
+        lambda layer: nn.Sequential(layer, Drops(0.5)),
+        lambda layer: partial(nn.Sequential(layer, nn.Dropout(0.5))),
+        lambda layer: lambda x: nn.functional.dropout(layer(x), 0.5),
+    ],
+    ids=["module", "rate", "partial", "function"],
+)
+def test_dropout_in_a_head_is_drawn_again_alike(dropping: Any) -> None:
     torch.manual_seed(0)
     model = Mine()
-    model.mtp[0].append(nn.Dropout(0.5))
+    model.head = dropping
     ids, targets = ids_and_targets()
 
     def run(spec: str) -> dict[str, Tensor | None]:
@@ -233,6 +261,15 @@ def test_dropout_in_a_head_is_drawn_again_alike() -> None:
         return gradients(model, lambda: forward_backward(model, Batch(ids, targets), load_strategy(spec)))  # type: ignore[arg-type]
 
     assert error(run("checkpointed"), run("naive")) == 0
+
+
+def test_a_layer_says_by_its_rates_that_it_draws() -> None:
+    attention = [nn.MultiheadAttention(8, 2, dropout=rate) for rate in (0.0, 0.1)]
+    layers = [nn.Linear(8, 8), Drops(0.0), nn.Dropout(0.0), attention[0]]
+    assert not draws_random_numbers([*layers, *(partial(layer, mask=None) for layer in layers)])
+    for layer in (Drops(0.1), nn.Dropout(0.1), attention[1]):
+        assert draws_random_numbers([nn.Sequential(layer)])
+        assert draws_random_numbers([partial(layer, mask=None)])
 
 
 def test_a_module_that_returns_the_loss() -> None:
