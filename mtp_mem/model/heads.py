@@ -25,33 +25,33 @@ every earlier position has its token t + k too. DeepSeek's loss is sum_k lambda 
 model's: weights (1, lambda / D, ...).
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_mem.config.schema import ModelConfig
-from mtp_mem.model.layers import Attention, Factory, Layer, RMSNorm, Rotation
+from mtp_mem.config.schema import HeadKind, ModelConfig
+from mtp_mem.model.layers import Attention, Factory, Layer, RMSNorm
 
 NO_TOKEN = 0
 """Id that a DeepSeek depth reads where the sequence has no token t + k; any valid id would do."""
 
 
 class DeepSeekDepth(nn.Module):
-    """MTP depth k >= 1: parent (B, S, D) and embeddings of the tokens t + k (B, S, D) -> (B, S, D)."""
+    """MTP depth k >= 1: Layer_k(M_k [RMSNorm(h[k-1]); RMSNorm(Emb(token t + k))]), with a layer of any class."""
 
-    def __init__(self, config: ModelConfig, make: Factory, attention: Attention) -> None:
+    def __init__(self, hidden_norm: nn.Module, token_norm: nn.Module, projection: nn.Linear, layer: nn.Module) -> None:
         super().__init__()
-        self.hidden_norm, self.token_norm = RMSNorm(config, make), RMSNorm(config, make)
-        self.projection = nn.Linear(2 * config.dim, config.dim, bias=False, **make)
-        self.layer = Layer(config, make, attention)
+        self.hidden_norm, self.token_norm = hidden_norm, token_norm
+        self.projection, self.layer = projection, layer
 
-    def forward(self, x: Tensor, embedded: Tensor, turn: Rotation) -> Tensor:
-        """Layer_k(M_k [RMSNorm(x); RMSNorm(embedded)]), see the table above."""
+    def forward(self, x: Tensor, embedded: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output for hidden states and embedded tokens, both (B, S, D); the rest is passed to the layer."""
         both = torch.cat([self.hidden_norm(x), self.token_norm(embedded)], dim=-1)  # (B, S, 2D)
-        return self.layer(self.projection(both), turn)  # type: ignore[no-any-return]
+        return self.layer(self.projection(both), *args, **kwargs)
 
 
 class MedusaHead(nn.Module):
@@ -76,25 +76,67 @@ def make_head(index: int, config: ModelConfig, make: Factory, attention: Attenti
         case "medusa":
             return MedusaHead(config, make)
         case "deepseek" if index > 0:
-            return DeepSeekDepth(config, make, attention)
+            norms = RMSNorm(config, make), RMSNorm(config, make)
+            projection = nn.Linear(2 * config.dim, config.dim, bias=False, **make)
+            return DeepSeekDepth(*norms, projection, Layer(config, make, attention))
         case _:
             return Layer(config, make, attention)
 
 
 def on_parent(
-    module: nn.Module, index: int, embedding: nn.Embedding, tokens: Tensor, turn: Rotation
+    module: nn.Module, index: int, tokens: Tensor, embed: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any
 ) -> Callable[[Tensor], Tensor]:
     """A head's module as a function of its parent's hidden states alone, for one step over `tokens` (B, S).
 
-    The embedding is looked up when the head runs, not before: its gradient then flows back with the head's other
+    Tokens are embedded when the head runs, not before: the embedding's gradient then flows back with the head's other
     gradients, in the order of the heads (see mtp_mem/model/head_tree.py).
+    `embed` makes (B, S, D) of tokens; `args` and `kwargs` are what else the module is given.
     """
     if isinstance(module, DeepSeekDepth):
-        return lambda parent: module(parent, embedding(tokens_ahead(tokens, index)), turn)
-    return partial(module, turn=turn) if isinstance(module, Layer) else module
+        return lambda parent: _tensor(module(parent, embed(tokens_ahead(tokens, index)), *args, **kwargs))
+    return lambda parent: _tensor(module(parent, *args, **kwargs))
+
+
+def written_out(
+    kind: HeadKind,
+    modules: Sequence[nn.Module],
+    z: Tensor,
+    tokens: Tensor,
+    embed: Callable[[Tensor], Tensor],
+    *args: Any,
+    **kwargs: Any,
+) -> list[Tensor]:
+    """All heads' hidden states (B, S, D) from z, kind by kind: it shares no tree and no order with the heads of a step.
+
+    The other arguments are as in `on_parent`.
+    """
+
+    def run(x: Tensor, module: nn.Module, *embedded: Tensor) -> Tensor:
+        return _tensor(module(x, *embedded, *args, **kwargs))
+
+    match kind:
+        case "causal":
+            return list(accumulate(modules, run, initial=z))[1:]
+        case "anticausal":
+            return list(accumulate(reversed(modules), run, initial=z))[:0:-1]
+        case "deepseek":
+            S = tokens.shape[1]
+            embedded = embed(F.pad(tokens, (0, len(modules)), value=NO_TOKEN))  # (B, S + n, D)
+            hidden = [run(z, modules[0])]
+            for k in range(1, len(modules)):
+                hidden.append(run(hidden[-1], modules[k], embedded[:, k : k + S]))
+            return hidden
+        case _:
+            return [run(z, module) for module in modules]
 
 
 def tokens_ahead(tokens: Tensor, k: int) -> Tensor:
     """Token t + k at every position t of `tokens` (B, S); `NO_TOKEN` where there is none."""
     k = min(k, tokens.shape[1])
     return F.pad(tokens[:, k:], (0, k), value=NO_TOKEN)  # (B, S)
+
+
+def _tensor(out: Any) -> Tensor:
+    """A layer's hidden states; some families return them in a tuple."""
+    tensor: Tensor = out[0] if isinstance(out, tuple) else out
+    return tensor

@@ -8,11 +8,11 @@ heads get the same. Linear and medusa heads read the normed output of the whole 
 """
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mtp_mem.config.schema import Dtype, HeadKind
 from mtp_mem.errors import BadInput
 from mtp_mem.model.head_tree import Heads, Phase, keep_inputs, kept_inputs, no_phase
-from mtp_mem.model.heads import NO_TOKEN, tokens_ahead
+from mtp_mem.model.heads import DeepSeekDepth, on_parent, written_out
 from mtp_mem.model.layers import PARAMETER_DTYPES
 from mtp_mem.model.losses import LossOptions
 from mtp_mem.model.own import ambient_autocast, draws_random_numbers, heads
@@ -78,21 +78,6 @@ class Tap(nn.Module):
         return hidden
 
 
-class Depth(nn.Module):
-    """A deepseek head from the second on: Layer(M [RMSNorm(h); RMSNorm(Emb(token))]), Layer of the decoder's class."""
-
-    def __init__(self, layer: nn.Module, dim: int) -> None:
-        super().__init__()
-        self.hidden_norm, self.token_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
-        self.projection = nn.Linear(2 * dim, dim, bias=False)
-        self.layer = layer
-
-    def forward(self, x: Tensor, embedded: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The layer's output for hidden states and embedded tokens, both (B, S, D); the rest is passed to the layer."""
-        both = torch.cat([self.hidden_norm(x), self.token_norm(embedded)], dim=-1)  # (B, S, 2D)
-        return self.layer(self.projection(both), *args, **kwargs)
-
-
 class Block(nn.Module):
     """Medusa's residual block, h + SiLU(W h + b), W and b zero at first: the head begins as the model's own."""
 
@@ -134,7 +119,7 @@ class HuggingFaceMTP(nn.Module):
                 last = layers[len(layers) - 1]
                 new = [_like(last, lm) for _ in range(n - 1)]
                 if kind == "deepseek":
-                    new = [Depth(layer, self.dim) for layer in new]
+                    new = [_depth(layer, self.dim) for layer in new]
                 self.head_layers = nn.ModuleList([last, *new])
                 self._tap = [Tap(last)]  # in a list, for it is the decoder's module and not this one's
                 layers[len(layers) - 1] = self._tap[0]
@@ -183,7 +168,9 @@ class HuggingFaceMTP(nn.Module):
     def heads(self, z: Tensor, phase: Phase = no_phase) -> Heads:
         """Everything above the cut for the step in which `trunk` returned `z`."""
         tokens, args, kwargs = kept_inputs(z)
-        layers = [self._on_parent(module, i, tokens, args, kwargs) for i, module in enumerate(self.head_layers)]
+        if tokens is None and self.kind == "deepseek" and self.n_future > 1:
+            raise BadInput("deepseek heads look tokens up: call trunk with input_ids, not with inputs_embeds alone")
+        layers = [on_parent(m, i, tokens, self._embed, *args, **kwargs) for i, m in enumerate(self.head_layers)]
         above = heads(
             layers=layers,
             norm=self.norm if self.scale == 1 else self._scaled_norm,
@@ -194,46 +181,21 @@ class HuggingFaceMTP(nn.Module):
             softcap=self.softcap,
             draws=self.training and draws_random_numbers([self.head_layers]),
         )
-        object.__setattr__(above, "cuda", above.cuda or self.for_cuda)
-        return above
+        return dataclasses.replace(above, cuda=above.cuda or self.for_cuda)
 
     def _scaled_norm(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden) * self.scale  # type: ignore[no-any-return]
 
-    def _on_parent(
-        self, module: nn.Module, index: int, tokens: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Callable[[Tensor], Tensor]:
-        if self.kind not in LAYER_KINDS:
-            return module
-        if not isinstance(module, Depth):
-            return lambda parent: _tensor(module(parent, *args, **kwargs))
-        if tokens is None:
-            raise BadInput("deepseek heads look tokens up: call trunk with input_ids, not with inputs_embeds alone")
-        embedding = self.lm.get_input_embeddings()  # type: ignore[operator]
-        return lambda parent: _tensor(module(parent, embedding(tokens_ahead(tokens, index)), *args, **kwargs))
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return self.lm.get_input_embeddings()(tokens)  # type: ignore[operator,no-any-return]
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Logits (n, B, S, V), written out kind by kind: it shares no tree and no order with `heads`."""
         z = self.trunk(input_ids, **inputs)
         tokens, args, kwargs = kept_inputs(z)
-        layers, unembedding = list(self.head_layers), self.lm.get_output_embeddings()  # type: ignore[operator]
+        unembedding = self.lm.get_output_embeddings()  # type: ignore[operator]
         with self.autocast():
-            match self.kind:
-                case "causal":
-                    hidden = list(accumulate(layers, lambda h, m: _tensor(m(h, *args, **kwargs)), initial=z))[1:]
-                case "anticausal":
-                    back = accumulate(reversed(layers), lambda h, m: _tensor(m(h, *args, **kwargs)), initial=z)
-                    hidden = list(back)[:0:-1]
-                case "deepseek":
-                    S, embedding = z.shape[1], self.lm.get_input_embeddings()  # type: ignore[operator]
-                    embedded = embedding(F.pad(tokens, (0, len(layers)), value=NO_TOKEN))  # (B, S + n, D)
-                    hidden = [_tensor(layers[0](z, *args, **kwargs))]
-                    for k in range(1, len(layers)):
-                        hidden.append(_tensor(layers[k](hidden[-1], embedded[:, k : k + S], *args, **kwargs)))
-                case "parallel":
-                    hidden = [_tensor(module(z, *args, **kwargs)) for module in layers]
-                case _:
-                    hidden = [module(z) for module in layers]
+            hidden = written_out(self.kind, list(self.head_layers), z, tokens, self._embed, *args, **kwargs)
             capped = LossOptions(softcap=self.softcap).capped
             return torch.stack([capped(unembedding(self._scaled_norm(h))) for h in hidden])
 
@@ -375,7 +337,5 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _tensor(out: Any) -> Tensor:
-    """A layer's hidden states; some families return them in a tuple."""
-    tensor: Tensor = out[0] if isinstance(out, tuple) else out
-    return tensor
+def _depth(layer: nn.Module, dim: int) -> DeepSeekDepth:
+    return DeepSeekDepth(nn.RMSNorm(dim), nn.RMSNorm(dim), nn.Linear(2 * dim, dim, bias=False), layer)

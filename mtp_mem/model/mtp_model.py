@@ -7,16 +7,14 @@ transformer layer. The other kinds of heads: mtp_mem/model/heads.py.
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtp_mem.config.schema import Dtype, ModelConfig
 from mtp_mem.model.head_tree import Heads, Phase, keep_inputs, kept_inputs, no_phase, tree
-from mtp_mem.model.heads import NO_TOKEN, make_head, on_parent
+from mtp_mem.model.heads import make_head, on_parent, written_out
 from mtp_mem.model.layers import PARAMETER_DTYPES, Attention, Factory, Layer, RMSNorm, Rotation, rotation
 from mtp_mem.model.losses import LossOptions
 
@@ -105,8 +103,8 @@ class MTPModel(nn.Module):
             phase: called with the name of each phase as it begins.
         """
         tokens = kept_inputs(z) if z.is_floating_point() else z
-        turn = self.rotation(tokens)
-        layers = [on_parent(head, i, self.embedding, tokens, turn) for i, head in enumerate(self.head_layers)]
+        given = self._given(tokens)
+        layers = [on_parent(head, i, tokens, self.embedding, *given) for i, head in enumerate(self.head_layers)]
         weights = [unembedding.weight for unembedding in self.unembeddings()]
         roots = tuple(tree(self.config.head, layers, weights))
         # "flash" and "efficient" run on CUDA alone: a model without data that has one of them is predicted for CUDA.
@@ -122,30 +120,16 @@ class MTPModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (n, B, S, V) of all heads, written out kind by kind: it shares no tree and no order with `heads`."""
-        z, turn = self.trunk(tokens), self.rotation(tokens)
+        z, given = self.trunk(tokens), self._given(tokens)
         with self.autocast():
-            hidden = self._hidden(z, tokens, turn)
+            hidden = written_out(self.config.head, list(self.head_layers), z, tokens, self.embedding, *given)
             capped = LossOptions(softcap=self.config.logit_softcap).capped
             return torch.stack([capped(u(self.norm(h))) for h, u in zip(hidden, self.unembeddings(), strict=True)])
 
-    def _hidden(self, z: Tensor, tokens: Tensor, turn: Rotation) -> list[Tensor]:
-        heads = self.head_layers
-        match self.config.head:
-            case "parallel":
-                return [head(z, turn) for head in heads]
-            case "causal":
-                return list(accumulate(heads, lambda h, head: head(h, turn), initial=z))[1:]
-            case "anticausal":
-                return list(accumulate(reversed(heads), lambda h, head: head(h, turn), initial=z))[:0:-1]
-            case "linear" | "medusa":
-                return [head(z) for head in heads]
-            case "deepseek":
-                S = tokens.shape[1]
-                embedded = self.embedding(F.pad(tokens, (0, len(heads)), value=NO_TOKEN))  # (B, S + n, D)
-                hidden = [heads[0](z, turn)]
-                for k in range(1, len(heads)):
-                    hidden.append(heads[k](hidden[-1], embedded[:, k : k + S], turn))
-                return hidden
+    def _given(self, tokens: Tensor) -> tuple[Rotation, ...]:
+        """What a head's layer is given beside hidden states; a head that is no layer is given nothing."""
+        turn = self.rotation(tokens)
+        return (turn,) if self.config.heads_are_layers else ()
 
     def rotation(self, tokens: Tensor) -> Rotation:
         """Rotary tables for the positions of `tokens` (B, S), in the dtype of queries and keys."""
