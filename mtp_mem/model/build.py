@@ -6,7 +6,7 @@ Parameters are counted on the model itself, made on device meta without data for
 import dataclasses
 import importlib
 import json
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -101,8 +101,7 @@ class Unfilled(TorchDispatchMode):
 
 def weight_bytes(count: int, dtype: Dtype) -> int:
     """Bytes of `count` parameters; bf16-mixed keeps them in fp32."""
-    size: int = torch.empty((), dtype=PARAMETER_DTYPES[dtype]).element_size()
-    return count * size
+    return count * PARAMETER_DTYPES[dtype].itemsize
 
 
 def _huggingface(
@@ -114,8 +113,8 @@ def _huggingface(
     settings |= {"num_hidden_layers": config.n_layers, "vocab_size": config.vocab_size}
     if isinstance(types := settings.get("layer_types"), list):
         settings["layer_types"] = types[: config.n_layers]
-    for name, function in _attention_functions().items():
-        library.AttentionInterface.register(name, function)  # no mask function, so that no mask is made
+    for each, name in ATTENTION_NAMES.items():  # no mask function, so that no mask is made
+        library.AttentionInterface.register(name, partial(_attention, each))
     verbosity = library.logging.get_verbosity()
     library.logging.set_verbosity_error()  # it would warn of token ids beyond a reduced vocabulary
     try:
@@ -151,16 +150,17 @@ def _from_factory(config: FactoryConfig, dtype: Dtype, device: torch.device) -> 
     return model
 
 
-def _attention_functions() -> dict[str, Any]:
-    def function(kind: Attention) -> Any:
-        def run(
-            _module: nn.Module, q: Tensor, k: Tensor, v: Tensor, _mask: None, scaling: float | None = None, **_: Any
-        ) -> tuple[Tensor, None]:
-            width = v.shape[-1]
-            if width != q.shape[-1]:  # no fused kernel takes values of another width: pad them
-                v = F.pad(v, (0, q.shape[-1] - width))
-            return causal_attention(q, k, v, kind, scaling)[..., :width].transpose(1, 2).contiguous(), None
-
-        return run
-
-    return {name: function(kind) for kind, name in ATTENTION_NAMES.items()}
+def _attention(
+    kind: Attention,
+    _module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    _mask: None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    width = v.shape[-1]
+    if width != q.shape[-1]:  # no fused kernel takes values of another width: pad them
+        v = F.pad(v, (0, q.shape[-1] - width))
+    return causal_attention(q, k, v, kind, scaling)[..., :width].transpose(1, 2).contiguous(), None

@@ -9,6 +9,7 @@ heads get the same. Linear and medusa heads read the normed output of the whole 
 
 import copy
 import dataclasses
+import typing
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -25,10 +26,9 @@ from mtp_mem.model.head_tree import Heads, Phase, keep_inputs, kept_inputs, no_p
 from mtp_mem.model.heads import DeepSeekDepth, on_parent, written_out
 from mtp_mem.model.layers import PARAMETER_DTYPES
 from mtp_mem.model.losses import LossOptions
-from mtp_mem.model.own import ambient_autocast, draws_random_numbers, heads
+from mtp_mem.model.own import ambient_autocast, draws_random_numbers, each_once, heads
 
-KINDS: tuple[HeadKind, ...] = ("parallel", "causal", "anticausal", "deepseek", "medusa", "linear")
-LAYER_KINDS = ("parallel", "causal", "anticausal", "deepseek")
+KINDS: tuple[HeadKind, ...] = typing.get_args(HeadKind)
 SCALES = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1}
 """Attributes of a config by which its family multiplies (1) or divides (-1) logits; here hidden states are scaled."""
 CHANGES_LOGITS = ("logits_soft_cap", "output_multiplier", "unpadded_vocab_size")
@@ -113,7 +113,7 @@ class HuggingFaceMTP(nn.Module):
         self.scale, self.softcap = _scale(lm, config), getattr(config, "final_logit_softcapping", None)
         name, layers = _layers(decoder)
         with default_dtype(weight.dtype), weight.device:
-            if kind in LAYER_KINDS:
+            if kind not in ("linear", "medusa"):
                 self._norm_name = norm = _final_norm(decoder, name, self.dim)
                 self.norm: nn.Module = getattr(decoder, norm)
                 last = layers[len(layers) - 1]
@@ -210,13 +210,9 @@ class HuggingFaceMTP(nn.Module):
         parts: dict[str, list[nn.Parameter]] = {"embedding": list(lm.get_input_embeddings().parameters()), "trunk": []}
         parts |= {f"head {i + 1}": list(layer.parameters()) for i, layer in enumerate(self.head_layers)}
         parts |= {"norm": list(self.norm.parameters()), "unembedding": list(lm.get_output_embeddings().parameters())}
-        owned = {id(parameter) for own in parts.values() for parameter in own}
-        parts["trunk"] = [parameter for parameter in lm.parameters() if id(parameter) not in owned]
-        seen: set[int] = set()
-        for name, own in parts.items():
-            parts[name] = [parameter for parameter in own if id(parameter) not in seen]
-            seen |= {id(parameter) for parameter in own}
-        return {name: own for name, own in parts.items() if own}
+        elsewhere = {parameter for own in parts.values() for parameter in own}
+        parts["trunk"] = [parameter for parameter in lm.parameters() if parameter not in elsewhere]
+        return each_once(parts)
 
     def checkpoint_trunk(self, every: int) -> None:
         """Recompute every `every`-th layer of the trunk in the backward, from the first one on.

@@ -42,17 +42,13 @@ def model_kept(model: Model) -> Iterator[list[str]]:
 
 
 def _hooks_of_tensor(tensor: Any) -> Hooks:
-    return {key: _copy(getattr(tensor, key)) for key in ("_backward_hooks", "_post_accumulate_grad_hooks")}
+    return {key: dict(getattr(tensor, key) or {}) for key in ("_backward_hooks", "_post_accumulate_grad_hooks")}
 
 
 def _hooks_of_module(module: nn.Module) -> Hooks:
     return {
-        key: _copy(value) for key, value in vars(module).items() if key.endswith("_hooks") and isinstance(value, dict)
+        key: dict(value) for key, value in vars(module).items() if key.endswith("_hooks") and isinstance(value, dict)
     }
-
-
-def _copy(hooks: dict[Any, Any] | None) -> dict[Any, Any]:
-    return dict(hooks or {})
 
 
 def _put_back(owner: Any, before: Hooks) -> None:

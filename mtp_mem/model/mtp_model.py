@@ -5,7 +5,6 @@ transformer layer. The other kinds of heads: mtp_mem/model/heads.py.
 """
 
 import copy
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -17,6 +16,7 @@ from mtp_mem.model.head_tree import Heads, Phase, keep_inputs, kept_inputs, no_p
 from mtp_mem.model.heads import make_head, on_parent, written_out
 from mtp_mem.model.layers import PARAMETER_DTYPES, Attention, Factory, Layer, RMSNorm, Rotation, rotation
 from mtp_mem.model.losses import LossOptions
+from mtp_mem.model.own import each_once
 
 
 def default_attention(dtype: Dtype, device: torch.device) -> Attention:
@@ -153,12 +153,4 @@ class MTPModel(nn.Module):
             parts |= {f"unembedding {i + 1}": module for i, module in enumerate(self.unembedding)}
         else:
             parts |= {"unembedding": self.unembedding}
-        seen: set[nn.Parameter] = set()
-
-        def new(module: nn.Module) -> Iterator[nn.Parameter]:
-            for parameter in module.parameters():
-                if parameter not in seen:
-                    seen.add(parameter)
-                    yield parameter
-
-        return {name: own for name, module in parts.items() if (own := list(new(module)))}
+        return each_once({name: module.parameters() for name, module in parts.items()})

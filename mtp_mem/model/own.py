@@ -15,7 +15,7 @@ one, `mtp_mem.from_hf` makes one of a Hugging Face model, and a class with the m
 
 import copy
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -108,8 +108,8 @@ def heads(
     Raises:
         BadInput: no layers, an unembedding with a bias, several that are not one for each head; an unknown kind.
     """
-    if kind not in ("parallel", "causal", "anticausal", "linear", "deepseek", "medusa"):
-        raise unknown("kind", kind, ["parallel", "causal", "anticausal", "linear", "deepseek", "medusa"])
+    if kind not in typing.get_args(HeadKind):
+        raise unknown("kind", kind, typing.get_args(HeadKind))
     if not layers:
         raise BadInput("heads: no layers: expected one for each head")
     several = isinstance(unembedding, Sequence | nn.ModuleList)
@@ -192,6 +192,17 @@ def groups(model: Model) -> dict[str, list[nn.Parameter]]:
     for name, parameter in model.named_parameters():
         by_part.setdefault(name.partition(".")[0], []).append(parameter)
     return by_part
+
+
+def each_once(parts: Mapping[str, Iterable[nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
+    """The parts with each parameter in the first that has it, without parts that are left with none."""
+    seen: set[nn.Parameter] = set()
+    owned: dict[str, list[nn.Parameter]] = {}
+    for name, parameters in parts.items():
+        if new := [parameter for parameter in parameters if parameter not in seen]:
+            owned[name] = new
+            seen.update(new)
+    return owned
 
 
 def set_up(model: Model, training: Training) -> None:
