@@ -134,7 +134,7 @@ class CachingAllocator:
         self.requested_peak, self.allocated_peak, self.reserved_peak = self.requested, self.allocated, self.reserved
 
     def page(self, small: bool) -> int:
-        """Bytes of a page of an expandable segment."""
+        """Bytes of a segment that requests share, or of a page of an expandable one."""
         return SMALL_SEGMENT if small else self.large_segment
 
     def _oversized(self, nbytes: int) -> bool:
@@ -162,10 +162,7 @@ class CachingAllocator:
 
     def _new(self, size: int, small: bool) -> Block:
         """A segment for `size`, as one block that is not listed."""
-        if small:
-            segment = SMALL_SEGMENT
-        else:
-            segment = self.large_segment if size < OWN_SEGMENT else -(-size // SMALL_SEGMENT) * SMALL_SEGMENT
+        segment = self.page(small) if size < OWN_SEGMENT else -(-size // SMALL_SEGMENT) * SMALL_SEGMENT
         self.reserved += segment
         return Block(self._place(segment), segment, small)
 

@@ -135,8 +135,7 @@ def hold(tape: Tape) -> Held:
     settings = _settings(tape)
     model = Followed(tape, settings)
     totals = [Totals(model.requested, model.allocated, model.reserved)]
-    asked: dict[int, int] = {address: requested for address, (_, requested) in tape.blocks.items()}
-    requested, reserved = model.requested, model.reserved
+    reserved = model.reserved
     difference, at = "", 0
     got: list[tuple[int, int]] = []  # (address, bytes) that the GPU got for the next allocation
     for number, (kind, address, nbytes) in enumerate(tape.events):
@@ -149,10 +148,7 @@ def hold(tape: Tape) -> Held:
                 said = _give_back(model, tape, number)
         elif kind == "free":
             model.release(address)
-            requested -= asked.pop(address)
         elif kind == "alloc":
-            asked[address] = nbytes
-            requested += nbytes
             reserved += sum(size for _, size in got)
             model.next_segment = got[0][0] if got and not difference else None
             model.allocate(address, nbytes)
@@ -171,7 +167,7 @@ def hold(tape: Tape) -> Held:
             said = _give_back(model, tape, number)
         if said and not difference:
             difference, at = f"event {number}, {kind} of {nbytes:,} B: {said}", number
-        totals.append(Totals(requested, model.allocated, reserved))
+        totals.append(Totals(model.requested, model.allocated, reserved))
     counts = Counter(event.kind for event in tape.events)
     if not difference:
         difference = _end(model, tape) if counts["alloc"] else "nothing was allocated, and so nothing was checked"
