@@ -3,12 +3,14 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mtp_mem._util import MiB
 from mtp_mem.errors import BadInput
 
 VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """The first that is set counts (c10/core/AllocatorConfig.h)."""
+SIZES = {"large_segment_size_mb": "large_segment", "max_split_size_mb": "max_split"}
 ELSEWHERE = re.compile(
     r"pinned_.*|release_lock_on_.*|graph_capture_.*|throw_on_.*|per_process_memory_fraction|backend:native"
 )
@@ -38,21 +40,20 @@ def allocator_settings(text: str, where: str = "allocator") -> AllocatorSettings
     Raises:
         BadInput: a setting that cannot have its value; `where` names the text in the message.
     """
-    expandable, large_segment, max_split, unknown = None, AllocatorSettings.large_segment, None, []
+    settings: dict[str, Any] = {}
+    unknown = []
     for setting in re.findall(r"[^,\[\]]+(?:\[[^\]]*\])?", "".join(text.split())):
         name, _, value = setting.partition(":")
         if name == "expandable_segments" and value in ("True", "False"):
-            expandable = value == "True"
-        elif name in ("large_segment_size_mb", "max_split_size_mb") and re.fullmatch(r"[1-9]\d{0,6}", value):
-            large_segment, max_split = (
-                (int(value) * MiB, max_split) if name.startswith("large") else (large_segment, int(value) * MiB)
-            )
-        elif name in ("expandable_segments", "large_segment_size_mb", "max_split_size_mb"):
-            expected = "True or False" if name.startswith("exp") else "a whole number of MiB"
+            settings["expandable"] = value == "True"
+        elif name in SIZES and re.fullmatch(r"[1-9]\d{0,6}", value):
+            settings[SIZES[name]] = int(value) * MiB
+        elif name in ("expandable_segments", *SIZES):
+            expected = "a whole number of MiB" if name in SIZES else "True or False"
             raise BadInput(f"{where} = {text!r}: {name}:{value}: expected {expected}")
         elif not ELSEWHERE.fullmatch(name) and not ELSEWHERE.fullmatch(setting):
             unknown.append(setting)
-    return AllocatorSettings(expandable, large_segment, max_split, tuple(unknown))
+    return AllocatorSettings(**settings, not_modelled=tuple(unknown))
 
 
 def from_environment(environ: Mapping[str, str]) -> str:

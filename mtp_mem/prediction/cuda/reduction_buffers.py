@@ -56,31 +56,10 @@ def _sizes(
     over = {dim % len(axes) for dim in dims} if dims and axes else set(range(len(axes)))
     reduced = _merged([axis for dim, axis in enumerate(axes) if dim in over])
     kept = _merged([axis for dim, axis in enumerate(axes) if dim not in over])
-    while _last_byte(reduced + kept, itemsize) > LARGEST_OFFSET:
+    while itemsize * (1 + sum((extent - 1) * stride for extent, stride in reduced + kept)) > LARGEST_OFFSET:
         axis = max(reduced + kept, key=lambda axis: (axis[0] - 1) * axis[1])
         part = reduced if axis in reduced else kept
         part[part.index(axis)] = (-(-axis[0] // 2), axis[1])
-    return _buffers(reduced, kept, offset, multiprocessors, threads, partial, vector)
-
-
-def _merged(axes: list[Axis]) -> list[Axis]:
-    """The axes, smallest stride first; an axis that continues the one before it is merged into that one."""
-    merged: list[Axis] = []
-    for extent, stride in sorted((axis for axis in axes if axis[0] != 1), key=lambda axis: axis[1]):
-        if merged and merged[-1][0] * merged[-1][1] == stride:
-            merged[-1] = (merged[-1][0] * extent, merged[-1][1])
-        else:
-            merged.append((extent, stride))
-    return merged
-
-
-def _last_byte(axes: list[Axis], itemsize: int) -> int:
-    return itemsize * (1 + sum((extent - 1) * stride for extent, stride in axes))
-
-
-def _buffers(
-    reduced: list[Axis], kept: list[Axis], offset: int, multiprocessors: int, threads: int, partial: int, vector: int
-) -> list[int]:
     inputs, outputs = (math.prod(extent for extent, _ in axes) for axes in (reduced, kept))
     if not reduced or not inputs * outputs:
         return []
@@ -106,6 +85,17 @@ def _buffers(
     if blocks == 1:
         return []
     return [partial * outputs * blocks * (1 if along else width * columns), 4 * grid]
+
+
+def _merged(axes: list[Axis]) -> list[Axis]:
+    """The axes, smallest stride first; an axis that continues the one before it is merged into that one."""
+    merged: list[Axis] = []
+    for extent, stride in sorted((axis for axis in axes if axis[0] != 1), key=lambda axis: axis[1]):
+        if merged and merged[-1][0] * merged[-1][1] == stride:
+            merged[-1] = (merged[-1][0] * extent, merged[-1][1])
+        else:
+            merged.append((extent, stride))
+    return merged
 
 
 def _block(across: int, down: int, threads: int) -> tuple[int, int]:
