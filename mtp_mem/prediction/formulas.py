@@ -7,6 +7,7 @@ Each formula counts the tensors that are live at the one moment that sets the pe
 import dataclasses
 from collections.abc import Sequence
 from fractions import Fraction
+from statistics import StatisticsError, linear_regression
 from typing import Any
 
 from mtp_mem.config.schema import ModelConfig, Training, Workload
@@ -98,9 +99,7 @@ def step_flops(spec: str, shape: Shape) -> int:
 
 def layer_flops(shape: Shape) -> int:
     """FLOPs of one layer's forward pass."""
-    s = shape
-    weights = 2 * s.D * (s.A + s.K) + 3 * s.D * s.F
-    return 2 * s.N * weights + 2 * s.N * s.S * s.A  # attention looks back only: half of 4 N S A
+    return 2 * shape.N * (shape.layer_weights + shape.S * shape.A)  # attention looks back only: half of 4 N S A
 
 
 def trunk_recompute_flops(shape: Shape, training: Training) -> int:
@@ -111,12 +110,10 @@ def trunk_recompute_flops(shape: Shape, training: Training) -> int:
 
 def slope(points: Sequence[tuple[int, int]]) -> float | None:
     """Least-squares slope of (n, bytes), in bytes per head; None for fewer than two n."""
-    if len(points) < 2:
+    try:
+        return linear_regression([n for n, _ in points], [nbytes for _, nbytes in points]).slope
+    except StatisticsError:  # fewer than two n
         return None
-    mean_n = sum(n for n, _ in points) / len(points)
-    mean_y = sum(y for _, y in points) / len(points)
-    spread = sum((n - mean_n) ** 2 for n, _ in points)
-    return sum((n - mean_n) * (y - mean_y) for n, y in points) / spread if spread else None
 
 
 def baseline(config: ModelConfig, workload: Workload, training: Training | None = None) -> int:

@@ -8,7 +8,6 @@ from mtp_mem.config.gpus import GPU
 from mtp_mem.config.schema import Profile
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.trace import Trace
-from mtp_mem.prediction import simulated_step
 from mtp_mem.prediction.cuda.allocator_settings import AllocatorSettings, allocator_settings
 from mtp_mem.prediction.cuda.cublas import THREADS, workspaces
 from mtp_mem.prediction.cuda.replay import first_products, replay
@@ -64,10 +63,10 @@ def predicted(trace: Trace, gpu: GPU, resident: tuple[int, ...] | None = None) -
         resident = kept_workspaces(trace, gpu)
     peak = trace.peak()
     blocks = replay(trace, settings_of(gpu), resident)
-    by_category: dict[str, int] = {str(category): nbytes for category, nbytes in peak.by_category.items()}
+    by_category = dict(peak.by_category)
     by_category["workspace"] = by_category.get("workspace", 0) + sum(resident)
     return {
-        "steps_before": simulated_step.STEPS_BEFORE,
+        "steps_before": 1,  # the replay runs the step once before, as the first one, which makes the optimizer's state
         "baseline_bytes": trace.baseline + sum(resident),
         "peak_requested_bytes": blocks.requested_peak,
         "peak_over_baseline_bytes": peak.nbytes - trace.baseline,
