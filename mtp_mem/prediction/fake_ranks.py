@@ -5,34 +5,29 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from mtp_mem.config.schema import NODE, Dtype, Training
+from mtp_mem.config.schema import MOST_RANKS, NODE, Dtype, Training
 from mtp_mem.distributed.fsdp2 import shard
 from mtp_mem.errors import BadInput
 from mtp_mem.model.own import Model
 
-MOST_RANKS = 2**16
 MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 """What bf16-mixed is under FSDP2: fp32 shards, bf16 products, gradients reduced in fp32."""
 
 
-def join() -> None:
-    """Make the fake process group, unless it is there. Call it outside any dispatch mode: a mesh is real data.
+def mesh(training: Training) -> DeviceMesh:
+    """The ranks of the setup: one row, or for HSDP rows of a node's GPUs.
+
+    Makes the fake process group, unless it is there. Call it outside any dispatch mode: a mesh is real data.
 
     Raises:
         BadInput: this process is a rank of a real group.
     """
-    if dist.is_initialized():
-        if dist.get_backend() != "fake":
-            raise BadInput("this process is a rank of a process group; predict a sharded step in one that is not")
-        return
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    if not dist.is_initialized():
+        from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=MOST_RANKS)
-
-
-def mesh(training: Training) -> DeviceMesh:
-    """The ranks of the setup: one row, or for HSDP rows of a node's GPUs."""
-    join()
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=MOST_RANKS)
+    elif dist.get_backend() != "fake":
+        raise BadInput("this process is a rank of a process group; predict a sharded step in one that is not")
     ranks = torch.arange(training.world)
     if training.sharding == "hsdp":
         return DeviceMesh("cpu", ranks.view(-1, NODE), mesh_dim_names=("replicate", "shard"))

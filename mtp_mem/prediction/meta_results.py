@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class View(NamedTuple):
@@ -97,7 +98,8 @@ class MetaResults(TorchDispatchMode):
             return _AGAIN
         given: dict[int, int | str] = {id(value): i for i, value in enumerate(args)}
         given |= {id(value): name for name, value in kwargs.items()}
-        inputs = {tensor.untyped_storage()._cdata for tensor in _tensors((args, tuple(kwargs.values())))}
+        tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        inputs = {tensor.untyped_storage()._cdata for tensor in tensors}
         results: list[Result] = []
         for output in outputs:
             if output is None or id(output) in given:
@@ -174,9 +176,3 @@ def _without_data(tensor: Tensor) -> bool:
     if type(tensor) is FakeTensor:  # first: to ask one whether it is meta costs a dispatch
         return tensor.fake_device == _CPU
     return tensor.is_meta
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []

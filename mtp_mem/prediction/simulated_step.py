@@ -45,8 +45,6 @@ from mtp_mem.step import TrainingStep
 from mtp_mem.step.head_loss import HeadLoss, loss_backward
 from mtp_mem.strategy import Strategy, kernel_limits
 
-STEPS_BEFORE = 1  # the replay runs the step once before, as the first step, which makes the optimizer's state
-
 
 class _Mode(FakeTensorMode):
     """Fake tensors; operators on real tensors alone run as usual."""
@@ -89,13 +87,17 @@ class Simulation:
         sharded = training.sharding in ("fsdp2", "hsdp")
         fake = _Mode() if sharded or workload.dtype == "bf16-mixed" else None
         results = MetaResults(fake)
-        make = sharded_tracker if sharded else Tracker
-        tracker = make(config.vocab_size, config.dim, [], kernels, results.run)
+        kind_of_tracker, ranks = Tracker, None
+        if sharded:  # FSDP2 takes a second to import
+            from mtp_mem.memory.sharded_tracker import ShardedTracker
+            from mtp_mem.prediction import fake_ranks
+
+            kind_of_tracker, ranks = ShardedTracker, fake_ranks.mesh(training)
+        tracker = kind_of_tracker(config.vocab_size, config.dim, [], kernels, results.run)
         self.collectives: dict[str, dict[str, int]] = {}  # of the last step traced, as a record names them
         self._tracker, self._for_cuda, self._sharded, self._stepped = tracker, cuda, sharded, False
         self._mode: AbstractContextManager[object] = fake or contextlib.nullcontext()
         device = "cpu" if fake else "meta"
-        ranks = fake_ranks(training) if sharded else None
         # Under FSDP2 the parameters that it gathers are in bf16, and there is no autocast.
         dtype: Dtype = "fp32" if sharded and workload.dtype == "bf16-mixed" else workload.dtype
         with without_collections(), fake or results:
@@ -103,7 +105,7 @@ class Simulation:
                 model = make_model(config, dtype=dtype, attention=attention, device=device)
             set_up(model, training)
             if ranks is not None:
-                shard_as(model, workload.dtype, ranks)
+                fake_ranks.shard_as(model, workload.dtype, ranks)
             tokens = torch.empty(workload.batch, workload.sequence, dtype=torch.long, device=device)
             batch = make_batch(tokens, config.n_future)
             optimizer = simulated_optimizer(
@@ -144,8 +146,7 @@ class Simulation:
     @property
     def baseline(self) -> int:
         """Bytes live before a step, in tensors: parameters, optimizer state, the batch; gradients where kept."""
-        trace = self._tracker.trace
-        return sum(trace.storages[key].nbytes for key in trace.resident)
+        return self._tracker.trace.baseline
 
     def floor(self) -> Trace:
         """The step without logits."""
@@ -194,7 +195,7 @@ class Simulation:
                     step.forget_gradients()
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as e:
             raise self._unpredictable(strategy, e) from None
-        except (RuntimeError, NotImplementedError) as e:
+        except RuntimeError as e:
             if "meta" not in str(e) and isinstance(self._step.model, MTPModel):
                 raise
             raise self._unpredictable(strategy, e) from None
@@ -247,27 +248,6 @@ def _buckets(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield f"{name}: bucket", torch.empty_like(parameter)
-
-
-def sharded_tracker(*args: Any) -> Tracker:
-    """The tracker that knows FSDP2, which takes a second to import."""
-    from mtp_mem.memory.sharded_tracker import ShardedTracker
-
-    return ShardedTracker(*args)
-
-
-def fake_ranks(training: Training) -> Any:
-    """The mesh of a process group of any size."""
-    from mtp_mem.prediction.fake_ranks import mesh
-
-    return mesh(training)
-
-
-def shard_as(model: Model, dtype: Dtype, ranks: Any) -> None:
-    """See mtp_mem/prediction/fake_ranks.py."""
-    from mtp_mem.prediction import fake_ranks
-
-    fake_ranks.shard_as(model, dtype, ranks)
 
 
 def simulate(
