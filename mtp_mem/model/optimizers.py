@@ -21,16 +21,11 @@ from torch import Tensor, nn
 
 from mtp_mem.config.schema import OptimizerName
 from mtp_mem.errors import Missing
+from mtp_mem.model.own import Model
 
 BETAS, WEIGHT_DECAY, MOMENTUM = (0.9, 0.95), 0.1, 0.9
+IMPLEMENTATIONS = {"adamw": {"fused": True}, "adamw-foreach": {"foreach": True}, "adamw-loop": {"foreach": False}}
 BLOCK_8BIT, SMALLEST_8BIT = 256, 4096  # bitsandbytes: values that share a scale; fewer values are kept in fp32
-
-
-class Parametrised(Protocol):
-    """The part of a model that optimizers need."""
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """As `nn.Module.named_parameters`."""
 
 
 class Optimizer(Protocol):
@@ -43,7 +38,7 @@ class Optimizer(Protocol):
 
 
 def make_optimizer(
-    model: Parametrised, lr: float = 3e-4, *, name: OptimizerName = "adamw", master: bool = False
+    model: Model | nn.Module, lr: float = 3e-4, *, name: OptimizerName = "adamw", master: bool = False
 ) -> Optimizer:
     """The optimizer of a model with data: by default AdamW as in the paper (appendix M: betas 0.9, 0.95; decay 0.1).
 
@@ -62,15 +57,14 @@ def make_optimizer(
             return torch.optim.SGD(parameters, lr=lr, momentum=MOMENTUM, fused=True)
         if name == "adamw-8bit":
             return _eight_bit(parameters, lr)
-        how = {"adamw": {"fused": True}, "adamw-foreach": {"foreach": True}, "adamw-loop": {"foreach": False}}[name]
-        return torch.optim.AdamW(parameters, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY, **how)
+        return torch.optim.AdamW(parameters, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY, **IMPLEMENTATIONS[name])
 
     parameters = [parameter for _, parameter in model.named_parameters()]
     return WithMaster(parameters, make) if master else make(parameters)
 
 
 def simulated_optimizer(
-    model: Parametrised, *, name: OptimizerName = "adamw", master: bool = False, host: Callable[[], Any]
+    model: Model | nn.Module, *, name: OptimizerName = "adamw", master: bool = False, host: Callable[[], Any]
 ) -> Optimizer:
     """The optimizer of a model without data, with the state that it would have after a step (`state_by_rule`).
 
@@ -83,9 +77,8 @@ def simulated_optimizer(
 
     def make(parameters: Sequence[Tensor]) -> Optimizer:
         if name in ("adamw-foreach", "adamw-loop"):
-            foreach = name == "adamw-foreach"
             optimizer: Optimizer = torch.optim.AdamW(
-                parameters, betas=BETAS, weight_decay=WEIGHT_DECAY, foreach=foreach
+                parameters, betas=BETAS, weight_decay=WEIGHT_DECAY, **IMPLEMENTATIONS[name]
             )
         else:
             optimizer = _Still()
@@ -121,7 +114,7 @@ def state_by_rule(parameter: Tensor, name: OptimizerName, host: Callable[[], Any
     return {"step": step, "exp_avg": torch.empty_like(parameter), "exp_avg_sq": torch.empty_like(parameter)}
 
 
-def optimizer_state(model: Parametrised, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+def optimizer_state(model: Model | nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of all that the optimizer keeps, each named after its parameter."""
     inner, copies = (optimizer.inner, optimizer.copies) if isinstance(optimizer, WithMaster) else (optimizer, {})
     for name, parameter in model.named_parameters():

@@ -5,13 +5,14 @@ values, K = C G, F feed-forward width, b bytes of a parameter's value, p of a pr
 of a loss value (4; 8 in fp64). They hold for parallel heads; for other kinds there is no closed form here.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from mtp_mem.config.schema import Training
+import torch
 
-VALUE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "bf16-mixed": 4, "fp16": 2}
-PRODUCT_BYTES = VALUE_BYTES | {"bf16-mixed": 2}
+from mtp_mem.config.schema import Training
+from mtp_mem.model.layers import PARAMETER_DTYPES, PRODUCT_DTYPES
+
 PARTS = ("embedding", "trunk layers", "heads", "norm", "unembedding")
 """Of a model, by what trains together."""
 
@@ -38,10 +39,10 @@ class Shape:
     value: int
     product: int
     loss_value: int
-    cuda: bool = False
-    training: Training = field(default_factory=Training)
-    frozen: frozenset[str] = frozenset()  # of PARTS but "heads"; a tied unembedding is as its embedding
-    head_trains: tuple[bool, ...] = ()  # by the head's index, n of them
+    cuda: bool
+    training: Training
+    frozen: frozenset[str]  # of PARTS but "heads"; a tied unembedding is as its embedding
+    head_trains: tuple[bool, ...]  # by the head's index, n of them
 
     @staticmethod
     def of(
@@ -53,24 +54,23 @@ class Shape:
         heads alone, several ranks, an unembedding that trains on rows of a head in which nothing else does,
         nothing that trains at all.
         """
-        training = training or Training()
-        if "architecture" in model or "factory" in model:
+        training, dtype, tied = training or Training(), workload["dtype"], model["unembedding"] == "tied"
+        if "architecture" in model or "factory" in model or model["head"] != "parallel":
             return None
-        if model["head"] != "parallel" or model["unembedding"] == "replicated" or workload["dtype"] not in VALUE_BYTES:
+        if model["unembedding"] == "replicated" or dtype not in PARAMETER_DTYPES:
             return None
         if training.sharding != "none" or training.part != "step":
             return None
-        tied = model["unembedding"] == "tied"
+        if training.label_smoothing or training.z_loss or model.get("logit_softcap"):
+            return None
         frozen = frozen_of(training, tied)
         head_trains = tuple(not frozen & {"heads", f"head {i + 1}"} for i in range(model["n_future"]))
         if frozen >= {"embedding", "trunk layers", "norm"}:
             needed = all(head_trains) if "unembedding" not in frozen else any(head_trains)
             if not needed:
                 return None
-        if training.label_smoothing or training.z_loss or model.get("logit_softcap"):
-            return None
-        D, H = model["dim"], model["n_attention_heads"]
-        value, G, C = VALUE_BYTES[workload["dtype"]], model["n_kv_heads"] or H, model.get("head_dim") or D // H
+        D, H, value = model["dim"], model["n_attention_heads"], PARAMETER_DTYPES[dtype].itemsize
+        G, C = model["n_kv_heads"] or H, model.get("head_dim") or D // H
         return Shape(
             S=workload["sequence"],
             N=workload["batch"] * workload["sequence"],
@@ -88,7 +88,7 @@ class Shape:
             qkv_bias=bool(model.get("qkv_bias")),
             qk_norm=bool(model.get("qk_norm")),
             value=value,
-            product=PRODUCT_BYTES[workload["dtype"]],
+            product=PRODUCT_DTYPES[dtype].itemsize,
             loss_value=max(4, value),
             cuda=cuda,
             training=training,
@@ -131,7 +131,7 @@ class Shape:
         save: the normed inputs, the product. Under autocast each of the five products of normed inputs has its own
         copy of them, and of its weight as every product has.
         """
-        kept = self.A if self.cuda and self.product == VALUE_BYTES["fp32"] else self.K
+        kept = self.A if self.cuda and self.product == torch.float32.itemsize else self.K
         widths, scales = 2 * self.A + 2 * kept + 3 * self.F, 2 + self.H
         if trains:
             widths += (5 if self.autocast else 2) * self.D + self.F
