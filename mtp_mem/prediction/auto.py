@@ -9,6 +9,7 @@ the floor (mtp_mem/prediction/floor.py), simulated without data. Logits that fit
    largest chunk whose peak is within 1 % of the smallest chunk's: its logits no longer decide anything.
 """
 
+import bisect
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -89,11 +90,7 @@ def choose(
     chunks = _chunks(workload.tokens, SMALLEST[cuda])
     specs = [f"chunked_tokens:chunk={c}" for c in chunks]
     limit = max(floor, int(NEAR * peak(specs[0])))
-    low, high = 0, len(specs)  # specs[low] is within the limit; specs[high] is not, or does not exist
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if peak(specs[middle]) <= limit else (low, middle)
-    spec = specs[low]
+    spec = specs[bisect.bisect_right(specs, limit, lo=1, key=peak) - 1]  # the first one is within the limit
     if peak(spec) <= floor:
         return choice(spec, "the largest chunk whose logits fit below what the rest of the step needs anyway")
     over = format_bytes(peak(spec) - floor)

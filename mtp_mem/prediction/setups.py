@@ -154,9 +154,8 @@ def share(flops: Fraction | None) -> str:
 
 def _flops(spec: str, profile: Profile, n: int) -> Fraction | None:
     model, workload = profile.model.with_n(n).facts(), dataclasses.asdict(profile.workload)
-    shape = Shape.of(
-        model | {"logit_softcap": None}, workload | {"dtype": "bf16"}, cuda=True
-    )  # the number of FLOPs is the same in every dtype
+    # The number of FLOPs is the same in every dtype, and with a cap.
+    shape = Shape.of(model | {"logit_softcap": None}, workload | {"dtype": "bf16"}, cuda=True)
     if shape is None:
         return None
     own = step_flops(spec, shape) + trunk_recompute_flops(shape, profile.training)

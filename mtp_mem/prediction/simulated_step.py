@@ -28,6 +28,7 @@ from mtp_mem._util import without_collections
 from mtp_mem.config.gpus import GPU
 from mtp_mem.config.schema import Dtype, ModelConfig, Training, Workload
 from mtp_mem.data import make_batch
+from mtp_mem.distributed.collectives import Collectives
 from mtp_mem.errors import BadInput
 from mtp_mem.memory.trace import Trace
 from mtp_mem.memory.tracker import Tracker
@@ -101,7 +102,7 @@ class Simulation:
         # Under FSDP2 the parameters that it gathers are in bf16, and there is no autocast.
         dtype: Dtype = "fp32" if sharded and workload.dtype == "bf16-mixed" else workload.dtype
         with without_collections(), fake or results:
-            with Unfilled():
+            with Unfilled():  # type: ignore[no-untyped-call]
                 model = make_model(config, dtype=dtype, attention=attention, device=device)
             set_up(model, training)
             if ranks is not None:
@@ -178,16 +179,17 @@ class Simulation:
         try:
             with without_collections(), self._mode:
                 try:
+                    seen = Collectives() if self._sharded else None
                     # Outside the tracker, which looks at the frames that issue an operator.
-                    with _counted(self._sharded) as seen, tracker, all_seen():
+                    with seen or contextlib.nullcontext(), tracker, all_seen():
                         if warm_up:
                             step(tracker.phase)
                             step.forget_gradients()
                         begun = len(tracker.trace.events)
-                        if seen is not None:
+                        if seen:
                             seen.forget()
                         step(tracker.phase)
-                    if seen is not None:
+                    if seen:
                         self.collectives = {"collectives": dict(seen.count), "collective_bytes": dict(seen.nbytes)}
                     alone = self._sharded and not warm_up
                     return tracker.step_alone(begun) if alone else tracker.step_since(begun, warmed_up)
@@ -212,15 +214,6 @@ class Simulation:
                 culprit = f"{names[id(module)]} ({type(module).__name__})"
         why = f"it needs real data or a GPU kernel ({operator}{error})".split("\n")[0]
         return BadInput(f"{culprit} cannot be predicted: {why}")
-
-
-def _counted(sharded: bool) -> Any:
-    """Counts collectives, where there are any."""
-    if not sharded:
-        return contextlib.nullcontext()
-    from mtp_mem.distributed.collectives import Collectives
-
-    return Collectives()
 
 
 def _without_data(tensor: torch.Tensor) -> bool:
