@@ -68,7 +68,7 @@ def parameters(config: ModelConfig, training: Training | None = None) -> dict[st
         BadInput: a weight would have more elements than torch can count; the setup freezes a part that does not exist.
     """
     try:
-        with Unfilled():
+        with Unfilled():  # type: ignore[no-untyped-call]
             model = make_model(config, device="meta")
     except (RuntimeError, TypeError) as e:
         raise BadInput(f"no model of this shape can be made: {e}".split("\n")[0]) from None
@@ -85,13 +85,6 @@ class Unfilled(TorchDispatchMode):
     """
 
     _FILLS = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # as in Tracker
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -288,12 +288,8 @@ def _final_norm(decoder: nn.Module, layers: str, dim: int) -> str:
     """Name of the final norm: of the decoder's children after `layers`, the last whose parameters are all (D,)."""
     children = dict(decoder.named_children())
     after = list(children)[list(children).index(layers) + 1 :]
-
-    def is_norm(module: nn.Module) -> bool:
-        shapes = {tuple(parameter.shape) for parameter in module.parameters()}
-        return shapes == {(dim,)}
-
-    if norms := [name for name in after if is_norm(children[name])]:
+    norms = [name for name in after if {tuple(p.shape) for p in children[name].parameters()} == {(dim,)}]
+    if norms:
         return norms[-1]
     raise BadInput(f"{type(decoder).__name__} has no final norm after {layers!r}; it has {', '.join(children)}")
 

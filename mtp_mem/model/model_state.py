@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -18,37 +18,31 @@ def model_kept(model: Model) -> Iterator[list[str]]:
     Args:
         model: whose parameters and modules are watched.
     """
-    parameters = [(name, p, p.requires_grad, _hooks_of_tensor(p)) for name, p in model.named_parameters()]
-    named = cast(nn.Module, model).named_modules()
-    modules = [(name or "the model", m, m.training, _hooks_of_module(m)) for name, m in named]
+    watched: list[tuple[nn.Parameter | nn.Module, str, str, str]] = [
+        (p, "requires_grad", f"whether {name} trains", f"hooks on {name}") for name, p in model.named_parameters()
+    ]
+    for name, module in model.named_modules():
+        name = name or "the model"
+        watched.append((module, "training", f"training mode of {name}", f"hooks of {name}"))
+    before = [(getattr(owner, flag), _hooks(owner)) for owner, flag, _, _ in watched]
     changed: list[str] = []
     try:
         yield changed
     finally:
-        for name, parameter, trains, hooks in parameters:
-            if parameter.requires_grad != trains:
-                changed.append(f"whether {name} trains")
-                parameter.requires_grad_(trains)
-            if _hooks_of_tensor(parameter) != hooks:
-                changed.append(f"hooks on {name}")
-                _put_back(parameter, hooks)
-        for name, module, training, hooks in modules:
-            if module.training != training:
-                changed.append(f"training mode of {name}")
-                module.training = training
-            if _hooks_of_module(module) != hooks:
-                changed.append(f"hooks of {name}")
-                _put_back(module, hooks)
+        for (owner, flag, words, hooks_words), (value, hooks) in zip(watched, before, strict=True):
+            if getattr(owner, flag) != value:
+                changed.append(words)
+                setattr(owner, flag, value)
+            if _hooks(owner) != hooks:
+                changed.append(hooks_words)
+                _put_back(owner, hooks)
 
 
-def _hooks_of_tensor(tensor: Any) -> Hooks:
-    return {key: dict(getattr(tensor, key) or {}) for key in ("_backward_hooks", "_post_accumulate_grad_hooks")}
-
-
-def _hooks_of_module(module: nn.Module) -> Hooks:
-    return {
-        key: dict(value) for key, value in vars(module).items() if key.endswith("_hooks") and isinstance(value, dict)
-    }
+def _hooks(owner: nn.Parameter | nn.Module) -> Hooks:
+    if isinstance(owner, nn.Parameter):
+        return {key: dict(getattr(owner, key) or {}) for key in ("_backward_hooks", "_post_accumulate_grad_hooks")}
+    attributes = vars(owner).items()
+    return {key: dict(value) for key, value in attributes if key.endswith("_hooks") and isinstance(value, dict)}
 
 
 def _put_back(owner: Any, before: Hooks) -> None:
