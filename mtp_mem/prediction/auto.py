@@ -11,7 +11,7 @@ the floor (mtp_mem/prediction/floor.py), simulated without data. Logits that fit
 
 import bisect
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from mtp_mem._util import format_bytes
 from mtp_mem.config.gpus import GPU
@@ -75,12 +75,10 @@ def choose(
     """
     simulation = Simulation(config, workload, training, cuda=cuda, gpu=gpu)
     floor = simulation.floor().peak().nbytes
-    peaks: dict[str, int] = {}
 
+    @cache
     def peak(spec: str) -> int:
-        if spec not in peaks:
-            peaks[spec] = simulation.trace(load_strategy(spec)).peak().nbytes
-        return peaks[spec]
+        return simulation.trace(load_strategy(spec)).peak().nbytes
 
     def choice(spec: str, why: str) -> Choice:
         return Choice(spec, why, peak(spec), floor)

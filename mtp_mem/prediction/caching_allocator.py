@@ -85,8 +85,7 @@ class CachingAllocator:
         block = self._fitting(size, small) or (self._expand(size, small) if self.expandable else self._new(size, small))
         rest = block.nbytes - size
         if rest >= ROUND if small or self.expandable else rest > SMALL and not self._oversized(size):
-            self._split(block, size)
-            self._list(block.after)
+            self._list(self._split(block, size))
         block.free = False
         self.taken[key] = (block, nbytes)
         self.requested += nbytes
@@ -193,8 +192,7 @@ class CachingAllocator:
         page = self.page(block.small)
         nbytes = min(-(-nbytes // page) * page, block.nbytes)
         if nbytes < block.nbytes:
-            self._split(block, nbytes)
-            self._list(block.after)
+            self._list(self._split(block, nbytes))
         block.mapped = True
         self.reserved += nbytes
         block = self._merged(block)
@@ -210,21 +208,19 @@ class CachingAllocator:
             return
         self._unlist(block)
         if block.address < begin:
-            self._split(block, begin - block.address)
+            rest = self._split(block, begin - block.address)
             self._list(block)
-            assert block.after is not None
-            block = block.after
+            block = rest
         if end < block.address + block.nbytes:
-            self._split(block, end - block.address)
-            self._list(block.after)
+            self._list(self._split(block, end - block.address))
         given[begin] = end - begin
         block.mapped = False
         block = self._merged(block)
         if block.before is not None or block.after is not None:  # else the segment itself goes
             self._list(block)
 
-    def _split(self, block: Block, nbytes: int) -> None:
-        """Shorten a block to `nbytes`; the rest is a new block behind it, alike in all else and not listed."""
+    def _split(self, block: Block, nbytes: int) -> Block:
+        """Shorten a block to `nbytes`; the rest, a new block behind it, alike in all else and not listed."""
         rest = Block(
             block.address + nbytes,
             block.nbytes - nbytes,
@@ -237,6 +233,7 @@ class CachingAllocator:
         if block.after is not None:
             block.after.before = rest
         block.after, block.nbytes = rest, nbytes
+        return rest
 
     def _merged(self, block: Block) -> Block:
         """The block merged with its free neighbours, mapped or unmapped as it is; none of them is listed any more."""
@@ -251,9 +248,8 @@ class CachingAllocator:
                 block = low
         return block
 
-    def _list(self, block: Block | None) -> None:
+    def _list(self, block: Block) -> None:
         """Put a free block into the sorted list that it belongs to."""
-        assert block is not None
         if block.mapped:
             bisect.insort(self.free_blocks[block.small], (block.nbytes, block.address, block))
         else:
