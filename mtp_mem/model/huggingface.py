@@ -11,9 +11,8 @@ import copy
 import dataclasses
 import typing
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -100,9 +99,6 @@ class HuggingFaceMTP(nn.Module):
         for_cuda: whether it runs on CUDA or, without data, stands for a model that does.
     """
 
-    mixed: bool
-    for_cuda: bool
-
     def __init__(self, lm: nn.Module, n: int, kind: HeadKind) -> None:
         super().__init__()
         config = _config(lm)
@@ -111,25 +107,23 @@ class HuggingFaceMTP(nn.Module):
         decoder, weight = _decoder(lm), _unembedding(lm)
         self.n_future, (self.vocab_size, self.dim) = n, weight.shape
         self.scale, self.softcap = _scale(lm, config), getattr(config, "final_logit_softcapping", None)
-        name, layers = _layers(decoder)
+        (name, layers), D = _layers(decoder), self.dim
         with default_dtype(weight.dtype), weight.device:
             if kind not in ("linear", "medusa"):
-                self._norm_name = norm = _final_norm(decoder, name, self.dim)
+                self._norm_name = norm = _final_norm(decoder, name, D)
                 self.norm: nn.Module = getattr(decoder, norm)
                 last = layers[len(layers) - 1]
                 new = [_like(last, lm) for _ in range(n - 1)]
                 if kind == "deepseek":
-                    new = [_depth(layer, self.dim) for layer in new]
+                    new = [DeepSeekDepth(nn.RMSNorm(D), nn.RMSNorm(D), nn.Linear(2 * D, D, bias=False), m) for m in new]
                 self.head_layers = nn.ModuleList([last, *new])
                 self._tap = [Tap(last)]  # in a list, for it is the decoder's module and not this one's
                 layers[len(layers) - 1] = self._tap[0]
                 setattr(decoder, norm, nn.Identity())
             else:
-                make: Callable[[], nn.Module] = (
-                    partial(Block, self.dim) if kind == "medusa" else partial(nn.Linear, self.dim, self.dim, bias=False)
-                )
                 self.norm, self._tap = nn.Identity(), list[Tap]()
-                self.head_layers = nn.ModuleList([nn.Identity(), *(make() for _ in range(n - 1))])
+                new = [Block(D) if kind == "medusa" else nn.Linear(D, D, bias=False) for _ in range(n - 1)]
+                self.head_layers = nn.ModuleList([nn.Identity(), *new])
         for layer in self.head_layers:
             for module in layer.modules():
                 if hasattr(module, "gradient_checkpointing"):  # above the cut the strategy decides what is run again
@@ -327,7 +321,3 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _depth(layer: nn.Module, dim: int) -> DeepSeekDepth:
-    return DeepSeekDepth(nn.RMSNorm(dim), nn.RMSNorm(dim), nn.Linear(2 * dim, dim, bias=False), layer)

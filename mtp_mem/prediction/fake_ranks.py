@@ -10,9 +10,6 @@ from mtp_mem.distributed.fsdp2 import shard
 from mtp_mem.errors import BadInput
 from mtp_mem.model.own import Model
 
-MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-"""What bf16-mixed is under FSDP2: fp32 shards, bf16 products, gradients reduced in fp32."""
-
 
 def mesh(training: Training) -> DeviceMesh:
     """The ranks of the setup: one row, or for HSDP rows of a node's GPUs.
@@ -35,6 +32,8 @@ def mesh(training: Training) -> DeviceMesh:
 
 
 def shard_as(model: Model, dtype: Dtype, ranks: DeviceMesh) -> None:
-    """Shard the model over the ranks, in the dtypes that `dtype` stands for."""
-    policy = MIXED if dtype == "bf16-mixed" else MixedPrecisionPolicy()
+    """Shard the model over the ranks; bf16-mixed is fp32 shards, bf16 products, and gradients reduced in fp32."""
+    policy = MixedPrecisionPolicy()
+    if dtype == "bf16-mixed":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     shard(model, mesh=ranks, mp_policy=policy)
