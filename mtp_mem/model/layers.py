@@ -95,13 +95,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, kind: Attention, scale: fl
         q: queries (B, H, S, C).
         k: keys (B, G, S, C), G dividing H.
         v: values (B, G, S, C).
-        kind: which operator.
+        kind: which operator; of CUDA's none runs on a CPU, where a model that was made on CUDA may have been moved.
         scale: of the scores; by default 1 / sqrt(C).
 
     Returns:
         (B, H, S, C).
     """
     aten, repeats = torch.ops.aten, q.shape[1] // k.shape[1]
+    if q.is_cpu and type(q) is Tensor:  # a fake tensor on device cpu stands for one on CUDA
+        kind = "sdpa"
     if kind == "flash" and q.dtype in (torch.bfloat16, torch.float16):  # flash takes no other
         return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[0]  # type: ignore[no-any-return]
     if kind != "sdpa" and q.dtype != torch.float64:

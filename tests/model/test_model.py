@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from small import KINDS, UNEMBEDDINGS, build, small_kind, tiny
 
 from mtp_mem import MTPModel, forward_backward, load_strategy
 from mtp_mem.errors import BadInput
-from mtp_mem.model.layers import RMSNorm, rotate, rotation
+from mtp_mem.model.layers import Attention, RMSNorm, rotate, rotation
 from mtp_mem.model.mtp_model import default_attention
 
 
@@ -100,6 +101,16 @@ def test_a_copy_elsewhere_runs_the_attention_of_that_place() -> None:
     assert default_attention("bf16", torch.device("cuda")) == "flash"
     assert default_attention("fp32", torch.device("cuda")) == "efficient"
     assert default_attention("fp64", torch.device("cuda")) == default_attention("bf16", torch.device("cpu")) == "sdpa"
+
+
+@pytest.mark.parametrize(("dtype", "attention"), [("bf16", "flash"), ("fp32", "efficient")])
+def test_a_model_that_was_made_on_cuda_runs_on_a_cpu(dtype: Any, attention: Attention) -> None:
+    torch.manual_seed(0)
+    model = MTPModel(tiny(n_future=2), dtype=dtype, attention=attention)
+    plain = MTPModel(tiny(n_future=2), dtype=dtype)
+    plain.load_state_dict(model.state_dict())
+    tokens = torch.randint(517, (2, 9))
+    assert torch.equal(model(tokens), plain(tokens))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
