@@ -13,6 +13,7 @@ place of the bf16 ones, and the parameters are rounded from them: as Megatron-LM
 """
 
 import importlib
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_mem.config.schema import OptimizerName
-from mtp_mem.errors import Missing
+from mtp_mem.errors import Missing, unknown
 from mtp_mem.model.own import Model
 
 BETAS, WEIGHT_DECAY, MOMENTUM = (0.9, 0.95), 0.1, 0.9
@@ -49,8 +50,11 @@ def make_optimizer(
         master: keep an fp32 copy of every parameter, and step that.
 
     Raises:
+        BadInput: an unknown name.
         Missing: adamw-8bit without bitsandbytes.
     """
+    if name not in typing.get_args(OptimizerName):
+        raise unknown("optimizer", name, typing.get_args(OptimizerName))
 
     def make(parameters: Sequence[Tensor]) -> Optimizer:
         if name == "sgd":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small import KINDS, UNEMBEDDINGS, build, small_kind, tiny
 
-from mtp_mem import MTPModel, forward_backward, load_strategy
+from mtp_mem import MTPModel, forward_backward, load_strategy, make_optimizer
 from mtp_mem.errors import BadInput
 from mtp_mem.model.layers import Attention, RMSNorm, rotate, rotation
 from mtp_mem.model.mtp_model import default_attention
@@ -126,3 +126,8 @@ def test_it_can_be_cast_copied_and_saved_as_any_module(head: str, dtype: torch.d
     again = MTPModel(model.config).to(dtype)
     again.load_state_dict(cast.state_dict())
     assert torch.equal(forward_backward(again, batch, load_strategy("sequential")), losses)
+
+
+def test_an_unknown_optimizer_is_named() -> None:
+    with pytest.raises(BadInput, match="unknown optimizer 'adam'; did you mean 'adamw'"):
+        make_optimizer(torch.nn.Linear(2, 2), name="adam")  # type: ignore[arg-type]
