@@ -31,14 +31,10 @@ class Choice:
     Attributes:
         spec: the strategy as `load_strategy` takes it.
         why: one clause for people.
-        peak: predicted peak of the step with it, in bytes.
-        floor: that of the step without logits, in bytes.
     """
 
     spec: str
     why: str
-    peak: int
-    floor: int
 
 
 def resolve_auto(
@@ -80,20 +76,16 @@ def choose(
     def peak(spec: str) -> int:
         return simulation.trace(load_strategy(spec)).peak().nbytes
 
-    def choice(spec: str, why: str) -> Choice:
-        return Choice(spec, why, peak(spec), floor)
-
     if peak("sequential") <= floor:
-        return choice("sequential", "even one head's full logits fit below what the rest of the step needs anyway")
-    chunks = _chunks(workload.tokens, SMALLEST[cuda])
-    specs = [f"chunked_tokens:chunk={c}" for c in chunks]
+        return Choice("sequential", "even one head's full logits fit below what the rest of the step needs anyway")
+    specs = [f"chunked_tokens:chunk={chunk}" for chunk in _chunks(workload.tokens, SMALLEST[cuda])]
     limit = max(floor, int(NEAR * peak(specs[0])))
     spec = specs[bisect.bisect_right(specs, limit, lo=1, key=peak) - 1]  # the first one is within the limit
     if peak(spec) <= floor:
-        return choice(spec, "the largest chunk whose logits fit below what the rest of the step needs anyway")
+        return Choice(spec, "the largest chunk whose logits fit below what the rest of the step needs anyway")
     over = format_bytes(peak(spec) - floor)
     why = f"no chunk reaches the step without logits; this one needs {over} more, and smaller ones save little"
-    return choice(spec, why)
+    return Choice(spec, why)
 
 
 def _chunks(tokens: int, smallest: int) -> list[int]:
