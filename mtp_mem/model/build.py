@@ -18,8 +18,8 @@ from mtp_mem._util import importing_from_here
 from mtp_mem.config.other_models import FactoryConfig, HuggingFaceConfig, transformers
 from mtp_mem.config.schema import Dtype, ModelConfig, Training
 from mtp_mem.errors import BadInput, one_line
-from mtp_mem.model.huggingface import HuggingFaceMTP, default_dtype, from_hf
-from mtp_mem.model.layers import PARAMETER_DTYPES, Attention, causal_attention
+from mtp_mem.model.huggingface import HuggingFaceMTP, from_hf
+from mtp_mem.model.layers import PARAMETER_DTYPES, Attention, causal_attention, default_dtype
 from mtp_mem.model.mtp_model import MTPModel, default_attention
 from mtp_mem.model.own import Model, groups, set_up
 

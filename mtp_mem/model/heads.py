@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_mem.config.schema import HeadKind, ModelConfig
-from mtp_mem.model.layers import Attention, Factory, Layer, RMSNorm
+from mtp_mem.model.layers import Attention, Layer, RMSNorm
 
 NO_TOKEN = 0
 """Id that a DeepSeek depth reads where the sequence has no token t + k; any valid id would do."""
@@ -57,9 +57,9 @@ class DeepSeekDepth(nn.Module):
 class MedusaHead(nn.Module):
     """Residual blocks h + SiLU(W h + b), (B, S, D) -> (B, S, D)."""
 
-    def __init__(self, config: ModelConfig, make: Factory) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(config.dim, config.dim, **make) for _ in range(config.medusa_blocks))
+        self.blocks = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in range(config.medusa_blocks))
 
     def forward(self, x: Tensor) -> Tensor:
         """All blocks, one after the other."""
@@ -68,19 +68,19 @@ class MedusaHead(nn.Module):
         return x
 
 
-def make_head(index: int, config: ModelConfig, make: Factory, attention: Attention) -> nn.Module:
+def make_head(index: int, config: ModelConfig, attention: Attention) -> nn.Module:
     """The module of the head with this index."""
     match config.head:
         case "linear":
-            return nn.Linear(config.dim, config.dim, bias=False, **make)
+            return nn.Linear(config.dim, config.dim, bias=False)
         case "medusa":
-            return MedusaHead(config, make)
+            return MedusaHead(config)
         case "deepseek" if index > 0:
-            norms = RMSNorm(config, make), RMSNorm(config, make)
-            projection = nn.Linear(2 * config.dim, config.dim, bias=False, **make)
-            return DeepSeekDepth(*norms, projection, Layer(config, make, attention))
+            norms = RMSNorm(config), RMSNorm(config)
+            projection = nn.Linear(2 * config.dim, config.dim, bias=False)
+            return DeepSeekDepth(*norms, projection, Layer(config, attention))
         case _:
-            return Layer(config, make, attention)
+            return Layer(config, attention)
 
 
 def on_parent(

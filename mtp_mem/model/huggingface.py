@@ -11,8 +11,7 @@ import copy
 import dataclasses
 import typing
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from mtp_mem.config.schema import Dtype, HeadKind
 from mtp_mem.errors import BadInput
 from mtp_mem.model.head_tree import Heads, Phase, keep_inputs, kept_inputs, no_phase
 from mtp_mem.model.heads import DeepSeekDepth, on_parent, written_out
-from mtp_mem.model.layers import PARAMETER_DTYPES
+from mtp_mem.model.layers import PARAMETER_DTYPES, default_dtype
 from mtp_mem.model.losses import LossOptions
 from mtp_mem.model.own import ambient_autocast, draws_random_numbers, each_once, heads
 
@@ -310,14 +309,3 @@ def _like(layer: nn.Module, lm: Any) -> nn.Module:
             del parameter._is_hf_initialized
     new.apply(lm._init_weights)
     return new
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """A block that makes modules with this dtype; casting them afterwards fails where parameters have no data."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

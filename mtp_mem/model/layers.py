@@ -4,7 +4,9 @@ Llama-style: RMSNorm before each branch, rotary embeddings, grouped-query attent
 queries, keys and values where asked for, and likewise norms of queries and keys.
 """
 
-from typing import Literal, TypedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +31,15 @@ PRODUCT_DTYPES: dict[Dtype, torch.dtype] = PARAMETER_DTYPES | {"bf16-mixed": tor
 """Dtype of matrix products, also under autocast: that of the rows and the unembedding in a head's loss."""
 
 
-class Factory(TypedDict):
-    """Device and dtype of the parameters that a module makes."""
-
-    device: torch.device
-    dtype: torch.dtype
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """A block that makes modules with this dtype; casting them afterwards fails where parameters have no data."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 Attention = Literal["sdpa", "flash", "efficient"]
@@ -49,23 +55,23 @@ FLASH_CHANNELS = 256
 class Layer(nn.Module):
     """One pre-norm transformer layer, (B, S, D) -> (B, S, D)."""
 
-    def __init__(self, config: ModelConfig, make: Factory, attention: Attention) -> None:
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
         super().__init__()
         self.attention_kind = attention
         D, q_dim = config.dim, config.head_channels * config.n_attention_heads
         kv_dim = config.head_channels * config.kv_heads
         self.config = config
-        self.attention_norm, self.ffn_norm = RMSNorm(config, make), RMSNorm(config, make)
-        self.q = nn.Linear(D, q_dim, bias=config.qkv_bias, **make)
-        self.k = nn.Linear(D, kv_dim, bias=config.qkv_bias, **make)
-        self.v = nn.Linear(D, kv_dim, bias=config.qkv_bias, **make)
-        self.o = nn.Linear(q_dim, D, bias=False, **make)
+        self.attention_norm, self.ffn_norm = RMSNorm(config), RMSNorm(config)
+        self.q = nn.Linear(D, q_dim, bias=config.qkv_bias)
+        self.k = nn.Linear(D, kv_dim, bias=config.qkv_bias)
+        self.v = nn.Linear(D, kv_dim, bias=config.qkv_bias)
+        self.o = nn.Linear(q_dim, D, bias=False)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config, make, config.head_channels)
-            self.k_norm = RMSNorm(config, make, config.head_channels)
-        self.gate = nn.Linear(D, config.hidden_dim, bias=False, **make)
-        self.up = nn.Linear(D, config.hidden_dim, bias=False, **make)
-        self.down = nn.Linear(config.hidden_dim, D, bias=False, **make)
+            self.q_norm = RMSNorm(config, config.head_channels)
+            self.k_norm = RMSNorm(config, config.head_channels)
+        self.gate = nn.Linear(D, config.hidden_dim, bias=False)
+        self.up = nn.Linear(D, config.hidden_dim, bias=False)
+        self.down = nn.Linear(config.hidden_dim, D, bias=False)
 
     def forward(self, x: Tensor, turn: Rotation) -> Tensor:
         """Attention and feed-forward, each on a residual branch; (B, S, D) -> (B, S, D)."""
@@ -117,9 +123,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, kind: Attention, scale: fl
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, statistics in fp32 (fp64 for fp64 input), output in x's dtype."""
 
-    def __init__(self, config: ModelConfig, make: Factory, width: int | None = None) -> None:
+    def __init__(self, config: ModelConfig, width: int | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width or config.dim, **make))
+        self.weight = nn.Parameter(torch.ones(width or config.dim))
         self.eps = config.norm_eps
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from mtp_mem.config.schema import Dtype, ModelConfig
 from mtp_mem.model.head_tree import Heads, Phase, keep_inputs, kept_inputs, no_phase, tree
 from mtp_mem.model.heads import make_head, on_parent, written_out
-from mtp_mem.model.layers import PARAMETER_DTYPES, Attention, Factory, Layer, RMSNorm, Rotation, rotation
+from mtp_mem.model.layers import PARAMETER_DTYPES, Attention, Layer, RMSNorm, Rotation, default_dtype, rotation
 from mtp_mem.model.losses import LossOptions
 from mtp_mem.model.own import each_once
 
@@ -52,18 +52,15 @@ class MTPModel(nn.Module):
         self.n_future, self.vocab_size, self.dim = config.n_future, config.vocab_size, config.dim
         self.checkpoint_every = 0
         self.attention = attention or default_attention(dtype, torch.device(device))
-        make: Factory = {"device": torch.device(device), "dtype": PARAMETER_DTYPES[dtype]}
-        self.embedding = nn.Embedding(config.vocab_size, config.dim, **make)
-        self.trunk_layers = nn.ModuleList(Layer(config, make, self.attention) for _ in range(config.trunk_layers))
-        self.head_layers = nn.ModuleList(make_head(i, config, make, self.attention) for i in range(config.n_future))
-        self.norm = RMSNorm(config, make)
-        self.unembedding: nn.Linear | nn.ModuleList  # (V, D); n of them where replicated
-        if config.unembedding == "replicated":
-            self.unembedding = nn.ModuleList(
-                nn.Linear(config.dim, config.vocab_size, bias=False, **make) for _ in range(config.n_future)
-            )
-        else:
-            self.unembedding = nn.Linear(config.dim, config.vocab_size, bias=False, **make)
+        with default_dtype(PARAMETER_DTYPES[dtype]), torch.device(device):
+            self.embedding = nn.Embedding(config.vocab_size, config.dim)
+            self.trunk_layers = nn.ModuleList(Layer(config, self.attention) for _ in range(config.trunk_layers))
+            self.head_layers = nn.ModuleList(make_head(i, config, self.attention) for i in range(config.n_future))
+            self.norm = RMSNorm(config)
+            replicated = config.unembedding == "replicated"
+            count = config.n_future if replicated else 1
+            tables = [nn.Linear(config.dim, config.vocab_size, bias=False) for _ in range(count)]  # each (V, D)
+            self.unembedding: nn.Linear | nn.ModuleList = nn.ModuleList(tables) if replicated else tables[0]
         if config.unembedding == "tied":
             self.unembedding.weight = self.embedding.weight
         for parameter in self.parameters():

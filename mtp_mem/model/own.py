@@ -50,31 +50,24 @@ class Model(Protocol):
 
     def trunk(self, tokens: Tensor, /) -> Tensor:
         """Tokens (B, S) int64 -> hidden states at the cut (B, S, D), with their graph."""
-        ...
 
     def heads(self, z: Tensor, phase: Phase = no_phase, /) -> Heads:
         """Everything above the cut for one step, as a tree; `z` is what `trunk` returned in this step."""
-        ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """As in `nn.Module`."""
-        ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """As in `nn.Module`."""
-        ...
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """As in `nn.Module`."""
-        ...
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """As in `nn.Module`."""
-        ...
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in `nn.Module`."""
-        ...
 
 
 def heads(

@@ -67,7 +67,7 @@ def test_rotation_is_as_exact_as_the_model() -> None:
 
 
 def test_rms_norm_gradients() -> None:
-    norm = RMSNorm(tiny(), {"device": torch.device("cpu"), "dtype": torch.float64})
+    norm = RMSNorm(tiny()).double()
     torch.nn.init.normal_(norm.weight)
     assert torch.autograd.gradcheck(norm, (torch.randn(2, 3, 64, dtype=torch.float64, requires_grad=True),))
     x = torch.randn(5, 64, dtype=torch.float64)
