@@ -25,6 +25,10 @@ FSDP_FILES = ("_fsdp_collectives.py", "_fsdp_param_group.py", "_fsdp_param.py")
 class ShardedTracker(Tracker):
     """Records every storage that operators make while it is active, and every one that FSDP2 resizes."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._plain_resize: list[Any] = []  # a stack: for an operator that is written in Python it is entered again
+
     def resident(self, category: Category, tensors: Named) -> None:
         """Count tensors that live before the step; of DTensors their shards."""
         super().resident(category, ((name, local(tensor)) for name, tensor in tensors))
@@ -45,13 +49,13 @@ class ShardedTracker(Tracker):
             seen(storage, before, nbytes)
             return out
 
-        self._plain_resize = plain
+        self._plain_resize.append(plain)
         torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign,assignment]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        torch.UntypedStorage.resize_ = self._plain_resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = self._plain_resize.pop()  # type: ignore[method-assign]
         super().__exit__(*exc)
 
     def _new(self, tensor: Tensor, category: Category | None, op: str) -> int | None:
