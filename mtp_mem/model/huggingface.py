@@ -240,7 +240,6 @@ class HuggingFaceMTP(nn.Module):
         """A copy in another dtype on another device; tied weights stay tied."""
         copied = copy.deepcopy(self).to(device, PARAMETER_DTYPES[dtype])
         copied.mixed = dtype == "bf16-mixed"
-        copied._tap = [layer for layer in _layers(_decoder(copied.lm))[1] if isinstance(layer, Tap)]
         return copied
 
 

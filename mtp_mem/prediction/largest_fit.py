@@ -19,9 +19,8 @@ from mtp_mem.config.schema import LARGEST_SIZE, MOST_MODULES, ModelConfig, Profi
 from mtp_mem.errors import BadInput, Missing, contained, one_line
 from mtp_mem.prediction.auto import resolve_auto
 from mtp_mem.prediction.caching_allocator import Fit, fit
-from mtp_mem.prediction.cuda.replay import replay
 from mtp_mem.prediction.formulas import flops_factor, formula_peak
-from mtp_mem.prediction.peaks import kept_workspaces, settings_of
+from mtp_mem.prediction.peaks import predicted
 from mtp_mem.prediction.simulated_step import Simulation
 from mtp_mem.strategy import Strategy
 
@@ -163,9 +162,10 @@ class Prober:
             self._progress(f"{spec}: batch {point.batch}, sequence {point.sequence}, n = {point.n}")
             setup = (*self._shape(point), self.profile.training)
             strategy, _ = resolve_auto(self.strategies[spec], *setup, cuda=True, gpu=self.gpu)
-            trace = self.simulation(point).trace(strategy)
-            blocks = replay(trace, settings_of(self.gpu), kept_workspaces(trace, self.gpu))
-            self._answers[spec, point] = ProbedBytes(allocated=blocks.allocated_peak, reserved=blocks.reserved_peak)
+            peaks = predicted(self.simulation(point).trace(strategy), self.gpu)
+            self._answers[spec, point] = ProbedBytes(
+                allocated=peaks["peak_allocated_bytes"], reserved=peaks["peak_reserved_bytes"]
+            )
         return self._answers[spec, point]
 
     def simulation(self, point: Point) -> Simulation:

@@ -45,11 +45,6 @@ def assumptions(gpu: GPU) -> list[str]:
     return stated
 
 
-def kept_workspaces(trace: Trace, gpu: GPU) -> tuple[int, ...]:
-    """Sizes of the cuBLAS workspaces that stay allocated on the target from the step's products on."""
-    return workspaces(gpu).resident(len(first_products(trace)))
-
-
 def predicted(trace: Trace, gpu: GPU, resident: tuple[int, ...] | None = None) -> dict[str, Any]:
     """A record's fields: the allocator's peaks and the tracked bytes that explain them.
 
@@ -57,10 +52,10 @@ def predicted(trace: Trace, gpu: GPU, resident: tuple[int, ...] | None = None) -
         trace: from the fake instrument.
         gpu: the target.
         resident: sizes in bytes of cuBLAS workspaces that stay allocated, and of what else is in no tensor; by default
-            `kept_workspaces`.
+            the workspaces that stay on the target from the step's products on.
     """
     if resident is None:
-        resident = kept_workspaces(trace, gpu)
+        resident = workspaces(gpu).resident(len(first_products(trace)))
     peak = trace.peak()
     blocks = replay(trace, settings_of(gpu), resident)
     by_category = dict(peak.by_category)
