@@ -132,7 +132,10 @@ def hold(tape: Tape) -> Held:
     Args:
         tape: one that `Tape.check` accepts.
     """
-    settings = _settings(tape)
+    try:
+        settings = allocator_settings(tape.settings)
+    except BadInput:  # a value that we do not know
+        settings = AllocatorSettings(not_modelled=(tape.settings,))
     model = Followed(tape, settings)
     totals = [Totals(model.requested, model.allocated, model.reserved)]
     reserved = model.reserved
@@ -173,13 +176,6 @@ def hold(tape: Tape) -> Held:
         difference = _end(model, tape) if counts["alloc"] else "nothing was allocated, and so nothing was checked"
         at = len(tape.events)
     return Held(difference, at, totals, model.reserved_peak, _other_kind(tape, settings), counts, settings.not_modelled)
-
-
-def _settings(tape: Tape) -> AllocatorSettings:
-    try:
-        return allocator_settings(tape.settings)
-    except BadInput:  # a value that we do not know
-        return AllocatorSettings(not_modelled=(tape.settings,))
 
 
 def _give_back(model: Followed, tape: Tape, number: int) -> str:
