@@ -57,14 +57,24 @@ def one_line(error: BaseException) -> str:
     """An error of code that is not ours, and where it was raised, in one line; of our own errors the text alone."""
     if isinstance(error, MtpMemError):
         return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    others = ("/torch/", "/mtp_mem/", "/strategies/", "/importlib/", "<frozen ")
-    own = [f for f in frames if not any(part in f.filename for part in others)]
-    where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    frames = _frames_elsewhere(error)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     if isinstance(error, SystemExit):
         return clean_text(f"quits the process: SystemExit({error.code!r}){where}")
     text = clean_text(f"{type(error).__name__}: {error}".split("\n")[0].removesuffix(": ")) + where
     return text if isinstance(error, Exception) else f"quits the process: {text}"
+
+
+def raised_by_a_file_of_this_folder(error: BaseException) -> bool:
+    """Whether the error came through code below the current folder, which is the user's."""
+    return any(Path(frame.filename).is_relative_to(Path.cwd()) for frame in _frames_elsewhere(error))
+
+
+def _frames_elsewhere(error: BaseException) -> list[traceback.FrameSummary]:
+    """The frames that the error came through, but for torch's, the interpreter's and ours; the innermost last."""
+    others = ("/torch/", "/mtp_mem/", "/strategies/", "/importlib/", "<frozen ")
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in frames if not any(part in frame.filename for part in others)]
 
 
 @contextmanager

@@ -17,7 +17,15 @@ from mtp_mem._version import __version__
 from mtp_mem.cli import compare, listing, plan, predict, profile, regressions, report, timeline, verify
 from mtp_mem.cli.common import note
 from mtp_mem.cli.streams import lost_results, standard_streams
-from mtp_mem.errors import BadInput, Missing, MtpMemError, crashed, one_line
+from mtp_mem.errors import (
+    BadInput,
+    Missing,
+    MtpMemError,
+    crashed,
+    one_line,
+    printable,
+    raised_by_a_file_of_this_folder,
+)
 
 COMMANDS = (compare, verify, predict, plan, timeline, report, regressions, profile, listing)
 
@@ -54,10 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as e:
             from mtp_mem.runs.bench import out_of_memory  # imported here: only a failure needs it
 
-            if not out_of_memory(e):
-                return crashed()
-            note(f"mtp-mem: the memory here is too small: {one_line(e)}")
-            return Missing.exit_code
+            if out_of_memory(e):
+                note(f"mtp-mem: the memory here is too small: {one_line(e)}")
+                return Missing.exit_code
+            if getattr(args, "model", None) and raised_by_a_file_of_this_folder(e):
+                note(f"mtp-mem: --model {printable(args.model)}: {one_line(e)}")
+                return BadInput.exit_code
+            return crashed()
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from mtp_mem.cli.setup import changes_given, chosen_profile, model_options, name
 from mtp_mem.config.schema import ALL_DTYPES, Dtype
 from mtp_mem.data import load_corpus
 from mtp_mem.errors import BadInput, unknown
-from mtp_mem.model.own import moved
+from mtp_mem.model.own import moved, without_dropout
 from mtp_mem.strategy import kernel_limits, load_strategy, loadable, refusal, require
 from mtp_mem.verification.checks import Check, Verification
 from mtp_mem.verification.problem import Problem
@@ -136,9 +136,10 @@ def _on_profile(
                 label_smoothing=profile.training.label_smoothing,
                 z_loss=profile.training.z_loss,
             )
-            problem = Problem(scenario, bench.model, moved(bench.model, "fp64", cpu), (bench.batch,), {})
-            for check in verify_problem(problem, profile.workload.dtype, able):
-                each(check)
+            with without_dropout(bench.model):
+                problem = Problem(scenario, bench.model, moved(bench.model, "fp64", cpu), (bench.batch,), {})
+                for check in verify_problem(problem, profile.workload.dtype, able):
+                    each(check)
     return tuple(f"{spec} is left out: it {why}" for spec, why in unable.items())
 
 

@@ -56,6 +56,14 @@ def make_model(
     return MTPModel(config, dtype=dtype, device=device, attention=attention)
 
 
+SPARSE = (nn.Embedding, nn.EmbeddingBag)
+CANNOT_MAKE = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, ImportError),
+    RuntimeError,  # from torch, for a negative size
+)
+"""What transformers raises for a config that it cannot make a model of."""
+
+
 @cache
 def parameters(config: ModelConfig, training: Training | None = None) -> dict[str, int]:
     """Number of parameters by the part that owns them (see `MTPModel.groups`), each counted once.
@@ -116,7 +124,10 @@ def _huggingface(
             lm = library.AutoModelForCausalLM.from_config(
                 own, attn_implementation=ATTENTION_NAMES[kind], dtype=PARAMETER_DTYPES[dtype]
             )
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, ImportError) as e:
+    except CANNOT_MAKE as e:
+        if isinstance(e, RuntimeError) and device.type != "meta":
+            parameters(config)  # raises on device meta too, unless memory ran out
+            raise
         raise BadInput(f"{config.architecture}: transformers cannot make it: {one_line(e)}") from None
     finally:
         library.logging.set_verbosity(verbosity)
@@ -140,6 +151,10 @@ def _from_factory(config: FactoryConfig, dtype: Dtype, device: torch.device) -> 
         )
     if model.n_future != config.n_future:
         raise BadInput(f"{config.factory}({config.n_future}): returns a model with n_future = {model.n_future}")
+    if sparse := [name for name, one in model.named_modules() if isinstance(one, SPARSE) and one.sparse]:
+        raise BadInput(
+            f"{config.factory}: {sparse[0]} makes sparse gradients, which cannot be measured; sparse = False can"
+        )
     return model
 
 

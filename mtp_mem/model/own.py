@@ -16,7 +16,7 @@ one, `mtp_mem.from_hf` makes one of a Hugging Face model, and a class with the m
 import copy
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -138,14 +138,29 @@ def draws_random_numbers(modules: Iterable[object]) -> bool:
     whole = [module.func if isinstance(module, partial) else module for module in modules]
     if not all(isinstance(module, nn.Module) for module in whole):
         return True
-    every = (inner for module in whole if isinstance(module, nn.Module) for inner in module.modules())
+    return any(_drops(inner) for module in whole if isinstance(module, nn.Module) for inner in module.modules())
+
+
+def _drops(module: nn.Module) -> bool:
     rates = (
         rate
-        for module in every
         for name, rate in vars(module).items()
         if "drop" in name or "jitter" in name or (name == "p" and isinstance(module, _DropoutNd))
     )
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+@contextmanager
+def without_dropout(model: Model) -> Iterator[None]:
+    """A block in which modules with a rate of dropout act as in evaluation: orders of heads draw different masks."""
+    dropping = [module for _, module in model.named_modules() if module.training and _drops(module)]
+    for module in dropping:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in dropping:
+            module.training = True
 
 
 def moved(model: M, dtype: Dtype, device: torch.device) -> M:

@@ -19,8 +19,9 @@ from mtp_mem.memory.rss import sampled_rss
 from mtp_mem.memory.trace import Trace
 from mtp_mem.model.build import make_model
 from mtp_mem.model.model_state import model_kept
+from mtp_mem.model.mtp_model import MTPModel
 from mtp_mem.model.optimizers import make_optimizer
-from mtp_mem.model.own import Model, groups, set_up
+from mtp_mem.model.own import Model, groups, set_up, without_dropout
 from mtp_mem.prediction.auto import resolve_auto
 from mtp_mem.step import TrainingStep, forward_backward
 from mtp_mem.strategy import Strategy, kernel_limits, load_strategy
@@ -117,6 +118,8 @@ class Bench:
         self._restore()
         with model_kept(self.model) as of_model, restored() as changed:
             yield
+        if trains and not isinstance(self.model, MTPModel):  # a user's model may draw random numbers in its step
+            changed[:] = [name for name in changed if not name.endswith("random state")]
         changed += of_model
         parts = zip((self.batch.tokens, self.batch.targets), self._tokens, strict=True)
         if not all(torch.equal(part.cpu(), start) for part, start in parts):
@@ -225,9 +228,10 @@ class Bench:
                 return
 
     def _gradients(self, strategy: Strategy) -> dict[str, list[Tensor | None]]:
-        """Gradients of one step, by part of the model, and its losses under "losses"."""
+        """Gradients of one step without dropout, by part of the model, and its losses under "losses"."""
         self.model.zero_grad(set_to_none=True)
-        losses = self._backward(strategy)
+        with without_dropout(self.model):
+            losses = self._backward(strategy)
         if not isinstance(losses, Tensor) or losses.shape != (self.model.n_future,):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise BrokenContract(f"returns {shape}, not the n losses ({self.model.n_future},)")

@@ -19,7 +19,7 @@ from mtp_mem.data import Batch, Corpus, load_corpus
 from mtp_mem.distributed.collectives import Collectives
 from mtp_mem.distributed.seam import whole
 from mtp_mem.errors import MtpMemError
-from mtp_mem.model.own import Model, groups
+from mtp_mem.model.own import Model, groups, without_dropout
 from mtp_mem.prediction.fake_ranks import shard_as
 from mtp_mem.prediction.floor import NoLogits
 from mtp_mem.runs.bench import REFERENCES, Bench, drawn_model, failure, free, on_host, speed
@@ -139,8 +139,9 @@ class RankBench(Bench):
         total: dict[str, list[Tensor | None]] = {}
         for rank in range(self.world):
             batch, count = self._batch(self._corpus, rank), self.profile.training.micro_batches
-            for _ in range(count):
-                losses = forward_backward(model, batch, naive, scale=self._scale / count, **self._loss)
+            with without_dropout(model):
+                for _ in range(count):
+                    losses = forward_backward(model, batch, naive, scale=self._scale / count, **self._loss)
             own = on_host({**take(groups(model)), "losses": [losses]})
             total = {name: _sums(total.get(name), gradients) for name, gradients in own.items()}
         return {name: [None if g is None else g / self.world for g in gradients] for name, gradients in total.items()}

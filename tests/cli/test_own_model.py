@@ -49,6 +49,15 @@ def no_width(n):
 
 def raises(n):
     raise ValueError("no such size")
+
+class Fails(Mine):
+    def trunk(self, tokens):
+        raise ValueError("no such tokens")
+
+def sparse(n):
+    model = Mine(n)
+    model.embedding.sparse = True
+    return model
 """
 STEP = ("--batch", "2", "--sequence", "16", "--strategies", "naive,sequential")
 
@@ -58,6 +67,39 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(transformers.LlamaConfig(**TINY).to_dict()))
     (tmp_path / "mine.py").write_text(MINE)
     return tmp_path
+
+
+def test_a_model_with_dropout_drops_in_its_steps_but_not_while_gradients_are_compared(folder: Path) -> None:
+    settings = transformers.GPT2Config(vocab_size=300, n_embd=64, n_layer=4, n_head=4, n_positions=64).to_dict()
+    assert settings["resid_pdrop"] == 0.1
+    (folder / "gpt2.json").write_text(json.dumps(settings | {"architectures": ["GPT2LMHeadModel"]}))
+    options = ("--hf", "gpt2.json", "--n", "2", "--dtype", "fp32", *STEP)
+    ran = mtp_mem(folder, "compare", *options, "--rounds", "1", "--json")
+    assert ran.returncode == 0, ran.stderr
+    records = json.loads(ran.stdout)["records"]
+    assert [record["gradient"] for record in records] == ["bit-identical"] * 2
+    # The bytes are those of training: masks are in them.
+    without = settings | {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
+    (folder / "gpt2.json").write_text(json.dumps(without | {"architectures": ["GPT2LMHeadModel"]}))
+    ran = mtp_mem(folder, "compare", *options, "--rounds", "1", "--json")
+    dry = json.loads(ran.stdout)["records"]
+    assert all(a["peak_requested_bytes"] > b["peak_requested_bytes"] for a, b in zip(records, dry, strict=True))
+    (folder / "gpt2.json").write_text(json.dumps(settings | {"architectures": ["GPT2LMHeadModel"]}))
+    verified = mtp_mem(folder, "verify", *options)
+    assert verified.returncode == 0, verified.stdout
+    assert "Right: 2 checks, none failed. Bit-identical" in verified.stdout
+
+
+@pytest.mark.parametrize("command", ["predict", "verify", "timeline"])
+def test_a_model_that_fails_in_its_step_and_a_size_that_torch_refuses_are_named(folder: Path, command: str) -> None:
+    ended = mtp_mem(folder, command, "--model", "mine:Fails", "--n", "2")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.splitlines()[-1].startswith("mtp-mem: --model mine:Fails: ValueError: no such tokens (mine.py:")
+    settings = transformers.LlamaConfig(**TINY).to_dict() | {"head_dim": -16}
+    (folder / "negative.json").write_text(json.dumps(settings))
+    ended = mtp_mem(folder, command, "--hf", "negative.json", "--n", "2")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "transformers cannot make it: RuntimeError: Trying to create tensor with negative dimension" in ended.stderr
 
 
 @pytest.mark.parametrize("model", [("--hf", "config.json"), ("--model", "mine:build")], ids=["hf", "model"])
@@ -113,6 +155,8 @@ def test_timeline_plan_and_verify(folder: Path) -> None:
         (("--model", "mine:raises"), "mine:raises(1): ValueError: no such size"),
         (("--model", "mine:no_width"), "--model mine:no_width: vocab_size = 301, dim = None: expected whole numbers"),
         (("--model", "math:sqrt"), "--model math:sqrt: module 'math' has no source"),
+        (("--model", "mine:Fails"), "--model mine:Fails: ValueError: no such tokens (mine.py:"),
+        (("--model", "mine:sparse"), "embedding makes sparse gradients"),
         (("--model", "mine:none"), "module 'mine' has no function 'none'"),
         (("--model", "nowhere:build"), "no module 'nowhere'"),
         (("--model", "mine"), "expected package.module:function"),
