@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import importlib
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -88,7 +88,8 @@ class Simulation:
         sharded = training.sharding in ("fsdp2", "hsdp")
         fake = _Mode() if sharded or workload.dtype == "bf16-mixed" else None
         results = MetaResults(fake)
-        kind_of_tracker, ranks = Tracker, None
+        kind_of_tracker: Callable[..., Tracker] = Tracker
+        ranks = None
         if sharded:  # FSDP2 takes a second to import
             from mtp_mem.memory.sharded_tracker import ShardedTracker
             from mtp_mem.prediction import fake_ranks
