@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,8 +91,7 @@ def _plan(args: argparse.Namespace) -> int:
         print(json.dumps({**content, "files": [str(path) for path in files]}, indent=1))
     else:
         show(result, profile, gpu, float(percent))
-        if files:
-            print(f"plan {files[0]}, chart {files[1]} (.svg, .csv)")
+        show_files(files)
     return 1 if unable.failed else 0
 
 
@@ -138,9 +137,14 @@ def plan_setups(
     screen.print(setup_advice(rows, limit))
     screen.print(f"Predicted for {gpu.name}, not measured on one. FLOPs are the products' alone.")
     show_assumptions(gpu)
-    if len(files) > 1:
-        screen.print(f"plan {files[0]}, chart {files[1]} (.svg, .csv)")
+    show_files(files)
     return code
+
+
+def show_files(files: Sequence[Path]) -> None:
+    """Print where the plan was kept, and its chart if there was something to draw."""
+    if files:
+        print(f"plan {files[0]}{f', chart {files[1]} (.svg, .csv)' if files[1:] else ''}")
 
 
 def nothing(failed: bool, left_out: Mapping[str, str]) -> MtpMemError:
