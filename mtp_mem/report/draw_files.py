@@ -23,7 +23,8 @@ def draw(paths: Sequence[Path], out: Path, notes: list[str]) -> list[Path]:
 
     Args:
         paths: files and folders.
-        out: folder for the charts; one folder inside it for each group of records that cannot share a chart.
+        out: folder for the charts; one folder inside it for each of several plans, and for each group of records that
+            cannot share a chart.
         notes: what was skipped, and why, is added here.
 
     Returns:
@@ -36,9 +37,9 @@ def draw(paths: Sequence[Path], out: Path, notes: list[str]) -> list[Path]:
     results = [path for path in paths if path not in plans]
     apart = groups(read(results, notes), notes) if results else []
     files: list[Path] = []
-    for path, document in plans.items():
+    for i, (path, document) in enumerate(plans.items(), 1):
         try:
-            drawn = plan_chart(document, writable(out / path.stem if len(plans) > 1 else out))
+            drawn = plan_chart(document, writable(out / f"plan-{i}" if len(plans) > 1 else out))
         except BadInput as e:
             raise BadInput(f"{path}: {e}") from None
         if not drawn:
@@ -55,17 +56,16 @@ def draw(paths: Sequence[Path], out: Path, notes: list[str]) -> list[Path]:
 
 def setups_chart(apart: Sequence[Sequence[Record]], out: Path) -> list[Path]:
     """A chart of predictions that differ only in their training setup; no files with fewer than two setups."""
-    setups = {training_words(records[0]): records for records in apart if records[0].exactness == "predicted"}
-    alike = [
-        {
-            name: value
-            for name, value in setting(records[0]).items()
-            if not name.startswith(("training.", "workload.dtype"))
-        }
-        for records in setups.values()
-    ]
-    gpu = gpu_of(next(iter(setups.values()))[0]) if setups else None
-    if len(setups) < 2 or gpu is None or any(one != alike[0] for one in alike):
+    predicted = [records for records in apart if records[0].exactness == "predicted"]
+    setups = {training_words(records[0]): records for records in predicted}
+    others = {
+        frozenset(
+            item for item in setting(records[0]).items() if not item[0].startswith(("training.", "workload.dtype"))
+        )
+        for records in predicted
+    }
+    gpu = gpu_of(predicted[0][0]) if predicted else None
+    if len(setups) < 2 or gpu is None or len(others) > 1:
         return []
     precision = len({words.partition(", ")[0] for words in setups}) > 1
     named = {words if precision else words.partition(", ")[2] or "all kept": r for words, r in setups.items()}

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from benchmarks.head_phase_chart import draw as head_phase_charts
-from fixed import record
+from fixed import ENVIRONMENT, MODEL, record
 
 from mtp_mem.cli import main
+from mtp_mem.config.gpus import load_gpu
+from mtp_mem.config.schema import OptimizerName, Training
 from mtp_mem.runs.record import Record
 
 BENCH: dict[str, Any] = {
@@ -150,3 +152,47 @@ def test_a_damaged_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], text
     (tmp_path / "plan.json").write_text(text)
     assert main(["chart", str(tmp_path / "plan.json"), "--out", str(tmp_path / "out")]) == 2
     assert f"plan.json: {words}" in capsys.readouterr().err
+
+
+def test_charts_of_two_plans_stand_in_two_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every plan's file has the same name."""
+    plan = {
+        "profile": "p",
+        "model": {"vocab_size": 300, "dim": 32},
+        "workload": {"sequence": 8, "dtype": "fp32"},
+        "gpu": {"name": "A GPU"},
+        "headroom_percent": 5.0,
+        "environment": ENVIRONMENT,
+    }
+    for name, batch in (("a", 3), ("b", 5)):
+        rows = [{"strategy": "naive", "n": 1, "batch": batch, "fits": "yes"}]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "plan.json").write_text(json.dumps(plan | {"largest_batch_by_n": rows}))
+    plans = [str(tmp_path / name / "plan.json") for name in ("a", "b")]
+    assert main(["chart", *plans, "--out", str(tmp_path / "out"), "--json"]) == 0
+    tables = [path for path in json.loads(capsys.readouterr().out)["files"] if path.endswith(".csv")]
+    assert [Path(path).read_text().split()[1] for path in tables] == ["naive,1,3", "naive,1,5"]
+
+
+@pytest.mark.parametrize("other", [{}, {"vocab_size": 4096}])
+def test_setups_share_a_chart_if_nothing_else_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: dict[str, int]
+) -> None:
+    optimizers: tuple[OptimizerName, ...] = ("adamw", "sgd")
+    environment = {**ENVIRONMENT, "target": load_gpu("h200").name}
+    predicted = [
+        record(
+            exactness="predicted",
+            backend="fake",
+            case=f"{model}-{optimizer}",
+            model={**MODEL, "n_future": 1, **model},
+            training=Training(optimizer=optimizer).facts("fp32"),
+            environment=environment,
+        )
+        for model in ([{}, other] if other else [{}])
+        for optimizer in optimizers
+    ]
+    path = results(tmp_path / "results.jsonl", *predicted)
+    assert main(["chart", str(path), "--out", str(tmp_path / "out"), "--json"]) == 0
+    names = {Path(path).name for path in json.loads(capsys.readouterr().out)["files"]}
+    assert ("memory-of-setups.csv" in names) == (not other)
