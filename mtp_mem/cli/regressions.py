@@ -1,7 +1,6 @@
 """`mtp-mem regressions`: what changed between two results, and whether it got worse."""
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
@@ -37,8 +36,9 @@ def run(args: argparse.Namespace) -> int:
     missing, added = old.without(new), new.without(old)
     failed = bool(worse or (missing and not args.allow_missing))
     if args.json:
-        rows = [{**dataclasses.asdict(change), "share": change.share} for change in differing]
-        print(json.dumps({"changes": rows, "regressions": len(worse), "missing": missing, "added": added}, indent=1))
+        rows = [change.to_json() for change in differing]
+        document = {"changes": rows, "regressions": len(worse), "missing": missing, "added": added}
+        print(json.dumps(document, indent=1, allow_nan=False))
         return int(failed)
     screen = console()
     for change in differing:

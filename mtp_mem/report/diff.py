@@ -1,5 +1,7 @@
 """What changed between two sets of results: pytest-benchmark's JSON or our own results.jsonl, old against new."""
 
+import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +62,14 @@ class Change:
             return None
         return self.new / self.old - 1
 
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; a number that JSON cannot hold becomes "inf", "-inf" or "nan"."""
+        table = {**dataclasses.asdict(self), "share": self.share}
+        return {
+            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in table.items()
+        }
+
 
 def load(path: Path, notes: list[str]) -> Results:
     """Read pytest-benchmark's JSON, our results.jsonl, or a folder with results.jsonl.
@@ -119,7 +129,7 @@ def changes(old: Results, new: Results, memory: float, time: float) -> list[Chan
         else:
             pairs.append(("time", a.seconds, b.seconds, time))
         differing += [
-            Change(b.name, kind, x, y, worse=y is None or y != y or y > x * (1 + allowed))
+            Change(b.name, kind, x, y, worse=not math.isnan(x) and (y is None or not y <= x * (1 + allowed)))
             for kind, x, y, allowed in pairs
             if x is not None and x != y
         ]

@@ -83,8 +83,19 @@ def test_changes(
 
 def test_what_was_no_number_before_does_not_get_worse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old, new = bench(tmp_path / "old.json", times_floor=math.nan), bench(tmp_path / "new.json")
-    assert main(["regressions", str(old), str(new)]) == 0
-    assert "1 figures changed, 0 got worse" in capsys.readouterr().out
+    for later in (new, old):
+        assert main(["regressions", str(old), str(later)]) == 0
+        assert "1 figures changed, 0 got worse" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("figure", [math.nan, math.inf])
+def test_json_has_no_number_that_json_does_not_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], figure: float
+) -> None:
+    old, new = bench(tmp_path / "old.json"), bench(tmp_path / "new.json", times_floor=figure)
+    assert main(["regressions", str(old), str(new), "--json"]) == 1
+    (change,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["changes"]
+    assert (change["old"], change["new"], change["share"]) == (1.083, str(figure), str(figure))
 
 
 def test_a_case_that_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
