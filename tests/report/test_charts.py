@@ -18,7 +18,7 @@ from PIL import Image
 
 from mtp_mem.config.gpus import GPU
 from mtp_mem.report import charts
-from mtp_mem.report.charts.style import heads_axis
+from mtp_mem.report.charts.style import heads_axis, styles
 from mtp_mem.report.charts.time import paper_times
 from mtp_mem.report.charts.tradeoff import chunk_of, family, pareto
 from mtp_mem.runs.record import Record
@@ -147,9 +147,9 @@ def test_chunk_sizes_of_a_spec() -> None:
 
 
 def test_no_two_strategies_look_alike() -> None:
-    looks = charts.styles([*BUILTIN, "one:A", "two:B", "three:C"])
+    looks = styles([*BUILTIN, "one:A", "two:B", "three:C"])
     assert len({(colour, marker) for colour, marker, _ in looks.values()}) == len(looks)
-    assert charts.styles(["one:A", "naive"])["naive"] == looks["naive"]
+    assert styles(["one:A", "naive"])["naive"] == looks["naive"]
 
 
 def test_the_paper_is_shown_only_for_its_shapes() -> None:

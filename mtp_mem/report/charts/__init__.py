@@ -4,13 +4,11 @@ from mtp_mem.report.charts.batch import largest_batch
 from mtp_mem.report.charts.collectives import collectives
 from mtp_mem.report.charts.composition import composition
 from mtp_mem.report.charts.memory import memory_of_setups, memory_small_multiples, memory_vs_n
-from mtp_mem.report.charts.style import RC, save, styles, unit_for
 from mtp_mem.report.charts.time import time_vs_n
 from mtp_mem.report.charts.tradeoff import throughput_vs_memory
 from mtp_mem.report.charts.world import peak_of_a_rank
 
 __all__ = [
-    "RC",
     "collectives",
     "composition",
     "largest_batch",
@@ -18,9 +16,6 @@ __all__ = [
     "memory_small_multiples",
     "memory_vs_n",
     "peak_of_a_rank",
-    "save",
-    "styles",
     "throughput_vs_memory",
     "time_vs_n",
-    "unit_for",
 ]
