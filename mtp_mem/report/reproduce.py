@@ -30,7 +30,8 @@ def command(records: Sequence[Record]) -> str:
     predicted = first.exactness == "predicted"
     ranks = facts.pop("world") if facts["sharding"] != "none" and not predicted else None  # --nproc names them
     others = _model_of_another(first, facts)
-    shipped = next((p for name in builtin_profiles() if _same(p := load_profile(name), first)), None)
+    profiles = () if others else map(load_profile, builtin_profiles())
+    shipped = next((profile for profile in profiles if _same(profile, first)), None)
     if others:
         lines.append(f"# {others[0]}")
     elif shipped is None:

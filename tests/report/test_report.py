@@ -225,6 +225,11 @@ def test_the_command_to_run_again() -> None:
     training = Training(sharding="fsdp2", world=4).facts("fp32")
     sharded = [dataclasses.replace(_as("CPython's pydoc_data.topics", r), training=training) for r in sweep]
     assert command(sharded).endswith("--profile quick --sharding fsdp2 --device cpu --nproc 4")
+    foreign = [dataclasses.replace(r, model={**r.model, "architecture": "Llama", "settings": "12"}) for r in sharded]
+    assert command(foreign).endswith(  # not the profile's sweep, though the shape is quick's
+        "--hf config.json --kind parallel --batch 4 --sequence 256 --dtype fp32 --sharding fsdp2 --n 1,2,4,8"
+        f" --strategies {','.join(quick.sweep.strategies)} --device cpu --nproc 4"
+    )
 
 
 def _as(source: str, like: Record) -> Record:
