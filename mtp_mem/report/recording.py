@@ -3,17 +3,19 @@
 import dataclasses
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mtp_mem._util import MiB, format_bytes
 from mtp_mem._version import __version__
 from mtp_mem.memory.snapshot import Recording
 from mtp_mem.memory.tape import Tape
-from mtp_mem.memory.trace import Event, Storage, Trace
+from mtp_mem.memory.trace import Category, Event, Storage, Trace
 from mtp_mem.prediction.recording import Held
 from mtp_mem.report.charts import timeline
 
@@ -49,12 +51,17 @@ class Blocks:
 
     @property
     def where(self) -> str:
-        """The innermost frame outside of libraries, and the innermost of all."""
-        if not self.frames:
-            return BEFORE if self.event is None else f"event {self.event:,}"
-        own = next((f for f in self.frames if not re.search(r"[/\\](torch|site-packages|dist-packages)[/\\]", f)), None)
-        inner = _short(self.frames[0])
-        return inner if own is None or _short(own) == inner else f"{_short(own)} ({inner})"
+        """Where they were made, in words."""
+        return where_made(self.frames, self.event)
+
+
+def where_made(frames: Sequence[str], event: int | None) -> str:
+    """The innermost frame outside of libraries, and the innermost of all; the event's number where there is none."""
+    if not frames:
+        return BEFORE if event is None else f"event {event:,}"
+    own = next((f for f in frames if not re.search(r"[/\\](torch|site-packages|dist-packages)[/\\]", f)), None)
+    inner = _short(frames[0])
+    return inner if own is None or _short(own) == inner else f"{_short(own)} ({inner})"
 
 
 def logits_rows(nbytes: int, vocab: int) -> str:
@@ -70,30 +77,29 @@ def logits_rows(nbytes: int, vocab: int) -> str:
     return f"{rows:,} bf16" if rows % 2 else f"{rows // 2:,} fp32, {rows:,} bf16"
 
 
+def live_at(tape: Tape, moment: int) -> dict[int, tuple[int | None, int]]:
+    """What is live after so many events: address -> (number of its allocation, None: before the history; bytes)."""
+    live: dict[int, tuple[int | None, int]] = {address: (None, nbytes) for address, (_, nbytes) in tape.blocks.items()}
+    for number, (kind, address, nbytes) in enumerate(tape.events[:moment]):
+        if kind == "alloc":
+            live[address] = (number, nbytes)
+        elif kind == "free":
+            del live[address]
+    return live
+
+
 def sizes_that_stay(tape: Tape) -> frozenset[int]:
     """Sizes of blocks that outlive the history, as weights do and logits do not; none where memory ran out."""
-    sizes = {address: requested for address, (_, requested) in tape.blocks.items()}
-    for kind, address, nbytes in tape.events:
-        if kind == "oom":
-            return frozenset()
-        if kind == "alloc":
-            sizes[address] = nbytes
-        elif kind == "free":
-            del sizes[address]
-    return frozenset(sizes.values())
+    if any(event.kind == "oom" for event in tape.events):
+        return frozenset()
+    return frozenset(nbytes for _, nbytes in live_at(tape, len(tape.events)).values())
 
 
 def at_peak(recording: Recording, held: Held, vocab: int | None) -> list[Blocks]:
     """What is live when most bytes are requested, grouped by size and place; the most bytes together first."""
     tape = recording.tape
-    live: dict[int, tuple[int | None, int]] = {address: (None, nbytes) for address, (_, nbytes) in tape.blocks.items()}
-    for number, (kind, address, nbytes) in enumerate(tape.events[: held.peak("requested")]):
-        if kind == "alloc":
-            live[address] = (number, nbytes)
-        elif kind == "free":
-            del live[address]
     groups: dict[tuple[int, tuple[str, ...], bool], list[int | None]] = defaultdict(list)
-    for address, (event, nbytes) in live.items():
+    for address, (event, nbytes) in live_at(tape, held.peak("requested")).items():
         groups[nbytes, tuple(recording.frames(event, address)), event is None].append(event)
     stay = sizes_that_stay(tape)
     rows = [
@@ -107,8 +113,8 @@ def reached_in(recording: Recording, moment: int) -> str:
     """Where the allocation was made that leads to a moment of `Held.totals`; empty where that was not recorded."""
     if not moment:
         return ""
-    frames = tuple(recording.frames(moment - 1, recording.tape.events[moment - 1].address))
-    return Blocks(1, 0, frames, moment - 1, "", False).where if frames else ""
+    frames = recording.frames(moment - 1, recording.tape.events[moment - 1].address)
+    return where_made(frames, moment - 1) if frames else ""
 
 
 def facts(recording: Recording, held: Held, blocks: list[Blocks], vocab: int | None) -> dict[str, Any]:
@@ -170,12 +176,11 @@ def show(screen: Console, name: str, recording: Recording, held: Held, blocks: l
         lines.append(f"  not modelled: {', '.join(held.not_modelled)}")
     lines += [f"  left out: {text}" for text in recording.left_out]
     if counts["oom"]:
-        numbers = [(i, event.nbytes) for i, event in enumerate(tape.events) if event.kind == "oom"]
+        number, event = next((i, event) for i, event in enumerate(tape.events) if event.kind == "oom")
         lines.append(
-            f"  out of memory {len(numbers)} times, first at event {numbers[0][0]:,} for {format_bytes(numbers[0][1])}"
+            f"  out of memory {counts['oom']} times, first at event {number:,} for {format_bytes(event.nbytes)}"
         )
-    for line in lines:
-        screen.print(line)
+    screen.print(*lines, sep="\n")
     screen.print(_peaks(recording, held))
     if where := reached_in(recording, held.peak("requested")):
         screen.print(f"  most bytes are requested in {where}")
@@ -196,8 +201,7 @@ def show(screen: Console, name: str, recording: Recording, held: Held, blocks: l
         lines.append(f"  logits-sized at the peak (whole rows of V): {format_bytes(_logits(blocks, stays=False))}")
         if alike := _logits(blocks, stays=True):
             lines.append(f"  whole rows of V too, but of a size that stays live, as weights do: {format_bytes(alike)}")
-    for line in lines:
-        screen.print(line)
+    screen.print(*lines, sep="\n")
     screen.print(_largest(blocks, vocab))
     screen.print()
 
@@ -226,20 +230,22 @@ def title(name: str, recording: Recording) -> str:
 def draw(name: str, recording: Recording, held: Held, out: Path, vocab: int | None) -> list[Path]:
     """The timeline of a recording, as files under `out`; none where nothing was allocated or freed."""
     trace, reserved, stay = Trace(), [held.totals[0].reserved], sizes_that_stay(recording.tape)
+    at: dict[int, int] = {}  # address -> key of the storage that is live there
 
-    def is_logits(nbytes: int) -> bool:
-        return vocab is not None and nbytes not in stay and bool(logits_rows(nbytes, vocab))
-
-    at: dict[int, int] = {}
-    for address, (_, nbytes) in recording.tape.blocks.items():
+    def begin(event: int | None, address: int, nbytes: int) -> int:
+        is_logits = vocab is not None and nbytes not in stay and bool(logits_rows(nbytes, vocab))
+        category: Category = "logits" if is_logits else "live before the history" if event is None else "other"
+        frames = recording.frames(event, address)
         at[address] = key = len(trace.storages)
-        trace.storages[key] = _storage(recording, None, address, nbytes, is_logits(nbytes))
-        trace.resident.append(key)
+        op = frames[0] if frames else ""
+        trace.storages[key] = Storage(nbytes, category, "", op, (nbytes,), "bytes", where_made(frames, event))
+        return key
+
+    for address, (_, nbytes) in recording.tape.blocks.items():
+        trace.resident.append(begin(None, address, nbytes))
     for number, (kind, address, nbytes) in enumerate(recording.tape.events):
         if kind == "alloc":
-            at[address] = key = len(trace.storages)
-            trace.storages[key] = _storage(recording, number, address, nbytes, is_logits(nbytes))
-            trace.events.append(Event("alloc", key))
+            trace.events.append(Event("alloc", begin(number, address, nbytes)))
         elif kind == "free":
             trace.events.append(Event("free", at.pop(address)))
         else:
@@ -251,13 +257,6 @@ def draw(name: str, recording: Recording, held: Held, out: Path, vocab: int | No
     footer = f"read from a recording, not measured here; {verdict} · mtp_mem {__version__}"
     words = f"{title(name, recording)}: what is live, and what the allocator holds"
     return timeline.draw(trace, out, words, footer, over="the history", reserved=reserved)
-
-
-def _storage(recording: Recording, event: int | None, address: int, nbytes: int, logits: bool) -> Storage:
-    frames = recording.frames(event, address)
-    category = "logits" if logits else "live before the history" if event is None else "other"
-    where = Blocks(1, nbytes, tuple(frames), event, "", False).where
-    return Storage(nbytes, category, "", frames[0] if frames else "", (nbytes,), "bytes", where)  # type: ignore[arg-type]
 
 
 def _peaks(recording: Recording, held: Held) -> Table:
@@ -276,19 +275,16 @@ def _peaks(recording: Recording, held: Held) -> Table:
 
 
 def _largest(blocks: list[Blocks], vocab: int | None) -> Table:
-    titles = ["  at the peak", "each", "together", *(["rows of V"] if vocab else [])]
-    rows = []
-    for b in blocks[:LARGEST]:
-        sizes = (f"{b.count:,} x", format_bytes(b.nbytes), format_bytes(b.nbytes_together))
-        logits = f"{b.logits}{'; stays' if b.stays else ''}" if b.logits else ""
-        rows.append([*sizes, *([logits] if vocab else [])])
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in zip(titles, *rows, strict=True):
-        side = "left" if column[0] == "rows of V" else "right"
-        table.add_column(column[0], justify=side, no_wrap=True, min_width=max(map(len, column)))  # type: ignore[arg-type]
-    table.add_column("made by", no_wrap=True, overflow="ellipsis")
-    for row, b in zip(rows, blocks, strict=False):
-        table.add_row(*row, b.where)
+    for column in ("  at the peak", "each", "together"):
+        table.add_column(column, justify="right", no_wrap=True)
+    if vocab:
+        table.add_column("rows of V", no_wrap=True)
+    table.add_column("made by")  # the one that is cut where the screen is narrow
+    for b in blocks[:LARGEST]:
+        logits = f"{b.logits}{'; stays' if b.stays else ''}" if b.logits else ""
+        row = [f"{b.count:,} x", format_bytes(b.nbytes), format_bytes(b.nbytes_together), *([logits] if vocab else [])]
+        table.add_row(*row, Text(b.where, no_wrap=True, overflow="ellipsis"))
     return table
 
 
