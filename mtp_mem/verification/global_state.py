@@ -35,6 +35,7 @@ class Setting:
     name: str
     get: Callable[[], Any]
     set: Callable[[Any], object]
+    drawn_from: bool = False  # the state of a generator of random numbers
 
 
 def _attribute(owner: Any, name: str, words: str) -> Setting:
@@ -168,9 +169,9 @@ def _settings() -> list[Setting]:
         Setting("the garbage collector", gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
         Setting("the working directory", os.getcwd, os.chdir),
         Setting("autocast's cache", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
-        Setting("torch's random state", torch.get_rng_state, torch.set_rng_state),
-        Setting("CUDA's random state", _cuda_random_states, torch.cuda.set_rng_state_all),
-        Setting("Python's random state", random.getstate, random.setstate),
+        Setting("torch's random state", torch.get_rng_state, torch.set_rng_state, drawn_from=True),
+        Setting("CUDA's random state", _cuda_random_states, torch.cuda.set_rng_state_all, drawn_from=True),
+        Setting("Python's random state", random.getstate, random.setstate, drawn_from=True),
         _attribute(backends.cudnn, "enabled", "cuDNN"),
         _attribute(backends.cudnn, "allow_tf32", "TF32 in cuDNN"),
         _attribute(backends.cudnn, "benchmark", "cuDNN's benchmark mode"),
@@ -209,13 +210,16 @@ def _settings() -> list[Setting]:
         Setting("hooks on what autograd saves", _saved_hooks, _pop_saved_hooks),
     ]
     if "numpy" in sys.modules:
-        settings.append(Setting("NumPy's random state", _numpy_state, _set_numpy_state))
+        settings.append(Setting("NumPy's random state", _numpy_state, _set_numpy_state, drawn_from=True))
     return settings
 
 
 @contextmanager
-def restored() -> Iterator[list[str]]:
+def restored(*, may_draw: bool = False) -> Iterator[list[str]]:
     """A block that runs a strategy. Afterwards these settings are as they were; the list then names what had changed.
+
+    Args:
+        may_draw: the model itself may draw random numbers: that is put back too, but not named.
 
     Raises:
         BrokenContract: the strategy tried to end the process.
@@ -228,7 +232,8 @@ def restored() -> Iterator[list[str]]:
     finally:
         for setting, value in before:
             if not _equal(setting.get(), value):
-                changed.append(setting.name)
+                if not (may_draw and setting.drawn_from):
+                    changed.append(setting.name)
                 setting.set(value)
 
 

@@ -164,11 +164,9 @@ def _apart(ns: Sequence[int]) -> list[int]:
 
 def draw_line(axes: Axes, x: Sequence[float], y: Sequence[float], look: Look) -> None:
     """A strategy's line; of many points as many get a marker as stand apart."""
-    colour, marker, dash = look
     every = max(1, len(x) // MOST_MARKERS)
-    axes.plot(
-        *(x, y), color=colour, marker=marker, linestyle=dash, linewidth=2, markersize=6, markevery=every, clip_on=False
-    )
+    how = {"color": look.colour, "marker": look.marker, "linestyle": look.dash, "markevery": every}
+    axes.plot(x, y, **how, linewidth=2, markersize=6, clip_on=False)
 
 
 def grid(axes: Axes, which: Literal["x", "y"], unit: str = "", *, whole: bool = False) -> None:
