@@ -284,8 +284,10 @@ def search(
             # What fits by this guess may be known already: then the next one is the question.
             k = max(low + 1, min(guess if guess not in known else guess + 1, (high or end + 1) - 1))
         else:
-            middle = (low + high) // 2 if high else 2 * low
-            guess = _on_a_line(known, limit) if 2 <= len(known) < 2 * GUESSES else middle
+            if 2 <= len(known) < 2 * GUESSES:
+                guess = _on_a_line(known, limit)
+            else:
+                guess = (low + high) // 2 if high else 2 * low
             k = max(low + 1, min(guess, (high or min(FARTHER * low, end) + 1) - 1))
 
 
